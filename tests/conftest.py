@@ -1,0 +1,38 @@
+"""Set up jax before anything imports it, and the fixtures every test may use."""
+
+import os
+
+# Eight devices on one CPU, so that sharded parameters are tested on any machine.
+_flags = ["--xla_force_host_platform_device_count=8"]
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each xdist worker is a process of its own: without a limit every one of them
+    # starts a thread per core for each matmul, and they fight over the cores.
+    _flags.append("--xla_cpu_multi_thread_eigen=false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags]).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Compilation makes the first example of a test slow, so a deadline would only flake;
+# derandomised, because a suite that fails one day in ten says nothing about today's change.
+hypothesis.settings.register_profile("jaxinv", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("jaxinv")
+
+
+@pytest.fixture(autouse=True)
+def strict_dtype_promotion():
+    """float32 and float64 never mix silently in the code under test."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """64-bit floats inside one test; the default elsewhere stays what users have."""
+    with jax.enable_x64(True):
+        yield
