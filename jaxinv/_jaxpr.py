@@ -1,0 +1,460 @@
+"""Trace a function once and interpret its jaxpr in another domain.
+
+Everything in jaxinv that touches jaxpr internals is in this file. A *domain* gives each value of
+the program another meaning (for instance "sum over the paths into this element"). It supplies
+
+* `rules`: a table primitive -> function, one small function per operation;
+* `default`: what happens to a primitive without a rule (usually: refuse, by name);
+* `join_branches` and `scan`: how values meet at a non-constant `cond` and go round a loop.
+
+The walker owns what all domains share: constant folding, dead code, identity of values, and the
+structural primitives (`jit`, `remat`, `custom_jvp`, `custom_vjp`, `cond`, `while`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives
+
+from jaxinv.errors import InvalidInput, UnsupportedOperation
+
+# A `while` whose trip count is a constant is walked once per trip. Above this many trips the
+# trace itself would take minutes; `lax.scan` is the remedy and is walked once.
+MAX_WHILE_TRIPS = 4096
+
+
+class Value:
+    """A value that depends on parameters or inputs. Anything else is a constant array."""
+
+    __slots__ = ("key",)
+    key: Any
+
+
+class Opaque(Value):
+    """The result of an operation that is refused only if something uses it."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: UnsupportedOperation):
+        self.error = error
+        self.key = object()
+
+
+Rule = Callable[..., Any]
+
+
+class Domain(Protocol):
+    """What an interpretation must supply (see the module docstring)."""
+
+    rules: dict[Any, Rule]
+
+    def default(self, eqn: Equation, *inputs: Any) -> Any: ...
+
+    def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list: ...
+
+    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list: ...
+
+
+# --- primitives by name ---------------------------------------------------------------
+
+
+def primitive(name: str) -> Any | None:
+    """The primitive object called `name` in this jax version, or None where it has none."""
+    for module in (jax.lax, primitives):
+        found = getattr(module, f"{name}_p", None)
+        if found is not None:
+            return found
+    return None
+
+
+def rule_table() -> tuple[dict[Any, Rule], Callable[..., Callable[[Rule], Rule]]]:
+    """An empty rule table and the decorator `@rule("name", ...)` that fills it."""
+    table: dict[Any, Rule] = {}
+
+    def rule(*names: str) -> Callable[[Rule], Rule]:
+        def register(function: Rule) -> Rule:
+            for name in names:
+                found = primitive(name)
+                if found is not None:
+                    table[found] = function
+            return function
+
+        return register
+
+    return table, rule
+
+
+# jit is `pjit` before jax 0.7; custom_vjp_call's jaxpr has had two names. All are call-like: walk
+# into the jaxpr. Binding them raw fails in version-dependent ways.
+_CALLS = {
+    primitive(name)
+    for name in ("jit", "pjit", "closed_call", "core_call", "call", "remat", "checkpoint")
+    + ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+} - {None}
+_CALL_JAXPR_NAMES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+# Operations that are the identity on a value and exist for the compiler, differentiation or
+# debugging. `optimization_barrier` has several operands; each passes through.
+_IDENTITIES = {
+    primitive(name)
+    for name in ("copy", "stop_gradient", "sharding_constraint", "optimization_barrier")
+    + ("pvary", "pcast", "device_put")
+} - {None}
+# jax names these without exporting them; they are met by name.
+_IDENTITY_NAMES = {"stop_gradient", "copy_p", "name", "pvary", "pcast"}
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """(open jaxpr, consts) of a Jaxpr or a ClosedJaxpr; newer jax merges the two."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _sub_jaxpr(eqn: Any) -> Any:
+    for name in _CALL_JAXPR_NAMES:
+        if name in eqn.params:
+            return eqn.params[name]
+    raise NotImplementedError(f"{eqn.primitive} carries no jaxpr under {_CALL_JAXPR_NAMES}")
+
+
+# --- equations and where they come from -----------------------------------------------
+
+_JAX_DIRECTORIES = tuple(
+    os.path.dirname(os.path.abspath(str(module.__file__))) for module in (jax, jax.extend)
+)
+_OWN_FILES = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    for name in ("_jaxpr.py", "_path_linear.py", "_path_gates.py", "_path_values.py")
+    + ("_path_loops.py", "paths.py", "transforms.py")
+)
+
+
+def source_line(eqn: Any) -> str:
+    """`file:line (function)` of the code that wrote an equation, and of the user code above it.
+
+    Where a library (flax, optax, ...) wrote the operation, the nearest line outside
+    `site-packages` follows, since that is the one that the user can change.
+    """
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    frames = [] if traceback is None else list(traceback.frames)
+    frames = [
+        f
+        for f in frames
+        if not os.path.abspath(f.file_name).startswith((*_JAX_DIRECTORIES, *_OWN_FILES))
+    ]
+    if not frames:
+        return "unknown source line"
+    show = [frames[0]]
+    outside = [f for f in frames if "site-packages" not in f.file_name]
+    if outside and outside[0] is not frames[0]:
+        show.append(outside[0])
+    return ", called from ".join(f"{f.file_name}:{f.line_num} ({f.function_name})" for f in show)
+
+
+class Equation(NamedTuple):
+    """One equation of a jaxpr, as the rules see it."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    raw: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.primitive.name)
+
+    def bind(self, *values: Any, **changed: Any) -> Any:
+        """The same operation on other arrays."""
+        return self.primitive.bind(*values, **{**self.params, **changed})
+
+    def refuse(self, theory: str, why: str, remedy: str, what: str | None = None) -> Any:
+        """An `UnsupportedOperation` that says what, where, why, and what to do."""
+        shapes = ", ".join(_short(a) for a in self.inputs)
+        results = ", ".join(_short(a) for a in self.outputs)
+        what = what or f"`{self.name}` of values that depend on x"
+        return UnsupportedOperation(
+            f"{what} is not covered by {theory}.\n"
+            f"  what:  {self.name}: {shapes} -> {results}\n"
+            f"  where: {source_line(self.raw)}\n"
+            f"  why:   {why}\n"
+            f"  do:    {remedy}"
+        )
+
+
+def _short(aval: Any) -> str:
+    shape = ",".join(str(n) for n in getattr(aval, "shape", ()))
+    return f"{getattr(aval, 'dtype', aval)}[{shape}]"
+
+
+# --- tracing --------------------------------------------------------------------------
+
+
+def leaf_names(tree: Any, root: str) -> list[str]:
+    """Readable names of the leaves of a pytree: `root/Dense_0/kernel`."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = []
+    for path, _ in paths:
+        parts = []
+        for entry in path:
+            part = getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))
+            parts.append(str(part))
+        names.append("/".join([root, *parts]) if root else "/".join(parts))
+    return names
+
+
+def check_params(params: Any) -> None:
+    """Raise `InvalidInput` unless `params` is a non-empty pytree of finite real float arrays.
+
+    Values are looked at only where they are concrete, that is outside `jit`.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise InvalidInput(
+            "params has no leaves, so there is nothing to compute with. Pass the pytree of weights "
+            "(for flax: variables['params'])."
+        )
+    for name, leaf in zip(leaf_names(params, "params"), leaves, strict=True):
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise InvalidInput(
+                f"{name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or "
+                "close over it if it is not a parameter."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise InvalidInput(
+                f"{name} has dtype {leaf.dtype}, but parameters must be real floating-point "
+                "arrays.\n"
+                "Pass only the float leaves as params and close over the others "
+                "(flax nnx: nnx.split(model, nnx.Param, ...); equinox: eqx.partition)."
+            )
+        concrete = not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+        if concrete and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+            bad = int((~jnp.isfinite(jnp.asarray(leaf))).sum())
+            raise InvalidInput(
+                f"{name} has {bad} non-finite (NaN or infinite) of {leaf.size} values; a "
+                "path through any of them has no length. Find the step that produced them, "
+                "e.g. with jax.debug_nans."
+            )
+
+
+def abstract_batch_of_one(x: Any) -> Any:
+    """Shapes of `x` with every leading batch axis set to 1; the values of `x` play no part."""
+    leaves = jax.tree.leaves(x)
+    if not leaves:
+        raise InvalidInput("x has no leaves; pass an array with a leading batch axis.")
+
+    def one(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        shape, dtype = jnp.shape(leaf), jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
+        if not shape:
+            raise InvalidInput(
+                f"{name} is a scalar, but every input needs a leading batch axis. "
+                "Pass x[None] for one example, or close over settings that are not inputs."
+            )
+        if 0 in shape:
+            raise InvalidInput(
+                f"{name} has shape {shape}: an axis of length 0 leaves no input element. "
+                "Pass at least one example (only shapes are used, jax.ShapeDtypeStruct will do)."
+            )
+        return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
+
+    names = iter(leaf_names(x, "x"))
+    return jax.tree.map(lambda leaf: one(next(names), leaf), x)
+
+
+class Trace(NamedTuple):
+    """A traced `fn(params, x)`: the jaxpr and how to flatten its arguments."""
+
+    jaxpr: Any
+    num_params: int
+    param_names: list[str]
+    output_tree: Any
+
+
+def trace(fn: Callable, params: Any, x: Any) -> Trace:
+    """Trace `fn(params, x)` once, from shapes alone."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), params)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, x)
+    names = leaf_names(params, "params")
+    return Trace(closed, len(names), names, jax.tree.structure(out))
+
+
+def output_equation(traced: Trace) -> Equation:
+    """A stand-in for "being returned", so that a refusal at an output has something to name."""
+    jaxpr, _ = _open(traced.jaxpr)
+    avals = tuple(v.aval for v in jaxpr.outvars)
+    raw = jaxpr.eqns[-1] if jaxpr.eqns else None
+    return Equation(_Return, {}, avals, avals, raw)
+
+
+class _Return:
+    name = "return"
+
+
+# --- the walk -------------------------------------------------------------------------
+
+
+class Body:
+    """A jaxpr ready to be interpreted on values of a domain, as often as needed."""
+
+    def __init__(self, closed: Any, domain: Domain, keys: _Keys):
+        self.jaxpr, self.consts = _open(closed)
+        self.domain, self.keys = domain, keys
+
+    def __call__(self, *args: Any) -> list[Any]:
+        return _walk(self.jaxpr, self.consts, args, self.domain, self.keys)
+
+
+class _Keys:
+    """Identity of values: equal keys mean provably equal values (hash-consing)."""
+
+    def __init__(self) -> None:
+        self.table: dict[Any, tuple[int, tuple]] = {}
+        self.fresh = itertools.count()
+
+    def of_input(self, value: Any) -> Any:
+        if isinstance(value, Value):
+            return value.key
+        if is_concrete(value) and np.ndim(value) == 0:
+            return ("literal", str(jnp.result_type(value)), np.asarray(value).item())
+        return ("array", id(value))
+
+    def of_output(self, eqn: Equation, inputs: Sequence[Any], index: int) -> Any:
+        params = tuple(sorted((k, repr(v)) for k, v in eqn.params.items() if k != "sharding"))
+        description = (eqn.primitive, params, tuple(map(self.of_input, inputs)), index)
+        # Holding the operands keeps id() of an array from being reused within one walk.
+        return self.table.setdefault(description, (next(self.fresh), tuple(inputs)))[0]
+
+
+def interpret(
+    trace_: Trace, params: Sequence[Value], inputs: Sequence[Value], domain: Domain
+) -> list[Any]:
+    """Values of the outputs (flat) when the leaves of params and x have the given values."""
+    keys = _Keys()
+    for value in (*params, *inputs):
+        value.key = next(keys.fresh)
+    jaxpr, consts = _open(trace_.jaxpr)
+    return _walk(jaxpr, consts, (*params, *inputs), domain, keys)
+
+
+def is_concrete(value: Any) -> bool:
+    return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations on which an output depends; dead code and pure side effects are left out."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in needed for v in eqn.outvars):
+            live.append(eqn)
+            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    return live[::-1]
+
+
+def _walk(jaxpr: Any, consts: Sequence, args: Sequence, domain: Domain, keys: _Keys) -> list[Any]:
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, jex.Literal) else env[v]
+
+    for raw in _live(jaxpr):
+        inputs = [read(v) for v in raw.invars]
+        outputs = _evaluate(raw, inputs, domain, keys)
+        env.update(zip(raw.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _evaluate(raw: Any, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
+    if raw.primitive in _CALLS:
+        return Body(_sub_jaxpr(raw), domain, keys)(*inputs)
+    if not any(isinstance(v, Value) for v in inputs):
+        return _fold(raw, inputs)
+    if raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES:
+        return inputs
+    eqn = Equation(
+        raw.primitive,
+        raw.params,
+        tuple(v.aval for v in raw.invars),
+        tuple(v.aval for v in raw.outvars),
+        raw,
+    )
+    if raw.primitive is primitives.cond_p:
+        return _cond(eqn, inputs, domain, keys)
+    if raw.primitive is primitives.while_p:
+        return _while(eqn, inputs, domain, keys)
+    for value in inputs:
+        if isinstance(value, Opaque):
+            raise value.error
+    if raw.primitive is primitives.scan_p:
+        outputs = _scan(eqn, inputs, domain, keys)
+    else:
+        rule = domain.rules.get(raw.primitive)
+        outputs = rule(domain, eqn, *inputs) if rule else domain.default(eqn, *inputs)
+        if not raw.primitive.multiple_results:
+            outputs = [outputs]
+    for index, value in enumerate(outputs):
+        if isinstance(value, Value) and not hasattr(value, "key"):
+            value.key = keys.of_output(eqn, inputs, index)
+    return list(outputs)
+
+
+def _fold(raw: Any, inputs: list[Any]) -> list[Any]:
+    """Evaluate an equation on constants: now where they are known, later where they are traced."""
+    if all(is_concrete(v) for v in inputs):
+        with jax.ensure_compile_time_eval():
+            outputs = raw.primitive.bind(*inputs, **raw.params)
+    else:
+        outputs = raw.primitive.bind(*inputs, **raw.params)
+    return list(outputs) if raw.primitive.multiple_results else [outputs]
+
+
+def _cond(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
+    index, *operands = inputs
+    branches = [Body(b, domain, keys) for b in eqn.params["branches"]]
+    if is_concrete(index):
+        return branches[int(np.clip(index, 0, len(branches) - 1))](*operands)
+    return domain.switch(eqn, index, branches, operands)
+
+
+def _while(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
+    split = np.cumsum([eqn.params["cond_nconsts"], eqn.params["body_nconsts"]])
+    cond_consts, body_consts, carry = (
+        inputs[: split[0]],
+        inputs[split[0] : split[1]],
+        inputs[split[1] :],
+    )
+    condition = Body(eqn.params["cond_jaxpr"], domain, keys)
+    body = Body(eqn.params["body_jaxpr"], domain, keys)
+    for _ in range(MAX_WHILE_TRIPS):
+        (go_on,) = condition(*cond_consts, *carry)
+        if not is_concrete(go_on):
+            raise eqn.refuse(
+                "an interpretation of the program",
+                "its number of trips is not a constant, so neither is the network.",
+                "use lax.scan, or lax.fori_loop with constant bounds.",
+                what="A `while` loop whose condition is not known from constants",
+            )
+        if not bool(go_on):
+            return carry
+        carry = body(*body_consts, *carry)
+    raise eqn.refuse(
+        "an interpretation of the program",
+        f"it makes more than {MAX_WHILE_TRIPS} trips, each of which would be traced.",
+        "use lax.scan, which is traced once.",
+        what="A very long `while` loop",
+    )
+
+
+def _scan(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts = inputs[:num_consts]
+    init, xs = inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
+    return domain.scan(eqn, Body(eqn.params["jaxpr"], domain, keys), consts, init, xs)

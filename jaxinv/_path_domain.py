@@ -1,0 +1,38 @@
+"""The path domain: a value stands for the sum over the paths into it of the product of |weight|^p.
+
+One rule per operation, in `_path_linear` and `_path_gates`. To add an operation, add one rule there
+and one row to `tests/test_paths.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxinv import _path_gates, _path_linear, _path_loops, _scaled
+from jaxinv._jaxpr import Equation
+from jaxinv._path_values import Paths, Sign, Weight, derived, not_homogeneous, of_signs
+from jaxinv._scaled import Scaled
+
+
+class PathDomain:
+    """Path semantics for one exponent p, in one dtype."""
+
+    rules = _path_linear.RULES | _path_gates.RULES
+
+    def __init__(self, p: float, dtype: Any, edges_only: bool):
+        self.p, self.dtype, self.edges_only = p, dtype, edges_only
+
+    def power(self, value: Any) -> Scaled:
+        """|value|^p."""
+        return _scaled.power(value, self.p, self.dtype)
+
+    def default(self, eqn: Equation, *inputs: Any) -> Any:
+        """Operations without a rule: allowed on parameters alone, and on signs; else refused."""
+        if not any(isinstance(v, Paths | Sign) for v in inputs):
+            return derived(eqn, inputs)
+        if not any(isinstance(v, Paths | Weight) for v in inputs):
+            return of_signs(eqn, inputs)
+        raise not_homogeneous(eqn)
+
+    scan = _path_loops.scan
+    switch = _path_loops.switch

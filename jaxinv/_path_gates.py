@@ -1,0 +1,200 @@
+"""Path rules of piecewise linear operations: gates on the sign of a value, and maxima."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv import _scaled
+from jaxinv._jaxpr import Equation, Opaque, Value, is_concrete, rule_table
+from jaxinv._path_linear import assemble
+from jaxinv._path_values import (
+    HOMOGENEITY,
+    REMEDY,
+    THEORY,
+    Paths,
+    Sign,
+    Weight,
+    derived,
+    is_zero,
+    multiples_of,
+    not_homogeneous,
+    of_signs,
+)
+from jaxinv._scaled import Scaled
+
+RULES, rule = rule_table()
+
+
+# --- gates: piecewise linear in one value ---------------------------------------------
+
+
+def _gate(domain: Any, key: Any, cases: Sequence[Any]) -> Paths:
+    """max over the slopes of a function that is linear in the value `key` on either side of 0."""
+    base, slopes = None, []
+    for case in cases:
+        if isinstance(case, Paths):
+            base, slope = multiples_of(case)[key]()
+            slopes.append(slope)
+    assert base is not None
+    return Paths(_scaled.multiply(base, _scaled.maximum(slopes)))
+
+
+@rule("max", "min")
+def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    if not isinstance(left, Paths):
+        left, right = right, left
+    if not isinstance(left, Paths):
+        return domain.default(eqn, left, right)
+    if isinstance(right, Paths):
+        shared = [key for key in multiples_of(left) if key in multiples_of(right)]
+        if shared:
+            return _gate(domain, shared[0], [left, right])
+        return Paths(_scaled.add([left.sums, right.sums]))
+    if is_zero(right):
+        return Paths(left.sums)
+    raise eqn.refuse(
+        THEORY,
+        f"{eqn.name} with a constant other than 0 (relu6, clip, thresholds) is not positively "
+        "homogeneous; a path through it would be counted that the network never carries.",
+        "use relu, leaky_relu or max with another unit.",
+        what=f"`{eqn.name}` with a value that is not provably 0",
+    )
+
+
+@rule("abs")
+def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
+    if isinstance(value, Paths):
+        return Paths(value.sums)
+    if isinstance(value, Weight) and value.length is not None:
+        return Weight(abs(value.value), value.length, value.leaves)
+    return domain.default(eqn, value)
+
+
+@rule("sign")
+def _sign(domain: Any, eqn: Equation, value: Any) -> Any:
+    if isinstance(value, Paths):
+        return Sign((-1.0, 0.0, 1.0), frozenset(multiples_of(value)))
+    return domain.default(eqn, value)
+
+
+_COMPARISONS = {"gt": np.greater, "ge": np.greater_equal, "lt": np.less, "le": np.less_equal}
+_COMPARISONS |= {"eq": np.equal, "ne": np.not_equal}
+
+
+@rule(*_COMPARISONS)
+def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    if not isinstance(left, Paths) and not isinstance(right, Paths):
+        return domain.default(eqn, left, right)
+    test = _COMPARISONS[eqn.name]
+    if isinstance(left, Paths) and is_zero(right):
+        return Sign(tuple(bool(test(s, 0)) for s in (-1, 0, 1)), frozenset(multiples_of(left)))  # type: ignore[arg-type]
+    if isinstance(right, Paths) and is_zero(left):
+        return Sign(tuple(bool(test(0, s)) for s in (-1, 0, 1)), frozenset(multiples_of(right)))  # type: ignore[arg-type]
+    return Opaque(
+        eqn.refuse(
+            THEORY,
+            "a comparison with anything but 0 sets a threshold that does not scale with the "
+            "value, so what it selects is not positively homogeneous.",
+            "compare with 0, or use max, which needs no comparison.",
+        )
+    )
+
+
+@rule("select_n")
+def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
+    if not isinstance(which, Value):
+        return assemble(lambda n: range(1, n))(domain, eqn, which, *cases)
+    if isinstance(which, Weight):
+        if any(isinstance(v, Paths | Sign) for v in cases):
+            raise not_homogeneous(eqn, "which element is selected depends on the parameters; ")
+        return derived(eqn, [which, *cases])
+    if not isinstance(which, Sign):
+        raise not_homogeneous(eqn)
+    if not any(isinstance(v, Paths | Weight) for v in cases):
+        return of_signs(eqn, [which, *cases])
+    reached = [cases[int(np.ravel(which.branches[i])[0])] for i in (0, 2)]
+    uniform = all(np.size(b) == 1 or np.unique(np.asarray(b)).size == 1 for b in which.branches)
+    reached = reached if uniform else list(cases)
+    data = [v for v in reached if isinstance(v, Paths)]
+    shared = [
+        key
+        for key in (data and multiples_of(data[0]) or {})
+        if key in which.bases and all(key in multiples_of(v) for v in data)
+    ]
+    if not shared or not all(isinstance(v, Paths) or is_zero(v) for v in reached):
+        raise eqn.refuse(
+            THEORY,
+            "the selected values are not multiples of the one value whose sign selects, so the "
+            "result is not provably a gate.",
+            "write a gate as where(x > 0, x, a * x), relu(x) or max(x, y).",
+            what="`select_n` (where) by a condition on x",
+        )
+    return _gate(domain, shared[0], data)
+
+
+@rule("clamp")
+def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
+    if not any(isinstance(v, Paths | Sign) for v in (low, value, high)):
+        return derived(eqn, [low, value, high])
+    one_sided = (is_zero(low) and np.all(np.isposinf(high))) if is_concrete(high) else False
+    if isinstance(value, Paths) and one_sided:
+        return Paths(value.sums)
+    raise eqn.refuse(
+        THEORY, f"clipping to bounds other than [0, ∞) saturates; {HOMOGENEITY}", REMEDY
+    )
+
+
+# --- pooling by maximum: any element of the window may be the active path -------------
+
+
+@rule("reduce_max", "reduce_min")
+def _reduce_max(domain: Any, eqn: Equation, value: Any) -> Any:
+    if not isinstance(value, Paths):
+        return domain.default(eqn, value)
+    mantissa = jnp.sum(value.sums.mantissa, axis=eqn.params["axes"])
+    return Paths(_scaled.normalize(Scaled(mantissa, value.sums.exponent)))
+
+
+def _as_sum(primitive: Any) -> Callable:
+    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
+        if not isinstance(value, Paths):
+            return domain.default(eqn, value)
+        sums = Scaled(primitive.bind(value.sums.mantissa, **eqn.params), value.sums.exponent)
+        return Paths(_scaled.normalize(sums))
+
+    return apply
+
+
+rule("reduce_window_max", "reduce_window_min")(_as_sum(lax.reduce_window_sum_p))
+rule("cummax", "cummin")(_as_sum(lax.cumsum_p))
+
+
+@rule("sort")
+def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
+    if len(values) > 1:
+        return domain.default(eqn, *values)
+    if not isinstance(values[0], Paths):
+        return domain.default(eqn, *values)
+    sums = values[0].sums
+    total = jnp.sum(sums.mantissa, axis=eqn.params["dimension"], keepdims=True)
+    mantissa = jnp.broadcast_to(total, sums.mantissa.shape)
+    return [Paths(_scaled.normalize(Scaled(mantissa, sums.exponent)))]
+
+
+@rule("top_k")
+def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
+    if not isinstance(value, Paths):
+        return domain.default(eqn, value)
+    axis = eqn.params.get("axis", -1)
+    total = jnp.sum(value.sums.mantissa, axis=axis, keepdims=True)
+    mantissa = jnp.broadcast_to(total, eqn.outputs[0].shape)
+    values = Paths(_scaled.normalize(Scaled(mantissa, value.sums.exponent)))
+    positions = eqn.refuse(
+        THEORY, "positions are integers, not sums over paths.", "use the values, not the positions."
+    )
+    return [values, Opaque(positions)]

@@ -1,0 +1,350 @@
+"""Path rules of linear operations: moving elements about, sums, and products with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv import _scaled
+from jaxinv._jaxpr import Equation, Opaque, Value, is_concrete, rule_table
+from jaxinv._path_values import (
+    REMEDY,
+    THEORY,
+    Paths,
+    Sign,
+    Weight,
+    as_paths,
+    derived,
+    edge,
+    is_zero,
+    multiples_of,
+    not_homogeneous,
+    of_signs,
+    shared_bases,
+)
+from jaxinv._scaled import Scaled
+
+RULES, rule = rule_table()
+
+
+# --- layout: the same operation on lengths and sums ---
+
+
+def _indexed_by_data(eqn: Equation, inputs: Sequence[Any]) -> Any:
+    if not any(isinstance(v, Paths | Sign) for v in inputs):
+        return derived(eqn, inputs)
+    raise eqn.refuse(
+        THEORY,
+        "which element is read depends on values, so there is no fixed set of paths.",
+        "index with constants, or pass one-hot inputs instead of integer tokens (x @ table).",
+        what=f"`{eqn.name}` with indices that depend on x or on the parameters",
+    )
+
+
+def _lengths(domain: Any, parts: Sequence[Any]) -> list[Scaled] | None:
+    """|.|^p of weights and constants; None if one of them is no monomial of the parameters."""
+    lengths = [v.length if isinstance(v, Weight) else domain.power(v) for v in parts]
+    return None if any(length is None for length in lengths) else lengths  # type: ignore[return-value]
+
+
+def _values_and_leaves(parts: Sequence[Any]) -> tuple[list[Any], frozenset[str]]:
+    leaves = frozenset().union(*(v.leaves for v in parts if isinstance(v, Weight)))
+    return [v.value if isinstance(v, Weight) else v for v in parts], leaves
+
+
+def _sums_like(eqn: Equation, sums: Scaled, *rest: Any) -> Scaled:
+    return Scaled(eqn.bind(sums.mantissa, *rest), sums.exponent)
+
+
+def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
+    """One operand moved about, never changed: the same operation on everything that it carries."""
+    del domain
+    if any(isinstance(r, Value) for r in rest):
+        return _indexed_by_data(eqn, [value, *rest])
+    if isinstance(value, Weight):
+        length = None if value.length is None else _sums_like(eqn, value.length, *rest)
+        return Weight(eqn.bind(value.value, *rest), length, value.leaves)
+    shape = eqn.inputs[0].shape
+    if isinstance(value, Sign):
+        branches = tuple(eqn.bind(jnp.broadcast_to(b, shape), *rest) for b in value.branches)
+        return Sign(branches, frozenset(_moved(eqn, b, rest) for b in value.bases))
+
+    def moved(entry: Callable) -> Callable:
+        def read() -> tuple[Scaled, Scaled]:
+            base, slope = entry()
+            slope = Scaled(jnp.broadcast_to(slope.mantissa, shape), slope.exponent)
+            return _sums_like(eqn, base, *rest), _sums_like(eqn, slope, *rest)
+
+        return read
+
+    multiples = {_moved(eqn, key, rest): moved(entry) for key, entry in multiples_of(value).items()}
+    return Paths(_sums_like(eqn, value.sums, *rest), multiples, value.floating)
+
+
+def _moved(eqn: Equation, key: Any, rest: Sequence[Any]) -> Any:
+    return ("moved", eqn.primitive, repr(eqn.params), key, tuple(map(id, rest)))
+
+
+_LAYOUT = (
+    *("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "rev", "tile"),
+    *("reduce_precision", "gather", "dynamic_slice"),
+)
+rule(*_LAYOUT)(_relayout)
+
+
+@rule("convert_element_type")
+def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
+    if isinstance(value, Sign):
+        return of_signs(eqn, [value])
+    target = eqn.params["new_dtype"]
+    # Numbers may change precision; becoming an integer or a truth value is rounding or a test.
+    if not jnp.issubdtype(target, jnp.floating):
+        if isinstance(value, Weight) or not value.floating:
+            return derived(eqn, [value]) if isinstance(value, Weight) else value
+        raise not_homogeneous(eqn, f"conversion to {target} rounds; ")
+    if isinstance(value, Weight):
+        return Weight(eqn.bind(value.value), value.length, value.leaves)
+    return _renamed(value)
+
+
+def _renamed(value: Paths) -> Paths:
+    return Paths(value.sums, multiples_of(value))
+
+
+def _linear(domain: Any, eqn: Equation, value: Any) -> Any:
+    """Sums of elements, each with weight one."""
+    if isinstance(value, Weight):
+        return derived(eqn, [value])
+    return Paths(_scaled.normalize(_sums_like(eqn, as_paths(domain, eqn, value).sums)))
+
+
+rule("reduce_sum", "cumsum", "reduce_window_sum")(_linear)
+
+
+def assemble(positions: Callable[[int], Sequence[int]]) -> Callable:
+    """Several operands moved into one array; the others (indices, predicates) are constants."""
+
+    def apply(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+        where = positions(len(inputs))
+        arrays = [inputs[i] for i in where]
+        if any(isinstance(v, Value) for i, v in enumerate(inputs) if i not in where):
+            return _relayout(domain, eqn, arrays[0], Opaque(eqn))
+
+        def bind(parts: Sequence[Any]) -> Any:
+            full = list(inputs)
+            for i, part in zip(where, parts, strict=True):
+                full[i] = part
+            return _bind_arrays(eqn, full)
+
+        if any(isinstance(v, Paths | Sign) for v in arrays):
+            parts = [as_paths(domain, eqn, v).sums for v in arrays]
+            aligned, exponent = _scaled.align(parts)
+            return Paths(Scaled(bind(aligned), exponent))
+        lengths = _lengths(domain, arrays)
+        if lengths is None:
+            return derived(eqn, inputs)
+        aligned, exponent = _scaled.align(lengths)
+        values, leaves = _values_and_leaves(arrays)
+        return Weight(bind(values), Scaled(bind(aligned), exponent), leaves)
+
+    return apply
+
+
+def _bind_arrays(eqn: Equation, arrays: list[Any]) -> Any:
+    """Bind an assembling operation; scatters carry a jaxpr typed for the original dtype."""
+    if not eqn.name.startswith("scatter"):
+        return eqn.bind(*arrays)
+    apply = lax.scatter_add if eqn.name == "scatter-add" else lax.scatter
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    return apply(*arrays, **{name: eqn.params[name] for name in names})
+
+
+rule("concatenate")(assemble(range))
+rule("pad", "dynamic_update_slice")(assemble(lambda n: (0, 1)))
+rule("scatter", "scatter_add")(assemble(lambda n: (0, 2)))
+
+
+@rule("split")
+def _split(domain: Any, eqn: Equation, value: Any) -> Any:
+    if isinstance(value, Weight):
+        values = eqn.bind(value.value)
+        if value.length is None:
+            return [Weight(v, None, value.leaves) for v in values]
+        parts = eqn.bind(value.length.mantissa)
+        return [
+            Weight(v, Scaled(m, value.length.exponent), value.leaves)
+            for v, m in zip(values, parts, strict=True)
+        ]
+    sums = as_paths(domain, eqn, value).sums
+    return [Paths(Scaled(m, sums.exponent)) for m in eqn.bind(sums.mantissa)]
+
+
+# --- products: edges in series ---
+
+
+def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    """Contractions of data with weights: the same contraction of sums with |w|^p."""
+    if isinstance(left, Paths | Sign) and isinstance(right, Paths | Sign):
+        raise _product_of_data(eqn)
+    if not isinstance(left, Paths | Sign) and not isinstance(right, Paths | Sign):
+        return derived(eqn, [left, right])
+    operands = [
+        as_paths(domain, eqn, v).sums if isinstance(v, Paths | Sign) else edge(domain, eqn, v)
+        for v in (left, right)
+    ]
+    exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
+    mantissa = eqn.bind(operands[0].mantissa, operands[1].mantissa, **exact)
+    return Paths(_scaled.normalize(Scaled(mantissa, operands[0].exponent + operands[1].exponent)))
+
+
+rule("dot_general", "conv_general_dilated")(_bilinear)
+
+
+def _product_of_data(eqn: Equation) -> Any:
+    return eqn.refuse(
+        THEORY,
+        "it multiplies two values that both depend on x, so the result is not homogeneous of "
+        "degree one: no single path carries it (attention, x·x, gated units).",
+        REMEDY,
+        what=f"`{eqn.name}` of two values that both depend on x",
+    )
+
+
+@rule("mul")
+def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    if isinstance(left, Paths) and isinstance(right, Paths):
+        raise _product_of_data(eqn)
+    if isinstance(left, Sign) and isinstance(right, Paths):
+        left, right = right, left
+    if isinstance(left, Paths) and isinstance(right, Sign):
+        if not shared_bases(right, left):
+            raise eqn.refuse(
+                THEORY,
+                "a value is multiplied by a function of the sign of another value, or of a "
+                "threshold on it that could not be proved to be its own sign.",
+                "gate a value by its own sign: where(x > 0, x, a * x).",
+            )
+        slopes = [domain.power(right.branches[0]), domain.power(right.branches[2])]
+        return Paths(_scaled.multiply(left.sums, _scaled.maximum(slopes)))
+    if not isinstance(left, Paths) and not isinstance(right, Paths):
+        if isinstance(left, Sign) or isinstance(right, Sign):
+            return domain.default(eqn, left, right)
+        return _weight_product(domain, eqn, left, right)
+    if not isinstance(left, Paths):
+        left, right = right, left
+    return _times(left, edge(domain, eqn, right))
+
+
+def _times(value: Paths, slope: Scaled) -> Paths:
+    """slope · value, remembering whose multiple it is."""
+
+    def scaled(entry: Callable) -> Callable:
+        def read() -> tuple[Scaled, Scaled]:
+            base, other = entry()
+            return base, _scaled.multiply(other, slope)
+
+        return read
+
+    multiples = {key: scaled(entry) for key, entry in multiples_of(value).items()}
+    return Paths(_scaled.normalize(_scaled.multiply(value.sums, slope)), multiples)
+
+
+def _weight_product(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    """A product of parameters elementwise is two edges in series."""
+    parts = (left, right)
+    lengths = _lengths(domain, parts)
+    if lengths is None:
+        return derived(eqn, parts)
+    values, leaves = _values_and_leaves(parts)
+    return Weight(eqn.bind(*values), _scaled.multiply(*lengths), leaves)
+
+
+@rule("div")
+def _div(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    if isinstance(right, Paths | Sign):
+        if isinstance(left, Sign | Paths) and isinstance(right, Paths):
+            raise eqn.refuse(
+                THEORY,
+                "it divides by a value that depends on x (normalisation by statistics of the "
+                "data), so the result is not homogeneous of degree one.",
+                "use running statistics (evaluation mode) instead of those of the batch.",
+            )
+        return domain.default(eqn, left, right)
+    if isinstance(right, Weight):
+        right = Weight(1 / right.value, None, right.leaves)
+        if not isinstance(left, Paths):
+            return (
+                domain.default(eqn, *(left, right))
+                if isinstance(left, Sign)
+                else _quotient(left, right)
+            )
+    else:
+        right = _reciprocal(right)
+    if isinstance(left, Paths):
+        return _times(left, edge(domain, eqn, right))
+    if isinstance(left, Weight) and left.length is not None and not isinstance(right, Weight):
+        length = _scaled.multiply(left.length, domain.power(right))
+        return Weight(left.value * right, length, left.leaves)
+    return domain.default(eqn, left, 1 / right)
+
+
+def _quotient(left: Any, inverse: Weight) -> Weight:
+    value = left.value if isinstance(left, Weight) else left
+    leaves = inverse.leaves | (left.leaves if isinstance(left, Weight) else frozenset())
+    return Weight(value * inverse.value, None, leaves)
+
+
+def _reciprocal(constant: Any) -> Any:
+    if is_concrete(constant):
+        return 1 / np.asarray(constant, np.float64)
+    return 1 / constant
+
+
+@rule("neg")
+def _neg(domain: Any, eqn: Equation, value: Any) -> Any:
+    if isinstance(value, Weight):
+        return Weight(-value.value, value.length, value.leaves)
+    if isinstance(value, Sign):
+        return of_signs(eqn, [value])
+    return _renamed(value)
+
+
+@rule("integer_pow")
+def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
+    y = eqn.params["y"]
+    if isinstance(value, Paths):
+        if y == 1:
+            return _renamed(value)
+        raise _product_of_data(eqn) if y > 1 else not_homogeneous(eqn)
+    if isinstance(value, Sign):
+        return of_signs(eqn, [value])
+    if value.length is None or y < 1:
+        return derived(eqn, [value])
+    length = value.length
+    for _ in range(y - 1):
+        length = _scaled.multiply(length, value.length)
+    return Weight(eqn.bind(value.value), length, value.leaves)
+
+
+rule("square")(lambda domain, eqn, value: _mul(domain, eqn, value, value))
+
+
+# --- sums: paths side by side ---
+
+
+@rule("add", "sub", "add_any")
+def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    for one, other in ((left, right), (right, left)):
+        if is_zero(one) and np.ndim(one) == 0 and isinstance(other, Weight | Paths):
+            return _neg(domain, eqn, other) if eqn.name == "sub" and other is right else (
+                _renamed(other) if isinstance(other, Paths)
+                else Weight(other.value, other.length, other.leaves)
+            )  # fmt: skip
+    if isinstance(left, Paths) or isinstance(right, Paths):
+        terms = [as_paths(domain, eqn, v).sums for v in (left, right)]
+        return Paths(_scaled.add(terms))
+    return domain.default(eqn, left, right)

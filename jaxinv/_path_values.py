@@ -1,0 +1,152 @@
+"""Values of the path domain: weights, sums over paths, functions of a sign.
+
+Numbers are kept as mantissa times a power of two. The exponent is one integer per array, so that
+path sums of any depth neither overflow nor underflow, and scaling a unit by a power of two changes
+no bit of any mantissa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv._jaxpr import Equation, Opaque, Value, is_concrete
+from jaxinv._scaled import Scaled
+
+THEORY = "path semantics"
+
+HOMOGENEITY = (
+    "a path's length is a product of weights, which needs every operation along it to be "
+    "positively homogeneous of degree one, f(c·x) = c·f(x) for c > 0."
+)
+REMEDY = (
+    "use ReLU-like units, pooling, frozen normalisation and linear layers, or ask for the "
+    "path norm of the homogeneous part of the network only."
+)
+
+
+# --- values ---------------------------------------------------------------------------
+
+
+class Weight(Value):
+    """An array computed from parameters alone.
+
+    `length` is its |.|^p. It is None where the elements are not monomials of the parameters (a
+    weight-normalised kernel, say): the edge then has a weight, but no parameter is an edge.
+    """
+
+    __slots__ = ("value", "length", "leaves")
+
+    def __init__(self, value: Any, length: Scaled | None, leaves: frozenset[str]):
+        self.value, self.length, self.leaves = value, length, leaves
+
+
+class Paths(Value):
+    """An array that depends on x: the sum of the lengths of the paths into each element.
+
+    `multiples` maps the key of another value u to a function that gives (paths of u, |slope|^p)
+    where this value equals slope·u elementwise. It is how a gate written as
+    `where(x > 0, x, a * x)` is recognised.
+    """
+
+    __slots__ = ("sums", "multiples", "floating")
+
+    def __init__(self, sums: Scaled, multiples: dict | None = None, floating: bool = True):
+        self.sums, self.multiples, self.floating = sums, multiples or {}, floating
+
+
+class Sign(Value):
+    """A function of the sign of a value: what it is where that is negative, zero, positive."""
+
+    __slots__ = ("branches", "bases")
+
+    def __init__(self, branches: tuple[Any, Any, Any], bases: frozenset):
+        self.branches, self.bases = branches, bases
+
+
+def edge(domain: Any, eqn: Equation, value: Any) -> Scaled:
+    """|w|^p of a weight or a constant that multiplies a value depending on x."""
+    if not isinstance(value, Weight):
+        return domain.power(value)
+    if value.length is not None:
+        return value.length
+    if domain.edges_only:
+        raise eqn.refuse(
+            "κ",
+            "κ_e is defined for parameters that are edges of the network; here an edge weight is "
+            f"a nonlinear function of {', '.join(sorted(value.leaves))}.",
+            "take κ with respect to the effective weights, or close over these leaves if they are "
+            "constants (running statistics). path_norm itself is defined.",
+            what=f"A weight computed from {', '.join(sorted(value.leaves))}",
+        )
+    return domain.power(value.value)
+
+
+def as_paths(domain: Any, eqn: Equation, value: Any) -> Paths:
+    """A weight or constant that meets data is an edge from a node that is constantly 1 (a bias)."""
+    if isinstance(value, Paths):
+        return value
+    if isinstance(value, Sign):
+        raise not_homogeneous(eqn, "a function of a sign alone is homogeneous of degree zero; ")
+    if isinstance(value, Opaque):
+        raise value.error
+    if is_concrete(value) and not np.isfinite(np.asarray(value, np.float64)).all():
+        raise eqn.refuse(
+            THEORY,
+            "an infinite constant is not an edge weight.",
+            "use a finite constant or padding.",
+        )
+    return Paths(edge(domain, eqn, value))
+
+
+def not_homogeneous(eqn: Equation, detail: str = "") -> Any:
+    return eqn.refuse(THEORY, f"{detail}{HOMOGENEITY}", REMEDY)
+
+
+def derived(eqn: Equation, inputs: Sequence[Any]) -> Any:
+    """An operation on parameters whose result is no monomial in them."""
+    values = [v.value if isinstance(v, Weight) else v for v in inputs]
+    leaves = frozenset().union(*(v.leaves for v in inputs if isinstance(v, Weight)))
+    out = eqn.bind(*values)
+    if eqn.primitive.multiple_results:
+        return [Weight(o, None, leaves) for o in out]
+    return Weight(out, None, leaves)
+
+
+def of_signs(eqn: Equation, inputs: Sequence[Any]) -> Any:
+    """An elementwise operation on functions of one sign is a function of that sign."""
+    bases = frozenset.intersection(*(v.bases for v in inputs if isinstance(v, Sign)))
+    if not bases or eqn.primitive.multiple_results or eqn.name not in ELEMENTWISE:
+        raise not_homogeneous(eqn, "functions of the signs of different values are mixed; ")
+    shape = eqn.outputs[0].shape
+
+    def branch(i: int) -> Any:
+        arrays = [v.branches[i] if isinstance(v, Sign) else v for v in inputs]
+        with jax.ensure_compile_time_eval():
+            return eqn.bind(*(jnp.broadcast_to(a, shape) for a in arrays))
+
+    return Sign((branch(0), branch(1), branch(2)), bases)
+
+
+ELEMENTWISE = frozenset(
+    "add sub mul div neg max min abs sign and or not xor eq ne gt ge lt le select_n integer_pow "
+    "convert_element_type add_any exp sqrt square floor ceil pow".split()
+)
+
+
+def is_zero(value: Any) -> bool:
+    return is_concrete(value) and not np.any(np.asarray(value))
+
+
+def multiples_of(value: Paths) -> dict:
+    """What `value` is a multiple of, itself (slope 1) included."""
+    one = Scaled(jnp.ones((), value.sums.mantissa.dtype), jnp.zeros((), jnp.int32))
+    return {value.key: lambda: (value.sums, one), **value.multiples}
+
+
+def shared_bases(sign: Sign, value: Paths) -> list:
+    return [key for key in multiples_of(value) if key in sign.bases]

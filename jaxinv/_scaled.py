@@ -1,0 +1,156 @@
+"""Arrays of nonnegative numbers as mantissa × 2^exponent, with one exponent for the array.
+
+Multiplying by a power of two is exact, so everything here commutes bitwise with power-of-two
+rescalings. Exponents are int32 scalars and carry no gradient; mantissas are differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Scaled(NamedTuple):
+    """mantissa · 2^exponent: a float array and an int32 scalar."""
+
+    mantissa: Any
+    exponent: Any
+
+
+def _layout(dtype: Any) -> tuple[Any, int, int]:
+    """(integer dtype, mantissa bits, exponent bias) of an IEEE float type."""
+    if jnp.dtype(dtype) == jnp.float64:
+        return jnp.int64, 52, 1023
+    return jnp.int32, 23, 127
+
+
+def _exponent_of(x: Any) -> Any:
+    """floor(log2 x) of a positive scalar, 0 for x = 0; read from its bits, so it is exact."""
+    integer, bits, bias = _layout(x.dtype)
+    raw = lax.shift_right_logical(lax.bitcast_convert_type(x, integer), integer(bits))
+    return jnp.where(x > 0, raw.astype(jnp.int32) - bias, 0)
+
+
+def power_of_two(k: Any, dtype: Any) -> Any:
+    """2^k exactly for an integer scalar k; 0 or inf beyond the range of the dtype."""
+    integer, bits, bias = _layout(dtype)
+    k = jnp.clip(k, -2 * bias, 2 * bias)
+    half = k // 2
+
+    def exact(e: Any) -> Any:
+        raw = lax.shift_left((jnp.clip(e, -bias + 1, bias) + bias).astype(integer), integer(bits))
+        return lax.bitcast_convert_type(raw, jnp.dtype(dtype))
+
+    return exact(half) * exact(k - half)
+
+
+def shift(x: Any, k: Any) -> Any:
+    """x · 2^k, exact unless the result leaves the range of the dtype.
+
+    Applied as four equal factors, so that a huge k can meet a tiny x without passing through
+    infinity or zero on the way.
+    """
+    integer, bits, bias = _layout(x.dtype)
+    k = jnp.clip(k, -4 * (bias - 1), 4 * (bias - 1))
+    part = k // 4
+    for e in (part, part, part, k - 3 * part):
+        raw = lax.shift_left((e + bias).astype(integer), integer(bits))
+        x = x * lax.bitcast_convert_type(raw, jnp.dtype(x.dtype))
+    return x
+
+
+def normalize(s: Scaled) -> Scaled:
+    """The same numbers with the largest mantissa in [1, 2)."""
+    top = jnp.max(lax.stop_gradient(s.mantissa), initial=0)
+    k = _exponent_of(top)
+    return Scaled(s.mantissa * power_of_two(-k, s.mantissa.dtype), s.exponent + k)
+
+
+def power(value: Any, p: float, dtype: Any) -> Scaled:
+    """|value|^p; scaled by an exact power of two first, so that it cannot overflow."""
+    if not isinstance(value, jax.Array):
+        return _power_of_constant(value, p, dtype)
+    x = abs(value.astype(dtype))
+    top = jnp.max(lax.stop_gradient(x), initial=0)
+    k = _exponent_of(top)
+    x = x * power_of_two(-k, x.dtype)
+    whole, rest = divmod(p, 1)
+    if rest == 0:
+        return Scaled(lax.integer_pow(x, int(whole)) if whole > 1 else x, k * int(whole))
+    # 2^(k·p) is no power of two for real p: its fractional part stays in the mantissa.
+    exponent = jnp.floor(k * p).astype(jnp.int32)
+    return Scaled(
+        x ** jnp.asarray(p, x.dtype) * jnp.exp2((k * p - exponent).astype(x.dtype)), exponent
+    )
+
+
+def _power_of_constant(value: Any, p: float, dtype: Any) -> Scaled:
+    x = np.abs(np.asarray(value, np.float64))
+    top = x.max(initial=0.0)
+    k = int(np.frexp(top)[1]) - 1 if 0 < top < np.inf else 0
+    whole = int(np.floor(k * p))
+    return Scaled(
+        jnp.asarray(np.ldexp(x, -k) ** p * 2.0 ** (k * p - whole), dtype), jnp.int32(whole)
+    )
+
+
+def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
+    """The mantissas over one common exponent, the largest among those of non-zero parts."""
+    none = jnp.iinfo(jnp.int32).min // 2
+    common = jnp.int32(none)
+    for s in parts:
+        present = jnp.any(lax.stop_gradient(s.mantissa) != 0)
+        common = jnp.maximum(common, jnp.where(present, s.exponent, none))
+    common = jnp.where(common > none, common, 0)
+    return [shift(s.mantissa, s.exponent - common) for s in parts], common
+
+
+def add(parts: Sequence[Scaled]) -> Scaled:
+    """Elementwise sum."""
+    mantissas, exponent = align(parts)
+    return normalize(Scaled(sum(mantissas[1:], mantissas[0]), exponent))
+
+
+def multiply(a: Scaled, b: Scaled) -> Scaled:
+    """Elementwise product, not renormalised."""
+    return Scaled(a.mantissa * b.mantissa, a.exponent + b.exponent)
+
+
+def maximum(parts: Sequence[Scaled]) -> Scaled:
+    """Elementwise maximum."""
+    mantissas, exponent = align(parts)
+    top = mantissas[0]
+    for m in mantissas[1:]:
+        top = jnp.maximum(top, m)
+    return Scaled(top, exponent)
+
+
+def total(parts: Sequence[Scaled]) -> Scaled:
+    """Sum over all elements of all parts, as a scalar."""
+    return add([normalize(Scaled(jnp.sum(s.mantissa), s.exponent)) for s in parts])
+
+
+def log(s: Scaled) -> Any:
+    """Natural logarithm, -inf for 0."""
+    ln2 = jnp.asarray(np.log(2.0), s.mantissa.dtype)
+    return jnp.log(s.mantissa) + s.exponent.astype(s.mantissa.dtype) * ln2
+
+
+def root(s: Scaled, p: float) -> Any:
+    """(mantissa · 2^exponent)^(1/p) as a plain array; inf where that overflows."""
+    whole = jnp.floor_divide(s.exponent, p).astype(jnp.int32)
+    rest = s.exponent.astype(s.mantissa.dtype) - whole.astype(s.mantissa.dtype) * p
+    inner = s.mantissa * jnp.exp2(rest)
+    if p == 1:
+        return shift(s.mantissa, s.exponent)
+    return shift(jnp.sqrt(inner) if p == 2 else inner ** (1 / p), whole)
+
+
+def value(s: Scaled) -> Any:
+    """The numbers as a plain array; inf where they overflow."""
+    return shift(s.mantissa, s.exponent)

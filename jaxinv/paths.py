@@ -1,0 +1,255 @@
+"""Path norms and path sensitivities of any `fn(params, x)`.
+
+A path runs along edges of the network from an input element, or from a bias (an edge from a node
+that is constantly 1), to an output element. Its length is the product of the |weights| on it.
+
+* γ_p = (Σ_paths Π_{e∈path} |w_e|^p)^{1/p} is the path norm;
+* κ_e = ∂γ_p^p / ∂|w_e|^p = Σ_{paths∋e} Π_{e'∈path∖e} |w_e'|^p measures how much of the network
+  hangs on one weight, and is what Path-SGD divides by.
+
+Both are invariant under node-wise rescalings (κ_e transforms like |w_e|^-p). They cost one forward
+pass, and one backward pass for κ, on a batch of *one*, whatever the batch used for training.
+
+References: Neyshabur, Tomioka, Srebro, "Norm-based capacity control in neural networks", COLT 2015
+(arXiv:1503.00036), §3 for γ_p; Neyshabur, Salakhutdinov, Srebro, "Path-SGD", NeurIPS 2015
+(arXiv:1506.02617), eq. 6–8 for κ; Neyshabur, Wu, Salakhutdinov, Srebro, "Path-normalized
+optimization of recurrent neural networks", NeurIPS 2016 (arXiv:1605.07154), eq. 7 for κ⁽¹⁾ of
+shared weights; Gonon, Brisebarre, Riccietti, Gribonval, "A path-norm toolkit for modern networks",
+ICLR 2024 (arXiv:2310.01225) for biases, pooling and skip connections.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinv import _jaxpr, _scaled
+from jaxinv._path_domain import PathDomain
+from jaxinv._path_values import Paths, Weight, as_paths
+from jaxinv._scaled import Scaled
+from jaxinv.errors import InvalidInput
+from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+
+
+class _Problem(NamedTuple):
+    """What one forward pass needs: the trace and the lengths |w|^p of the parameters."""
+
+    trace: _jaxpr.Trace
+    leaves: list[Any]
+    lengths: list[Scaled]
+    inputs: list[Any]
+    dtype: Any
+
+
+def _prepare(fn: Network, params: Params, x: Inputs, p: float) -> _Problem:
+    if isinstance(p, jax.core.Tracer) or not 1 <= float(p) < float("inf"):
+        raise InvalidInput(f"p must be a fixed real number with 1 <= p < inf, not {p}.")
+    _jaxpr.check_params(params)
+    leaves = jax.tree.leaves(params)
+    # Half precision has neither the range nor the digits for path sums.
+    dtype = jnp.promote_types(jnp.result_type(*[a.dtype for a in leaves]), jnp.float32)
+    one = _jaxpr.abstract_batch_of_one(x)
+    trace = _jaxpr.trace(fn, params, one)
+    lengths = [_scaled.power(jnp.asarray(a), float(p), dtype) for a in leaves]
+    return _Problem(trace, leaves, lengths, jax.tree.leaves(one), dtype)
+
+
+def _forward(problem: _Problem, mantissas: list[Any], p: float, edges_only: bool) -> list[Scaled]:
+    """Sums over the paths into every output element, for given mantissas of the |w|^p."""
+    trace, leaves, lengths, inputs, dtype = problem
+    domain = PathDomain(float(p), dtype, edges_only)
+    weights = [
+        Weight(jnp.asarray(value), Scaled(m, length.exponent), frozenset([name]))
+        for value, m, length, name in zip(
+            leaves, mantissas, lengths, trace.param_names, strict=True
+        )
+    ]
+    starts = [
+        Paths(
+            Scaled(jnp.ones(s.shape, dtype), jnp.zeros((), jnp.int32)),
+            floating=jnp.issubdtype(s.dtype, jnp.floating),
+        )
+        for s in inputs
+    ]
+    outputs = _jaxpr.interpret(trace, weights, starts, domain)
+    last = _jaxpr.output_equation(trace)
+    return [
+        Scaled(jnp.broadcast_to(sums.mantissa, aval.shape), sums.exponent)
+        for sums, aval in zip(
+            [as_paths(domain, last, v).sums for v in outputs], last.outputs, strict=True
+        )
+    ]
+
+
+def _power_of_norm(fn: Network, params: Params, x: Inputs, p: float) -> Scaled:
+    problem = _prepare(fn, params, x, p)
+    outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
+    return _scaled.total(outputs)
+
+
+def scaled_kappa(fn: Network, params: Params, x: Inputs, p: float) -> list[Scaled]:
+    """κ of every leaf as mantissa · 2^exponent: exact under power-of-two rescaling, no overflow."""
+    problem = _prepare(fn, params, x, p)
+
+    def norm(mantissas: list[Any]) -> tuple[Any, Any]:
+        total = _scaled.total(_forward(problem, mantissas, p, edges_only=True))
+        return total.mantissa, total.exponent
+
+    start = [s.mantissa for s in problem.lengths]
+    mantissa, pull_back, exponent = jax.vjp(norm, start, has_aux=True)
+    (gradients,) = pull_back(jnp.ones_like(mantissa))
+    return [
+        Scaled(g, exponent - s.exponent) for g, s in zip(gradients, problem.lengths, strict=True)
+    ]
+
+
+def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
+    """Path norm γ_p = (Σ_paths Π_{e∈path} |w_e|^p)^{1/p}.
+
+    Args:
+        fn: network `fn(params, x) -> y`, made of operations that are positively homogeneous of
+            degree one along a path.
+        params: pytree of float arrays.
+        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s: only shapes are used.
+        p: exponent, any real p >= 1.
+
+    Returns:
+        A scalar; float64 if a parameter is, else float32 (bfloat16 and float16 parameters are
+        summed in float32). It is `inf` where γ_p overflows: see `log_path_norm`.
+        Differentiable, and usable as a regulariser.
+
+    Raises:
+        InvalidInput: for integer, NaN or missing params, x without a batch axis, p < 1.
+        UnsupportedOperation: for an operation that path semantics do not cover.
+
+    References:
+        Neyshabur, Tomioka, Srebro, COLT 2015 (arXiv:1503.00036), §3;
+        Gonon et al., ICLR 2024 (arXiv:2310.01225), Definition 3.1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import path_norm
+        >>> def net(w, x):
+        ...     return jax.nn.relu(x @ w["in"]) @ w["out"]
+        >>> w = {"in": jnp.array([[1.0, 3.0], [-2.0, 4.0]]), "out": jnp.array([[2.0], [-1.0]])}
+        >>> print(path_norm(net, w, jnp.zeros((5, 2))))  # sqrt(5·4 + 25·1)
+        6.708204
+    """
+    return _scaled.root(_power_of_norm(fn, params, x, p), float(p))
+
+
+def log_path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
+    """Natural logarithm of the path norm, log γ_p; finite where γ_p itself overflows.
+
+    Args, errors and references as for `path_norm`. Returns a scalar, -inf if no path has weight.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import log_path_norm, path_norm
+        >>> def deep(ws, x):
+        ...     for w in ws:
+        ...         x = jax.nn.relu(x @ w)
+        ...     return x
+        >>> ws = [jnp.full((10, 10), 10.0) for _ in range(30)]
+        >>> print(path_norm(deep, ws, jnp.zeros((1, 10)), p=1))
+        inf
+        >>> print(f"{log_path_norm(deep, ws, jnp.zeros((1, 10)), p=1):.3f}")  # log 10^61
+        140.458
+    """
+    return _scaled.log(_power_of_norm(fn, params, x, p)) / p
+
+
+def path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyTree:
+    """Path sensitivity κ_e = ∂γ_p^p/∂|w_e|^p = Σ_{paths∋e} Π_{e'∈path∖e} |w_e'|^p of every weight.
+
+    For a weight used on several edges (convolution, recurrence, tied layers) the sum over its
+    edges, κ⁽¹⁾ of Neyshabur et al. 2016. Path-SGD divides the gradient by κ^{2/p}.
+
+    Args:
+        fn, params, x, p: as for `path_norm`. Every parameter must be an edge: a kernel that is a
+            nonlinear function of parameters (weight normalisation) has no κ and is refused.
+
+    Returns:
+        A pytree like params, of float32 (float64 where params hold float64). 0 for a weight on no
+        path; `inf` where κ overflows: see `log_path_kappa`.
+
+    Raises:
+        InvalidInput, UnsupportedOperation: as for `path_norm`.
+
+    References:
+        Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), eq. 6–8;
+        Neyshabur et al., NeurIPS 2016 (arXiv:1605.07154), eq. 7.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import path_kappa
+        >>> def net(w, x):
+        ...     return jax.nn.relu(x @ w["in"]) @ w["out"]
+        >>> w = {"in": jnp.array([[1.0, 3.0], [-2.0, 4.0]]), "out": jnp.array([[2.0], [-1.0]])}
+        >>> kappa = path_kappa(net, w, jnp.zeros((5, 2)))
+        >>> kappa["in"].tolist(), kappa["out"].tolist()
+        ([[4.0, 1.0], [4.0, 1.0]], [[5.0], [25.0]])
+    """
+    kappas = [_scaled.value(s) for s in scaled_kappa(fn, params, x, p)]
+    return jax.tree.unflatten(jax.tree.structure(params), kappas)
+
+
+def log_path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyTree:
+    """Natural logarithm of κ, -inf where κ = 0; finite where κ overflows.
+
+    Args, errors and references as for `path_kappa`. Returns a pytree like params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import log_path_kappa
+        >>> log_kappa = log_path_kappa(lambda w, x: (x @ w[0]) @ w[1],
+        ...                            [jnp.full((1, 1), 1e30), jnp.full((1, 1), 1e-30)],
+        ...                            jnp.zeros((1, 1)))
+        >>> [f"{k.item():.3f}" for k in log_kappa]  # ± 60·log 10
+        ['-138.155', '138.155']
+    """
+    logs = [_scaled.log(s) for s in scaled_kappa(fn, params, x, p)]
+    return jax.tree.unflatten(jax.tree.structure(params), logs)
+
+
+def unit_path_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyTree:
+    """Path norm of every output unit: γ_p of the network that keeps that output alone.
+
+    γ_p(v) = (Σ_{paths ending in v} Π_{e∈path} |w_e|^p)^{1/p}, so Σ_v γ_p(v)^p = γ_p^p.
+    One forward pass gives all units. For hidden units pass an `fn` that returns them.
+
+    Args, errors and references as for `path_norm`.
+
+    Returns:
+        A pytree like fn's output for one example, without the batch axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import unit_path_norms
+        >>> w = jnp.array([[3.0, 1.0], [4.0, 0.0]])
+        >>> unit_path_norms(lambda w, x: x @ w, w, jnp.zeros((8, 2))).tolist()
+        [5.0, 1.0]
+    """
+    problem = _prepare(fn, params, x, p)
+    outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
+    norms = []
+    for out in outputs:
+        if out.mantissa.ndim == 0 or out.mantissa.shape[0] != 1:
+            raise InvalidInput(
+                f"fn's output has shape {out.mantissa.shape} for one example, so it has no leading "
+                "batch axis and no per-example units. Return (batch, ...) outputs."
+            )
+        norms.append(_scaled.root(Scaled(out.mantissa[0], out.exponent), float(p)))
+    return jax.tree.unflatten(problem.trace.output_tree, norms)
+
+
+__all__ = [
+    "log_path_kappa",
+    "log_path_norm",
+    "path_kappa",
+    "path_norm",
+    "scaled_kappa",
+    "unit_path_norms",
+]

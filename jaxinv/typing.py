@@ -1,0 +1,26 @@
+"""Types shared by the public signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+PyTree = Any
+"""Any pytree of arrays."""
+
+Params = Any
+"""A pytree of real floating-point arrays: the weights of a network."""
+
+Inputs = Any
+"""An array, or a pytree of arrays, each with a leading batch axis (`ShapeDtypeStruct` where only
+shapes matter)."""
+
+Outputs = Any
+"""What a network returns: an array, or a pytree of arrays, each with a leading batch axis."""
+
+Network = Callable[[Params, Inputs], Outputs]
+"""A JAX-traceable function `fn(params, x) -> y`."""
+
+Array = jax.Array
