@@ -1,0 +1,1 @@
+"""Reference values, each computed in another way than in the package."""
