@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv import _scaled
-from jaxinv._jaxpr import Equation, Opaque, Value, is_concrete, rule_table
+from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
 from jaxinv._path_values import (
     REMEDY,
     THEORY,
@@ -132,7 +132,7 @@ def assemble(positions: Callable[[int], Sequence[int]]) -> Callable:
         where = positions(len(inputs))
         arrays = [inputs[i] for i in where]
         if any(isinstance(v, Value) for i, v in enumerate(inputs) if i not in where):
-            return _relayout(domain, eqn, arrays[0], Opaque(eqn))
+            return _indexed_by_data(eqn, inputs)
 
         def bind(parts: Sequence[Any]) -> Any:
             full = list(inputs)
