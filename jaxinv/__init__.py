@@ -8,6 +8,7 @@ from jaxinv.paths import (
     path_norm,
     unit_path_norms,
 )
+from jaxinv.transforms import path_sgd, scale_by_path_kappa, share_params
 
 __version__ = "0.1.0"
 
@@ -19,5 +20,8 @@ __all__ = [
     "log_path_norm",
     "path_kappa",
     "path_norm",
+    "path_sgd",
+    "scale_by_path_kappa",
+    "share_params",
     "unit_path_norms",
 ]

@@ -1,4 +1,4 @@
-"""Arrays of nonnegative numbers as mantissa × 2^exponent, with one exponent for the array.
+"""Arrays as mantissa × 2^exponent, with one exponent for the array.
 
 Multiplying by a power of two is exact, so everything here commutes bitwise with power-of-two
 rescalings. Exponents are int32 scalars and carry no gradient; mantissas are differentiated.
@@ -65,8 +65,8 @@ def shift(x: Any, k: Any) -> Any:
 
 
 def normalize(s: Scaled) -> Scaled:
-    """The same numbers with the largest mantissa in [1, 2)."""
-    top = jnp.max(lax.stop_gradient(s.mantissa), initial=0)
+    """The same numbers with the largest |mantissa| in [1, 2)."""
+    top = jnp.max(abs(lax.stop_gradient(s.mantissa)), initial=0)
     k = _exponent_of(top)
     return Scaled(s.mantissa * power_of_two(-k, s.mantissa.dtype), s.exponent + k)
 

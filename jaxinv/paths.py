@@ -43,9 +43,14 @@ class _Problem(NamedTuple):
     dtype: Any
 
 
-def _prepare(fn: Network, params: Params, x: Inputs, p: float) -> _Problem:
+def check_exponent(p: Any) -> None:
+    """Raise `InvalidInput` unless p is a fixed real number with 1 <= p < inf."""
     if isinstance(p, jax.core.Tracer) or not 1 <= float(p) < float("inf"):
         raise InvalidInput(f"p must be a fixed real number with 1 <= p < inf, not {p}.")
+
+
+def _prepare(fn: Network, params: Params, x: Inputs, p: float) -> _Problem:
+    check_exponent(p)
     _jaxpr.check_params(params)
     leaves = jax.tree.leaves(params)
     # Half precision has neither the range nor the digits for path sums.
