@@ -15,12 +15,17 @@ from jaxinv._scaled import Scaled
 
 
 class PathDomain:
-    """Path semantics for one exponent p, in one dtype."""
+    """Path semantics for one exponent p, in one dtype.
+
+    `edges_only` refuses edge weights that are no monomials of the parameters (κ needs none).
+    `streaming` allows products that cannot be differentiated in forward mode (see `_stream`).
+    """
 
     rules = _path_linear.RULES | _path_gates.RULES
 
-    def __init__(self, p: float, dtype: Any, edges_only: bool):
-        self.p, self.dtype, self.edges_only = p, dtype, edges_only
+    def __init__(self, p: float, dtype: Any, edges_only: bool, streaming: bool = False):
+        self.p, self.dtype = p, dtype
+        self.edges_only, self.streaming = edges_only, streaming
 
     def power(self, value: Any) -> Scaled:
         """|value|^p."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv import _scaled
+from jaxinv import _scaled, _stream
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
 from jaxinv._path_values import (
     REMEDY,
@@ -196,12 +196,43 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         as_paths(domain, eqn, v).sums if isinstance(v, Paths | Sign) else edge(domain, eqn, v)
         for v in (left, right)
     ]
+    if domain.streaming:
+        streamed = _streamed(domain, eqn, left, right, operands)
+        if streamed is not None:
+            return streamed
     exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
     mantissa = eqn.bind(operands[0].mantissa, operands[1].mantissa, **exact)
     return Paths(_scaled.normalize(Scaled(mantissa, operands[0].exponent + operands[1].exponent)))
 
 
 rule("dot_general", "conv_general_dilated")(_bilinear)
+
+
+def _streamed(domain: Any, eqn: Equation, left: Any, right: Any, operands: list[Scaled]) -> Any:
+    """A matrix-vector product that reads a large matrix once; None where this is not one."""
+    if eqn.name != "dot_general" or domain.p % 1:
+        return None
+    swapped = not isinstance(left, Paths)
+    weight, length = (left, operands[0]) if swapped else (right, operands[1])
+    sums = operands[1] if swapped else operands[0]
+    (contracting, batch) = eqn.params["dimension_numbers"]
+    (axis, *more), (data_axis, *_) = contracting if swapped else contracting[::-1]
+    one_row = sums.mantissa.size == sums.mantissa.shape[data_axis]
+    matrix = weight.value if isinstance(weight, Weight) else None
+    if matrix is None or weight.length is None or not one_row or batch[0] or more:
+        return None
+    if matrix.ndim != 2 or matrix.size < _stream.SMALLEST:
+        return None
+    p = int(domain.p)
+    whole = length.exponent // p
+    scales = (
+        _scaled.power_of_two(-whole, domain.dtype),
+        _scaled.power_of_two(length.exponent - p * whole, domain.dtype),
+    )
+    vector = jnp.ravel(sums.mantissa)
+    out = _stream.contract(vector, length.mantissa, matrix, scales, p, axis)
+    out = Scaled(out.reshape(eqn.outputs[0].shape), sums.exponent + p * whole)
+    return Paths(_scaled.normalize(out))
 
 
 def _product_of_data(eqn: Equation) -> Any:

@@ -49,7 +49,7 @@ def check_exponent(p: Any) -> None:
         raise InvalidInput(f"p must be a fixed real number with 1 <= p < inf, not {p}.")
 
 
-def _prepare(fn: Network, params: Params, x: Inputs, p: float) -> _Problem:
+def _prepare(fn: Network, params: Params, x: Inputs, p: float, sample: bool = False) -> _Problem:
     check_exponent(p)
     _jaxpr.check_params(params)
     leaves = jax.tree.leaves(params)
@@ -57,14 +57,16 @@ def _prepare(fn: Network, params: Params, x: Inputs, p: float) -> _Problem:
     dtype = jnp.promote_types(jnp.result_type(*[a.dtype for a in leaves]), jnp.float32)
     one = _jaxpr.abstract_batch_of_one(x)
     trace = _jaxpr.trace(fn, params, one)
-    lengths = [_scaled.power(jnp.asarray(a), float(p), dtype) for a in leaves]
+    lengths = [_scaled.power(jnp.asarray(a), float(p), dtype, sample=sample) for a in leaves]
     return _Problem(trace, leaves, lengths, jax.tree.leaves(one), dtype)
 
 
-def _forward(problem: _Problem, mantissas: list[Any], p: float, edges_only: bool) -> list[Scaled]:
+def _forward(
+    problem: _Problem, mantissas: list[Any], p: float, edges_only: bool, streaming: bool = False
+) -> list[Scaled]:
     """Sums over the paths into every output element, for given mantissas of the |w|^p."""
     trace, leaves, lengths, inputs, dtype = problem
-    domain = PathDomain(float(p), dtype, edges_only)
+    domain = PathDomain(float(p), dtype, edges_only, streaming)
     weights = [
         Weight(jnp.asarray(value), Scaled(m, length.exponent), frozenset([name]))
         for value, m, length, name in zip(
@@ -94,17 +96,24 @@ def _power_of_norm(fn: Network, params: Params, x: Inputs, p: float) -> Scaled:
     return _scaled.total(outputs)
 
 
-def scaled_kappa(fn: Network, params: Params, x: Inputs, p: float) -> list[Scaled]:
-    """κ of every leaf as mantissa · 2^exponent: exact under power-of-two rescaling, no overflow."""
-    problem = _prepare(fn, params, x, p)
+def scaled_kappa(
+    fn: Network, params: Params, x: Inputs, p: float, *, streaming: bool = False
+) -> list[Scaled]:
+    """κ of every leaf as mantissa · 2^exponent: exact under power-of-two rescaling, no overflow.
+
+    With `streaming` large dense layers are read as few times as possible, which a training loop
+    needs; the result is NaN, not wrong, if the weights of one array span more than float32 can.
+    """
+    problem = _prepare(fn, params, x, p, sample=streaming)
 
     def norm(mantissas: list[Any]) -> tuple[Any, Any]:
-        total = _scaled.total(_forward(problem, mantissas, p, edges_only=True))
+        outputs = _forward(problem, mantissas, p, edges_only=True, streaming=streaming)
+        total = _scaled.total(outputs)
         return total.mantissa, total.exponent
 
     start = [s.mantissa for s in problem.lengths]
     mantissa, pull_back, exponent = jax.vjp(norm, start, has_aux=True)
-    (gradients,) = pull_back(jnp.ones_like(mantissa))
+    (gradients,) = pull_back(jnp.where(jnp.isfinite(mantissa), 1, jnp.nan).astype(mantissa.dtype))
     return [
         Scaled(g, exponent - s.exponent) for g, s in zip(gradients, problem.lengths, strict=True)
     ]

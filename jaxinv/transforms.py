@@ -134,7 +134,7 @@ def scale_by_path_kappa(
         whole = _all_params(params, full_params)
 
         def fresh() -> PyTree:
-            kappas = scaled_kappa(fn, whole, shape, p)
+            kappas = scaled_kappa(fn, whole, shape, p, streaming=True)
             kappas = jax.tree.unflatten(jax.tree.structure(whole), kappas)
             return jax.tree.map(
                 lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=_hidden
@@ -369,7 +369,7 @@ def _divide(
     exponent = metric.exponent + whole
     if not (isinstance(eps, int | float) and eps == 0):
         mantissa = mantissa + _scaled.shift(jnp.asarray(eps, dtype), -exponent)
-    present = kappa.mantissa > 0
+    present = kappa.mantissa != 0  # NaN is present, and stays visible
     quotient = jnp.where(present, g / jnp.where(present, mantissa, 1), 0)
     if zero_kappa == "pass":
         kept = jnp.where(present, quotient, _scaled.shift(g, exponent))
