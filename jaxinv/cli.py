@@ -1,0 +1,95 @@
+"""The ``jaxinv`` command.
+
+``jaxinv reproduce EXPERIMENT`` runs one row of
+:data:`jaxinv.experiments.EXPERIMENTS`, prints its table and writes its figure
+and its numbers. A mistake of the user ends in one line and exit code 2.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jaxinv
+from jaxinv.errors import JaxinvError
+from jaxinv.experiments import EXPERIMENTS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        the exit code: 0, 2 for a mistake of the user, 130 if interrupted.
+
+    >>> main(["reproduce", "path-sgd", "--data", "no/such/directory"])
+    2
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(argv).parse_args(argv)
+    try:
+        _reproduce(arguments)
+    except (JaxinvError, OSError) as error:
+        print(f"jaxinv: error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxinv", description="The invariances of neural networks, in pure functional JAX."
+    )
+    parser.add_argument("--version", action="version", version=f"jaxinv {jaxinv.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    reproduce = commands.add_parser("reproduce", help="run an experiment, write figure and numbers")
+    experiments = reproduce.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    for name, experiment in EXPERIMENTS.items():
+        subparser = experiments.add_parser(
+            name, help=experiment.summary, description=experiment.summary
+        )
+        # Only the experiment asked for is imported, so that the others cost nothing.
+        if name in argv:
+            from jaxinv.experiments import options
+
+            options.add_arguments(subparser, importlib.import_module(experiment.module).Config)
+    return parser
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from jaxinv.experiments import options, report
+
+    # What the end needs is looked for at the beginning, not after minutes of training.
+    report.require("matplotlib", "cli")
+    rich_progress = report.require("rich.progress", "cli")
+    module: Any = importlib.import_module(EXPERIMENTS[arguments.experiment].module)
+    config = options.from_arguments(module.Config, arguments)
+    config.out.mkdir(parents=True, exist_ok=True)
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.TaskProgressColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, transient=True) as bars:
+        task = bars.add_task("loading data and compiling", total=1.0)
+        result = module.run(
+            config,
+            lambda fraction, what: bars.update(task, completed=fraction, description=what),
+        )
+    content = {
+        "experiment": arguments.experiment,
+        "config": dataclasses.asdict(config),
+        "environment": report.environment(),
+        **module.record(result),
+    }
+    report.write_json(config.out / "results.json", content)
+    module.plot(result, config.out / "curves.png")
+    report.print_table(module.table(result))
+    print(f"wrote {config.out / 'curves.png'} and {config.out / 'results.json'}")  # noqa: T201

@@ -1,0 +1,28 @@
+"""The figures of the papers, one module each.
+
+A module ``jaxinv/experiments/NAME.py`` has four names, and one row in
+:data:`EXPERIMENTS` makes it a command, ``jaxinv reproduce NAME``:
+
+- ``Config``: a dataclass; each field is a flag (see :mod:`jaxinv.experiments.options`);
+- ``run(config, progress) -> Result``: the computation;
+- ``table(result) -> Table`` and ``record(result) -> dict``: what is printed and
+  what goes into ``results.json``;
+- ``plot(result, path)``: the figure.
+"""
+
+from typing import NamedTuple
+
+
+class Experiment(NamedTuple):
+    """A row of :data:`EXPERIMENTS`."""
+
+    module: str  # imported only when the experiment is asked for
+    summary: str  # the line `jaxinv reproduce --help` shows
+
+
+EXPERIMENTS = {
+    "path-sgd": Experiment(
+        "jaxinv.experiments.path_sgd",
+        "SGD, AdaGrad, Adam and Path-SGD from a balanced and an unbalanced start of one network",
+    ),
+}

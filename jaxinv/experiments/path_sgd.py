@@ -1,0 +1,450 @@
+"""Path-SGD against SGD, AdaGrad and Adam, from two starts of one network.
+
+The balanced start is a usual initialisation. The unbalanced start multiplies
+the incoming weights of some hidden units by large random factors and divides
+their outgoing weights by the same: another point in parameter space, the same
+function. An optimizer that is invariant to this rescaling follows the same
+curve from both. Figure 3 and section 5 of Neyshabur, Salakhutdinov & Srebro,
+"Path-SGD: Path-Normalized Optimization in Deep Neural Networks", NeurIPS 2015
+(arXiv:1506.02617), on whatever data is given.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinv.errors import InvalidInput
+from jaxinv.experiments import datasets
+from jaxinv.experiments.options import (
+    directory,
+    option,
+    positive_float,
+    positive_int,
+    probability,
+    widths,
+)
+from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.networks import init_mlp, mlp
+from jaxinv.transforms import path_sgd
+
+Params = dict[str, dict[str, jax.Array]]
+
+STARTS = ("balanced", "unbalanced")
+TUNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_EVALUATION_CHUNK = 1000  # examples; bounds the memory of evaluating all of MNIST at once
+
+
+class Optimizer(NamedTuple):
+    """One line of the comparison."""
+
+    label: str
+    # (learning rate, shape of a batch) -> optax.GradientTransformation
+    make: Callable[[Any, jax.ShapeDtypeStruct], Any]
+    learning_rate: float
+
+
+# The accumulator of AdaGrad begins at 0, as in Duchi et al. (2011); optax's default is 0.1.
+OPTIMIZERS = {
+    "sgd": Optimizer("SGD", lambda rate, x: optax.sgd(rate), 0.1),
+    "adagrad": Optimizer(
+        "AdaGrad", lambda rate, x: optax.adagrad(rate, initial_accumulator_value=0.0), 0.01
+    ),
+    "adam": Optimizer("Adam", lambda rate, x: optax.adam(rate), 0.001),
+    "path_sgd": Optimizer("Path-SGD", lambda rate, x: path_sgd(rate, mlp, x), 0.1),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, on what, for how long."""
+
+    data: Path | None = option(
+        None,
+        "directory with the four .gz files of MNIST or Fashion-MNIST "
+        "(default: the digits bundled with scikit-learn)",
+        parse=directory,
+        metavar="DIR",
+    )
+    out: Path = option(
+        Path("jaxinv-results/path-sgd"),
+        "directory for curves.png and results.json",
+        parse=directory,
+        metavar="DIR",
+    )
+    hidden: tuple[int, ...] = option(
+        (512, 512), "widths of the hidden layers", parse=widths, metavar="N,N,..."
+    )
+    dropout: float = option(
+        0.0, "probability of dropping a hidden unit", parse=probability, metavar="P"
+    )
+    epochs: int = option(20, "passes over the training set", parse=positive_int, metavar="N")
+    batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
+    seeds: int = option(1, "repetitions, trained side by side", parse=positive_int, metavar="K")
+    lr_sgd: float | None = option(
+        None, "learning rate of SGD", parse=positive_float, metavar="RATE"
+    )
+    lr_adagrad: float | None = option(
+        None, "learning rate of AdaGrad", parse=positive_float, metavar="RATE"
+    )
+    lr_adam: float | None = option(
+        None, "learning rate of Adam", parse=positive_float, metavar="RATE"
+    )
+    lr_path_sgd: float | None = option(
+        None, "learning rate of Path-SGD", parse=positive_float, metavar="RATE"
+    )
+    tune: bool = option(
+        False,
+        "choose each learning rate that is not given: of "
+        + ", ".join(map(str, TUNING_RATES))
+        + " the one with the lowest training loss from the balanced start",
+    )
+
+
+class Curves(NamedTuple):
+    """One optimizer from one start; the first axis of every array is the seed."""
+
+    step_loss: np.ndarray  # (seeds, steps): the loss of each minibatch, with dropout
+    train_loss: np.ndarray  # (seeds, epochs + 1): of the training set, without dropout
+    test_error: np.ndarray  # (seeds, epochs + 1): in percent
+    seconds_per_step: float  # of all seeds together, without compilation
+
+
+class Result(NamedTuple):
+    """What :func:`run` computes."""
+
+    config: Config
+    dataset: str
+    learning_rates: dict[str, float]
+    curves: dict[str, dict[str, Curves]]  # [optimizer][start]
+
+
+def unbalance(key: jax.Array, params: Params) -> Params:
+    """Rescale random hidden units without changing the function.
+
+    In each hidden layer, 128 units (a quarter of them in layers narrower than
+    512) have their incoming weights and bias multiplied by s and their
+    outgoing weights divided by s, with s = 10·exp(N(0, 1)) drawn for each
+    unit. ReLU(s·a)/s = ReLU(a), so the network computes what it did.
+
+    Args:
+        key: a PRNG key.
+        params: the parameters of :func:`jaxinv.networks.mlp`.
+
+    Returns:
+        parameters of the same structure.
+
+    References:
+        Neyshabur et al. 2015, arXiv:1506.02617, section 5.
+
+    >>> params = init_mlp(jax.random.key(0), (3, 8, 1))
+    >>> x = jnp.ones((2, 3))
+    >>> moved = unbalance(jax.random.key(1), params)
+    >>> bool(jnp.allclose(mlp(moved, x), mlp(params, x), rtol=1e-5))
+    True
+    """
+    params = {name: dict(layer) for name, layer in params.items()}
+    for i in range(len(params) - 1):
+        key, unit_key, scale_key = jax.random.split(key, 3)
+        layer, following = params[f"Dense_{i}"], params[f"Dense_{i + 1}"]
+        width = layer["kernel"].shape[1]
+        count = max(1, min(128, width // 4))
+        units = jax.random.choice(unit_key, width, (count,), replace=False)
+        dtype = layer["kernel"].dtype
+        scales = 10 * jnp.exp(jax.random.normal(scale_key, (count,), dtype))
+        s = jnp.ones(width, dtype).at[units].set(scales)
+        for name in layer:  # kernel (in, width) and bias (width,) both end in the unit's axis
+            layer[name] = layer[name] * s
+        following["kernel"] = following["kernel"] / s[:, None]
+    return params
+
+
+def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+    """Train every optimizer from both starts.
+
+    Both starts, and all optimizers, see the same initial function, the same
+    minibatches and the same dropout masks.
+
+    Args:
+        config: what to train.
+        progress: called after each epoch.
+
+    Returns:
+        the :class:`Result`.
+
+    Raises:
+        DataError: if ``config.data`` cannot be read.
+        InvalidInput: if the batch is larger than the training set.
+
+    >>> config = Config(hidden=(16,), epochs=1)
+    >>> result = run(config)
+    >>> result.curves["sgd"]["balanced"].step_loss.shape
+    (1, 14)
+    """
+    data = datasets.load(config.data)
+    if config.batch_size > len(data.x_train):
+        raise InvalidInput(
+            f"a batch of {config.batch_size} is larger than the training set "
+            f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
+        )
+    trainers = {name: _trainer(name, data, config) for name in OPTIMIZERS}
+    given = {name: getattr(config, f"lr_{name}") for name in OPTIMIZERS}
+    to_tune = [name for name in OPTIMIZERS if config.tune and given[name] is None]
+    num_runs = len(STARTS) * len(OPTIMIZERS) + len(TUNING_RATES) * len(to_tune)
+    done = itertools.count(1)
+
+    def train(name: str, start: str, rate: float) -> Curves:
+        def after_epoch() -> None:
+            what = f"{OPTIMIZERS[name].label}, {start} start, learning rate {rate:g}"
+            progress(next(done) / (num_runs * config.epochs), what)
+
+        return trainers[name](start, rate, after_epoch)
+
+    rates, curves = {}, {}
+    for name, optimizer in OPTIMIZERS.items():
+        rates[name] = given[name] or optimizer.learning_rate
+        if name in to_tune:
+            losses = [train(name, "balanced", rate).train_loss for rate in TUNING_RATES]
+            # A rate that diverges for one seed is no candidate: NaN becomes infinity.
+            final = [np.nan_to_num(loss[:, -1], nan=np.inf).mean() for loss in losses]
+            rates[name] = TUNING_RATES[int(np.argmin(final))]
+        curves[name] = {start: train(name, start, rates[name]) for start in STARTS}
+    return Result(config, data.name, rates, curves)
+
+
+def _trainer(
+    name: str, data: datasets.Dataset, config: Config
+) -> Callable[[str, float, Callable[[], None]], Curves]:
+    """Return ``train(start, learning_rate, after_epoch)`` for one optimizer; compiles once."""
+    x, y, x_test, y_test = map(jnp.asarray, (data.x_train, data.y_train, data.x_test, data.y_test))
+    steps = len(x) // config.batch_size
+    sizes = (x.shape[1], *config.hidden, data.num_classes)
+    spec = jax.ShapeDtypeStruct((config.batch_size, x.shape[1]), x.dtype)
+
+    def make(rate: jax.Array) -> Any:
+        return OPTIMIZERS[name].make(rate, spec)
+
+    def initial(start: str, key: jax.Array) -> Params:
+        init_key, scale_key = jax.random.split(key)
+        params = init_mlp(init_key, sizes)
+        return params if start == "balanced" else unbalance(scale_key, params)
+
+    def epoch(
+        rate: jax.Array, params: Params, state: optax.OptState, key: jax.Array, x: Any, y: Any
+    ) -> tuple[Params, optax.OptState, jax.Array]:
+        optimizer = make(rate)
+        order_key, dropout_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, len(x))[: steps * config.batch_size]
+
+        def step(carry: Any, inputs: Any) -> Any:
+            params, state = carry
+            rows, key = inputs
+            loss_fn = partial(_loss, key=key, dropout=config.dropout)
+            loss, gradient = jax.value_and_grad(loss_fn)(params, x[rows], y[rows])
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        minibatches = order.reshape(steps, config.batch_size), jax.random.split(dropout_key, steps)
+        (params, state), losses = jax.lax.scan(step, (params, state), minibatches)
+        return params, state, losses
+
+    over_seeds = partial(jax.vmap, in_axes=(None, 0, 0, 0, None, None))
+    compiled_epoch = jax.jit(over_seeds(epoch))
+    init_state = jax.jit(lambda rate, params: jax.vmap(make(rate).init)(params))
+    evaluate = jax.jit(jax.vmap(_evaluate, in_axes=(0, None, None)))
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+
+    def train(start: str, learning_rate: float, after_epoch: Callable[[], None]) -> Curves:
+        rate = jnp.asarray(learning_rate, x.dtype)
+        params = jax.vmap(partial(initial, start))(keys)
+        state = init_state(rate, params)
+        # Lowered and compiled apart from its first call, so that timings hold no compilation.
+        run_epoch = compiled_epoch.lower(rate, params, state, keys, x, y).compile()
+        losses, seconds = [], []
+        at_boundaries = [(evaluate(params, x, y), evaluate(params, x_test, y_test))]
+        for i in range(config.epochs):
+            epoch_keys = jax.vmap(partial(jax.random.fold_in, data=i))(keys)
+            begin = time.perf_counter()
+            params, state, loss = jax.block_until_ready(
+                run_epoch(rate, params, state, epoch_keys, x, y)
+            )
+            seconds.append(time.perf_counter() - begin)
+            losses.append(loss)
+            at_boundaries.append((evaluate(params, x, y), evaluate(params, x_test, y_test)))
+            after_epoch()
+        return Curves(
+            step_loss=np.concatenate(losses, axis=1),
+            train_loss=np.stack([train[0] for train, _ in at_boundaries], axis=1),
+            test_error=np.stack([100 * test[1] for _, test in at_boundaries], axis=1),
+            seconds_per_step=float(np.median(seconds)) / steps,
+        )
+
+    return train
+
+
+def _loss(params: Params, x: jax.Array, y: jax.Array, *, key: jax.Array, dropout: float) -> Any:
+    """Compute the mean cross-entropy of a minibatch, with dropout on hidden units."""
+    layer = itertools.count()
+
+    def activation(h: jax.Array) -> jax.Array:
+        h = jax.nn.relu(h)
+        if dropout == 0:
+            return h
+        keep = jax.random.bernoulli(jax.random.fold_in(key, next(layer)), 1 - dropout, h.shape)
+        return jnp.where(keep, h / (1 - dropout), 0)
+
+    logits = mlp(params, x, activation=activation)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def _evaluate(params: Params, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Compute the mean cross-entropy and the error rate, without dropout.
+
+    Logits that are not finite predict nothing, so their error rate is NaN
+    rather than that of whatever class argmax happens to return.
+    """
+
+    def one(example: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = mlp(params, example[0][None])[0]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, example[1])
+        wrong = (logits.argmax() != example[1]).astype(logits.dtype)
+        return loss, jnp.where(jnp.isfinite(logits).all(), wrong, jnp.nan)
+
+    loss, wrong = jax.lax.map(one, (x, y), batch_size=_EVALUATION_CHUNK)
+    return loss.mean(), wrong.mean()
+
+
+def start_distance(balanced: np.ndarray, unbalanced: np.ndarray) -> np.ndarray:
+    """Return the largest distance between the curves of the two starts, of each seed.
+
+    max_t |balanced_t − unbalanced_t|, infinite if either diverges.
+
+    >>> start_distance(np.array([[3.0, 1.0]]), np.array([[3.5, 1.0]]))
+    array([0.5])
+    >>> start_distance(np.array([[3.0, 1.0]]), np.array([[3.5, np.nan]]))
+    array([inf])
+    """
+    # inf − inf is NaN; that a curve is infinite is the finding, not a warning.
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(balanced - unbalanced)
+    return np.where(np.isnan(distance), np.inf, distance).max(axis=1)
+
+
+def table(result: Result) -> Table:
+    """Summarise ``result``, mean ± standard deviation over seeds where there are several."""
+    rows = []
+    for name, starts in result.curves.items():
+        balanced, unbalanced = (starts[start] for start in STARTS)
+        loss_distance = start_distance(balanced.step_loss, unbalanced.step_loss)
+        error_distance = start_distance(balanced.test_error, unbalanced.test_error)
+        for start, curves in starts.items():
+            is_first = start == STARTS[0]
+            rows.append(
+                [
+                    OPTIMIZERS[name].label,
+                    f"{result.learning_rates[name]:g}",
+                    start,
+                    _cell(curves.train_loss[:, -1], ".3g"),
+                    _cell(curves.test_error[:, -1], ".2f"),
+                    _cell(loss_distance, ".2g") if is_first else "",
+                    _cell(error_distance, ".2f") if is_first else "",
+                    f"{1e3 * curves.seconds_per_step:.3g}",
+                ]
+            )
+    columns = ["optimizer", "rate", "start", "final loss", "test error %"]
+    columns += ["max Δ loss", "max Δ error %", "ms per step"]
+    config = result.config
+    layers = "-".join(map(str, config.hidden))
+    title = (
+        f"{result.dataset}, hidden layers {layers}, batch {config.batch_size}, "
+        f"{config.epochs} epochs, dropout {config.dropout:g}, {config.seeds} seed(s); "
+        "max Δ: largest distance between the two starts' curves"
+    )
+    return Table(title, columns, rows)
+
+
+def record(result: Result) -> dict[str, Any]:
+    """Return all numbers of ``result`` for ``results.json``; seeds come first in every list."""
+    return {
+        "dataset": result.dataset,
+        "learning_rates": result.learning_rates,
+        "summary": table(result)._asdict(),
+        "curves": {
+            name: {start: curves._asdict() for start, curves in starts.items()}
+            for name, starts in result.curves.items()
+        },
+    }
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw training loss and test error, balanced starts solid, unbalanced dashed.
+
+    Bands are ± one standard deviation over seeds. A curve that becomes NaN or
+    infinite ends in a cross; one that leaves the axis has a loss over ten
+    times the initial one.
+    """
+    figure_module = require("matplotlib.figure", "cli")  # without pyplot: no display, no state
+    figure = figure_module.Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    initial_loss = result.curves["sgd"]["balanced"].train_loss[:, 0].mean()
+    lowest = initial_loss
+    for i, (name, starts) in enumerate(result.curves.items()):
+        for start, curves in starts.items():
+            style = {
+                "color": f"C{i}",
+                "linestyle": "-" if start == "balanced" else "--",
+                # Where the two coincide the dashes must show on the solid line.
+                "linewidth": 3.0 if start == "balanced" else 1.6,
+                "alpha": 0.45 if start == "balanced" else 1.0,
+                "label": f"{OPTIMIZERS[name].label}, {start}",
+            }
+            epochs = np.arange(result.config.epochs + 1)
+            _draw(left, epochs, curves.train_loss, style)
+            _draw(right, epochs, curves.test_error, style)
+            lowest = np.nanmin([lowest, np.nanmin(curves.train_loss)])
+    left.set(
+        yscale="log",
+        ylim=(max(lowest / 2, 1e-8), 10 * initial_loss),
+        ylabel="training loss (cross-entropy)",
+        title=f"{result.dataset}, hidden layers {'-'.join(map(str, result.config.hidden))}",
+    )
+    right.set(yscale="log", ylabel="test error (%)", title="solid: balanced; dashed: unbalanced")
+    right.yaxis.set_major_locator(require("matplotlib.ticker", "cli").LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    handles, _ = right.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside right upper")
+    figure.savefig(path, dpi=150)
+
+
+def _draw(axes: Any, epochs: np.ndarray, curves: np.ndarray, style: dict[str, Any]) -> None:
+    finite = np.isfinite(curves).all(axis=0)
+    # From the first number that is not finite on there is no curve.
+    end = len(finite) if finite.all() else int(np.argmin(finite))
+    if end == 0:
+        return
+    mean, deviation = curves[:, :end].mean(axis=0), curves[:, :end].std(axis=0)
+    axes.plot(epochs[:end], mean, **style)
+    if len(curves) > 1:
+        band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(epochs[:end], mean - deviation, mean + deviation, **band)
+    if end < len(finite):
+        axes.plot(epochs[end - 1], mean[-1], "x", color=style["color"], markersize=9)
+
+
+def _cell(values: np.ndarray, form: str) -> str:
+    if not np.isfinite(values).all():
+        return "diverged"
+    mean = f"{values.mean():{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():{form}}"

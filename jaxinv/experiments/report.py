@@ -1,0 +1,165 @@
+"""What every experiment and benchmark writes: where it ran, a table, a JSON file."""
+
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import jaxinv
+from jaxinv.errors import JaxinvError
+
+# Called with the fraction done (0 to 1) and what is being done.
+Progress = Callable[[float, str], None]
+
+
+class MissingExtra(JaxinvError, ImportError):
+    """A library of an extra is needed and not installed."""
+
+
+def require(library: str, extra: str) -> Any:
+    """Import ``library``, or say which extra brings it.
+
+    Args:
+        library: name of the module.
+        extra: the extra of jaxinv that installs it.
+
+    Returns:
+        the module.
+
+    Raises:
+        MissingExtra: if the module is not installed.
+
+    >>> require("math", "cli").sqrt(4.0)
+    2.0
+    >>> require("no_such_library", "cli")
+    Traceback (most recent call last):
+    ...
+    jaxinv.experiments.report.MissingExtra: this needs no_such_library, which is not installed; run: pip install 'jaxinv[cli]'
+    """  # noqa: E501 (a doctest cannot break the message)
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"this needs {library}, which is not installed; run: pip install 'jaxinv[{extra}]'"
+        ) from error
+
+
+class Table(NamedTuple):
+    """A table of text, printed by the caller."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def markdown(table: Table) -> str:
+    """Write ``table`` as Markdown.
+
+    >>> print(markdown(Table("Squares", ["n", "n²"], [["2", "4"]])))
+    Squares
+    <BLANKLINE>
+    | n | n² |
+    |---|---|
+    | 2 | 4 |
+    """
+    lines = [table.columns, *table.rows]
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([table.title, "", head, "|" + "---|" * len(table.columns), *body])
+
+
+def print_table(table: Table) -> None:
+    """Print ``table`` on the terminal; needs the extra ``cli``."""
+    box = require("rich.box", "cli").SIMPLE  # no side borders: eight columns fit a terminal of 80
+    rich_table = require("rich.table", "cli").Table(
+        title=table.title, title_justify="left", box=box, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for i, column in enumerate(table.columns):
+        cells = [row[i] for row in table.rows]
+        # Names are read from the left, numbers are compared from the right.
+        justify = "right" if all(cell[:1].isdigit() or not cell for cell in cells) else "left"
+        # Headers may break into several lines, cells may not.
+        rich_table.add_column(column, justify=justify, min_width=max(map(len, cells), default=0))
+    for row in table.rows:
+        rich_table.add_row(*row)
+    require("rich.console", "cli").Console().print(rich_table)
+
+
+def environment() -> dict[str, Any]:
+    """Describe the versions and the hardware that produced a number.
+
+    Returns:
+        versions of Python, jax, jaxlib, optax, flax, numpy and jaxinv; the
+        devices jax computes on; the model and the number of cores of the CPU.
+
+    >>> sorted(environment())
+    ['cpu', 'cpu_cores', 'device', 'device_count', 'operating_system', 'platform', 'versions']
+    """
+    libraries = ["jax", "jaxlib", "optax", "flax", "numpy"]
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in libraries},
+            "jaxinv": jaxinv.__version__,
+        },
+        "platform": device.platform,
+        "device": device.device_kind,
+        "device_count": jax.device_count(),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "operating_system": platform.system(),
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` to ``path`` in one step, so that no half-written file is ever seen.
+
+    Arrays become lists, and NaN and infinities ``null``, which JSON lacks.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "results.json"
+    >>> write_json(path, {"loss": np.array([1.0, np.nan])})
+    >>> json.loads(path.read_text())
+    {'loss': [1.0, None]}
+    """
+    text = json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False)
+    # Next to the target, because a rename is atomic only within one file system.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 is meant for secrets
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
