@@ -493,6 +493,9 @@ class Network:
         """The weights as a pytree of arrays."""
         return jax.tree.map(lambda ids: np.asarray(self.dag.weights, dtype)[ids], self.ids)
 
+    def __repr__(self):
+        return f"Network({self.inputs.shape}, {self.layers})"
+
     def fn(self, params, x):
         """The network as a user would write it."""
         return apply_all(self.layers, params, x)

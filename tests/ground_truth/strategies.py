@@ -92,20 +92,22 @@ def layers_for(shape):
     return choices
 
 
+SHAPES = [(3,), (4, 2), (3, 3, 1)]
+
+
 @st.composite
-def networks(draw):
-    """A network of one to five layers with at most `MAX_PATHS` paths."""
-    shape = draw(st.sampled_from([(3,), (4, 2), (3, 3, 1)]))
+def networks(draw, shape):
+    """A network of one to six layers, some with weights, with at most `MAX_PATHS` paths."""
     seed = draw(st.integers(0, 2**32 - 1))
-    network = Network(shape, (Dense(2),), seed)
-    layers = ()
+    network = Network(shape, (), seed)
     for _ in range(draw(st.integers(1, 5))):
-        candidates = layers_for(network.outputs.shape if layers else shape)
-        layers = (*layers, draw(st.sampled_from(candidates)))
-        candidate = Network(shape, layers, seed)
+        layer = draw(st.sampled_from(layers_for(network.outputs.shape)))
+        candidate = Network(shape, (*network.layers, layer), seed)
         if candidate.num_paths > MAX_PATHS:
             break
         network = candidate
+    if not network.dag.weights or not any(ids.values() for ids in network.ids.values()):
+        network = Network(shape, (*network.layers, Scale("parameter")), seed)
     return network
 
 

@@ -1,0 +1,458 @@
+"""Path norms and κ against enumerated paths, and the theorems that they obey."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from jaxinv import log_path_kappa, log_path_norm, networks, path_kappa, path_norm, unit_path_norms
+from tests.ground_truth import exact
+from tests.ground_truth.layers import Dense, Network
+from tests.ground_truth.strategies import (
+    ANY_SHAPE,
+    GATES,
+    LONG,
+    SEQUENCES,
+    SEVERAL_AXES,
+    SHAPES,
+    WIDE,
+    exponents,
+)
+from tests.ground_truth.strategies import networks as random_networks
+
+X = np.ones((5, 2))
+
+# (γ_p^p, κ): the published table, p = 2 for κ. The enumeration below must reproduce it too.
+TABLE = {
+    (1, False): 113 / 2,
+    (1, True): 122,
+    (2, False): 2585 / 4,
+    (2, True): 3419 / 2,
+    (4, False): 18.368584431**4,
+    (4, True): 27.393015930**4,
+}
+KAPPA_TABLE = {
+    False: {
+        "Dense_0": {"kernel": [[17 / 4, 17 / 4], [25, 25]]},
+        "Dense_1": {"kernel": [[20, 100], [5, 25]]},
+        "Dense_2": {"kernel": [[105, 905 / 4]]},
+    },
+    True: {
+        "Dense_0": {"kernel": [[17 / 4, 17 / 4], [25, 25]], "bias": [17 / 4, 25]},
+        "Dense_1": {"kernel": [[120, 244], [30, 61]], "bias": [4, 1]},
+        "Dense_2": {"kernel": [[275, 1121 / 2]], "bias": [1]},
+    },
+}
+
+
+def assert_trees_close(actual, expected, rtol):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.shape(a) == np.shape(b)
+        np.testing.assert_allclose(a, b, rtol=rtol)
+
+
+def mlp_of(*widths, seed=0, dtype=np.float64, bias=True):
+    """A fully connected network with random biases, as (params, x)."""
+    params = networks.init_mlp(
+        jax.random.key(seed), widths, bias=bias, bias_std=float(bias), dtype=dtype
+    )
+    return params, jax.ShapeDtypeStruct((7, widths[0]), dtype)
+
+
+# --- the 2-2-2-1 network ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("p", "biases"), TABLE)
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-6), (np.float64, 1e-9)])
+def test_path_norm_of_the_published_network(p, biases, dtype, rtol, x64):
+    expected = float(exact.path_norm_power(p, biases=biases))
+    np.testing.assert_allclose(expected, TABLE[p, biases], rtol=1e-9)
+    params = exact.flax_params(dtype, biases=biases)
+    norm = path_norm(networks.mlp, params, X.astype(dtype), p=p)
+    assert norm.shape == () and norm.dtype == dtype
+    np.testing.assert_allclose(norm, expected ** (1 / p), rtol=rtol)
+    log_norm = log_path_norm(networks.mlp, params, X.astype(dtype), p=p)
+    np.testing.assert_allclose(log_norm, np.log(expected) / p, rtol=rtol)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_kappa_enumeration_reproduces_the_published_table(biases):
+    table = jax.tree.map(
+        lambda a: np.array(a, float).T, KAPPA_TABLE[biases], is_leaf=lambda a: isinstance(a, list)
+    )
+    assert_trees_close(exact.kappa_arrays(2, biases=biases), table, rtol=0)
+
+
+@pytest.mark.parametrize(("p", "biases"), TABLE)
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-5), (np.float64, 1e-13)])
+def test_kappa_of_the_published_network(p, biases, dtype, rtol, x64):
+    params = exact.flax_params(dtype, biases=biases)
+    expected = exact.kappa_arrays(p, biases=biases)
+    kappa = path_kappa(networks.mlp, params, X.astype(dtype), p=p)
+    assert {leaf.dtype for leaf in jax.tree.leaves(kappa)} == {np.dtype(dtype)}
+    assert_trees_close(kappa, expected, rtol)
+    log_kappa = log_path_kappa(networks.mlp, params, X.astype(dtype), p=p)
+    assert_trees_close(log_kappa, jax.tree.map(np.log, expected), rtol)
+
+
+# --- enumerated paths ---------------------------------------------------------------------------
+
+
+def assert_matches_enumeration(network, p):
+    with jax.enable_x64(True):
+        params, x = network.params(np.float64), network.x(2, np.float64)
+        norms, kappa = network.truth(p)
+        units = unit_path_norms(network.fn, params, x, p=p)
+        assert units.shape == norms.shape
+        np.testing.assert_allclose(units, norms ** (1 / p), rtol=1e-10)
+        # rtol alone: an element that is zero must come out as exactly zero.
+        assert_trees_close(path_kappa(network.fn, params, x, p=p), kappa, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_networks_agree_with_their_enumerated_paths(shape):
+    """Three shapes of input, 70 networks each."""
+
+    @settings(max_examples=70)
+    @given(random_networks(shape), exponents)
+    def agree(network, p):
+        assert_matches_enumeration(network, p)
+
+    agree()
+
+
+LAYERS = [*GATES, *ANY_SHAPE, *WIDE, *SEVERAL_AXES, *SEQUENCES, *LONG]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_every_layer_agrees_with_its_enumerated_paths(layer):
+    """Whatever hypothesis draws, no layer goes untested: each between two others."""
+    assert_matches_enumeration(Network((3, 2), (Dense(2), layer, Dense(1)), seed=5), p=1.7)
+
+
+# --- logarithms and overflow --------------------------------------------------------------------
+
+
+def test_logarithms_are_those_of_the_values(x64):
+    params, x = mlp_of(4, 5, 3)
+    norm, kappa = path_norm(networks.mlp, params, x), path_kappa(networks.mlp, params, x)
+    np.testing.assert_allclose(log_path_norm(networks.mlp, params, x), np.log(norm), rtol=1e-12)
+    assert_trees_close(
+        log_path_kappa(networks.mlp, params, x), jax.tree.map(np.log, kappa), rtol=1e-12
+    )
+
+
+def test_log_kappa_is_minus_infinity_exactly_where_no_path_goes():
+    params = {"used": np.eye(2, dtype=np.float32), "unused": np.ones(3, np.float32)}
+    params["out"] = np.array([[1.0], [0.0]], np.float32)
+    x = np.ones((1, 2), np.float32)
+    kappa = log_path_kappa(lambda w, x: x @ w["used"] @ w["out"], params, x)
+    np.testing.assert_array_equal(kappa["unused"], -np.inf)
+    np.testing.assert_array_equal(kappa["used"], [[0, -np.inf], [0, -np.inf]])
+    np.testing.assert_array_equal(kappa["out"], [[0], [0]])
+    kappa = path_kappa(lambda w, x: x @ w["used"] @ w["out"], params, x)
+    np.testing.assert_array_equal(kappa["unused"], 0)
+
+
+def test_norm_of_a_network_without_a_path_is_zero():
+    def fn(w, x):
+        return jax.nn.relu(x @ w)
+
+    w, x = np.zeros((2, 2), np.float32), np.ones((1, 2), np.float32)
+    assert path_norm(fn, w, x) == 0
+    assert log_path_norm(fn, w, x) == -np.inf
+    np.testing.assert_array_equal(path_kappa(fn, w, x), 1)
+
+
+def test_two_hundred_wide_layers_do_not_overflow_float32():
+    """He init × 4 gives γ² ≈ 32^200: beyond float32, so only a scaled sum can hold it."""
+    depth, width = 200, 512
+    rng = np.random.default_rng(0)
+    kernels = rng.standard_normal((depth, width, width), np.float32) * np.float32(
+        4 * np.sqrt(2 / width)
+    )
+    x = jax.ShapeDtypeStruct((128, width), np.float32)
+
+    def fn(stack, x):
+        return jax.lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, stack)[0]
+
+    # The same sums in float64, with the scale of every layer taken out by hand.
+    forward, backward = [np.ones(width)], [np.ones(width)]
+    log_forward, log_backward = [0.0], [0.0]
+    q = np.square(kernels, dtype=np.float64)
+    for k in range(depth):
+        v = forward[-1] @ q[k]
+        forward.append(v / v.sum())
+        log_forward.append(log_forward[-1] + np.log(v.sum()))
+        v = q[depth - 1 - k] @ backward[-1]
+        backward.append(v / v.sum())
+        log_backward.append(log_backward[-1] + np.log(v.sum()))
+    log_norm = log_path_norm(fn, kernels, x)
+    assert path_norm(fn, kernels, x) == np.inf
+    np.testing.assert_allclose(log_norm, log_forward[-1] / 2, rtol=1e-6)
+
+    log_kappa = np.asarray(log_path_kappa(fn, kernels, x))
+    assert np.isfinite(log_kappa).all()
+    for k in (0, 1, 100, depth - 1):
+        logs = np.log(forward[k])[:, None] + np.log(backward[depth - 1 - k])[None]
+        expected = logs + log_forward[k] + log_backward[depth - 1 - k]
+        # The exponents are exact, so what is lost is the last digit of a logarithm of about 700.
+        np.testing.assert_allclose(log_kappa[k], expected, rtol=0, atol=5e-4)
+
+
+def test_l1_norm_beyond_float32_has_a_finite_logarithm():
+    params = {f"Dense_{i}": {"kernel": np.full((8, 8), 50, np.float32)} for i in range(40)}
+    x = np.ones((1, 8), np.float32)
+    assert path_norm(networks.mlp, params, x, p=1) == np.inf
+    np.testing.assert_allclose(
+        log_path_norm(networks.mlp, params, x, p=1), 41 * np.log(8) + 40 * np.log(50), rtol=1e-6
+    )
+
+
+def test_vanishing_weights_do_not_underflow_float32():
+    params = {f"Dense_{i}": {"kernel": np.full((4, 4), 1e-25, np.float32)} for i in range(10)}
+    kappa = log_path_kappa(networks.mlp, params, np.ones((1, 4), np.float32))
+    expected = 9 * 2 * np.log(1e-25) + 9 * np.log(4)
+    for leaf in jax.tree.leaves(kappa):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-6)
+
+
+# --- what the inputs mean -----------------------------------------------------------------------
+
+
+def test_only_the_shape_of_one_example_matters():
+    params, _ = mlp_of(4, 5, 3, dtype=np.float32)
+    reference = path_kappa(networks.mlp, params, np.ones((1, 4), np.float32))
+    for x in (
+        np.full((1, 4), np.nan, np.float32),
+        np.zeros((100, 4), np.float32),
+        jax.ShapeDtypeStruct((64, 4), np.float32),
+        jnp.ones((3, 2, 2)),
+    ):
+        assert_trees_close(path_kappa(networks.mlp, params, x), reference, rtol=0)
+
+
+def test_inputs_may_be_a_pytree(x64):
+    def fn(w, x):
+        return jax.nn.relu(x["a"] @ w[0]) - x["b"][1] @ w[1]
+
+    w = (np.array([[1.0], [2.0]]), np.array([[3.0]]))
+    x = {"a": np.ones((4, 2)), "b": [np.ones((4, 5)), np.ones((4, 1))]}
+    np.testing.assert_allclose(path_norm(fn, w, x), np.sqrt(1 + 4 + 9))
+
+
+def test_outputs_may_be_a_pytree(x64):
+    def fn(w, x):
+        h = x @ w
+        return {"sum": h.sum(axis=1), "both": (h, h)}
+
+    units = unit_path_norms(fn, np.array([[3.0, 1.0], [4.0, 0.0]]), X)
+    assert_trees_close(
+        units, {"sum": np.sqrt(26.0), "both": (np.array([5.0, 1.0]),) * 2}, rtol=1e-12
+    )
+
+
+def test_unit_norms_add_up_to_the_norm(x64):
+    params, x = mlp_of(4, 6, 3)
+    for p in (1, 2, 3.3):
+        units = unit_path_norms(networks.mlp, params, x, p=p)
+        norm = path_norm(networks.mlp, params, x, p=p)
+        np.testing.assert_allclose((units**p).sum(), norm**p, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_weights_are_summed_in_float32(dtype):
+    params, x = mlp_of(64, 64, 64, dtype=dtype)
+    full = jax.tree.map(lambda a: a.astype(np.float32), params)
+    kappa = path_kappa(networks.mlp, params, jax.ShapeDtypeStruct(x.shape, dtype))
+    expected = path_kappa(networks.mlp, full, jax.ShapeDtypeStruct(x.shape, np.float32))
+    assert_trees_close(kappa, expected, rtol=1e-5)
+
+
+# --- theorems -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), exponents)
+def test_kappa_summed_over_a_cut_is_the_norm(seed, p):
+    """Every path of a bias-free network crosses each layer once: Σ_e |w_e|^p κ_e = γ_p^p."""
+    with jax.enable_x64(True):
+        params, x = mlp_of(3, 4, 4, 2, seed=seed, bias=False)
+        kappa = path_kappa(networks.mlp, params, x, p=p)
+        norm = path_norm(networks.mlp, params, x, p=p)
+        cuts = jax.tree.map(lambda w, k: (abs(w) ** p * k).sum(), params, kappa)
+        for cut in jax.tree.leaves(cuts):
+            np.testing.assert_allclose(cut, norm**p, rtol=1e-12)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**32 - 1), exponents)
+def test_a_residual_block_is_crossed_by_all_paths_or_skipped(seed, p):
+    """The stem and the read-out are cuts; the two convolutions of the branch cut equal shares."""
+    with jax.enable_x64(True):
+        key = jax.random.key(seed)
+        params = networks.init_cnn(key, 3, num_classes=2, bias=False, dtype=np.float64)
+        x = jax.ShapeDtypeStruct((1, 4, 4, 1), np.float64)
+        kappa = path_kappa(networks.cnn, params, x, p=p)
+        norm = path_norm(networks.cnn, params, x, p=p)
+        cut = {
+            name: (abs(params[name]["kernel"]) ** p * kappa[name]["kernel"]).sum()
+            for name in params
+        }
+        np.testing.assert_allclose(cut["Conv_0"], norm**p, rtol=1e-12)
+        np.testing.assert_allclose(cut["Dense_0"], norm**p, rtol=1e-12)
+        np.testing.assert_allclose(cut["Conv_1"], cut["Conv_2"], rtol=1e-12)
+        assert cut["Conv_1"] < norm**p
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
+def test_rescaling_a_unit_changes_no_norm_and_kappa_inversely(p, x64):
+    """w_in·d, w_out/d: γ unchanged and κ_e ↦ κ_e/d^p, κ_e·d^p on either side."""
+    rng = np.random.default_rng(1)
+    params, x = mlp_of(4, 6, 5, 3)
+    d = np.exp(rng.standard_normal(6))
+    scales = {"Dense_0": {"kernel": d, "bias": d}, "Dense_1": {"kernel": 1 / d[:, None], "bias": 1}}
+    scales["Dense_2"] = {"kernel": 1, "bias": 1}
+    other = jax.tree.map(lambda w, s: w * s, params, scales)
+    np.testing.assert_allclose(
+        unit_path_norms(networks.mlp, other, x, p=p),
+        unit_path_norms(networks.mlp, params, x, p=p),
+        rtol=1e-12,
+    )
+    expected = jax.tree.map(lambda k, s: k / s**p, path_kappa(networks.mlp, params, x, p=p), scales)
+    assert_trees_close(path_kappa(networks.mlp, other, x, p=p), expected, rtol=1e-12)
+
+
+def test_rescaling_by_powers_of_two_changes_no_bit():
+    params, x = mlp_of(4, 6, 3, dtype=np.float32)
+    d = np.float32(2.0) ** np.arange(-3, 3)
+    other = {
+        "Dense_0": {k: w * d for k, w in params["Dense_0"].items()},
+        "Dense_1": {"kernel": params["Dense_1"]["kernel"] / d[:, None]}
+        | {"bias": params["Dense_1"]["bias"]},
+    }
+    assert path_norm(networks.mlp, other, x) == path_norm(networks.mlp, params, x)
+    kappa = path_kappa(networks.mlp, params, x)
+    rescaled = path_kappa(networks.mlp, other, x)
+    np.testing.assert_array_equal(rescaled["Dense_0"]["kernel"] * d**2, kappa["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(
+        rescaled["Dense_1"]["kernel"] / d[:, None] ** 2, kappa["Dense_1"]["kernel"]
+    )
+
+
+def test_rescaling_channels_of_a_convolutional_network(x64):
+    key = jax.random.key(0)
+    params = networks.init_cnn(key, 4, num_classes=2, bias_std=1.0, dtype=np.float64)
+    x = jax.ShapeDtypeStruct((1, 6, 6, 1), np.float64)
+    d = np.exp(np.random.default_rng(0).standard_normal(4))
+    other = dict(params)
+    other["Conv_1"] = jax.tree.map(lambda w: w * d, params["Conv_1"])
+    kernel = params["Conv_2"]["kernel"] / d[:, None]
+    other["Conv_2"] = {"kernel": kernel, "bias": params["Conv_2"]["bias"]}
+    for p in (1, 2, 3):
+        np.testing.assert_allclose(
+            path_norm(networks.cnn, other, x, p=p),
+            path_norm(networks.cnn, params, x, p=p),
+            rtol=1e-12,
+        )
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
+def test_gradient_of_the_norm_is_kappa_by_the_chain_rule(p, x64):
+    """∂γ/∂w = γ^{1-p} κ |w|^{p-1} sign w, and finite differences agree."""
+    params, x = mlp_of(3, 4, 2)
+
+    def norm(w):
+        return path_norm(networks.mlp, w, x, p=p)
+
+    gamma, kappa = norm(params), path_kappa(networks.mlp, params, x, p=p)
+    expected = jax.tree.map(
+        lambda w, k: gamma ** (1 - p) * k * abs(w) ** (p - 1) * jnp.sign(w), params, kappa
+    )
+    assert_trees_close(jax.jit(jax.grad(norm))(params), expected, rtol=1e-10)
+    check_grads(norm, (params,), order=1, modes=["rev"], eps=1e-6)
+
+
+def test_jit_gives_the_values_of_eager_evaluation(x64):
+    params, x = mlp_of(3, 4, 2)
+    for function in (path_norm, log_path_norm, path_kappa, log_path_kappa, unit_path_norms):
+
+        def of_params(w, function=function):
+            return function(networks.mlp, w, x, p=1.5)
+
+        jax.tree.map(
+            # The absolute tolerance is for logarithms near zero.
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14),
+            jax.jit(of_params)(params),
+            of_params(params),
+        )
+
+
+def test_vmap_over_an_ensemble_is_a_loop_over_its_members(x64):
+    members = [mlp_of(3, 4, 2, seed=s)[0] for s in range(4)]
+    # Members of very different sizes: each must keep a scale of its own.
+    members = [jax.tree.map(lambda w, s=s: w * 10.0 ** (20 * s), m) for s, m in enumerate(members)]
+    x = jax.ShapeDtypeStruct((1, 3), np.float64)
+    stacked = jax.tree.map(lambda *ws: jnp.stack(ws), *members)
+    for function in (path_norm, log_path_kappa):
+        together = jax.vmap(lambda w, function=function: function(networks.mlp, w, x))(stacked)
+        alone = [function(networks.mlp, m, x) for m in members]
+        assert_trees_close(together, jax.tree.map(lambda *a: jnp.stack(a), *alone), rtol=1e-12)
+
+
+# --- units with several inputs, and slopes -------------------------------------------------------
+
+
+def test_every_argument_of_a_maximum_may_be_the_active_path(x64):
+    w = np.array([[1.0, 2.0, -3.0, 4.0]])
+    x = np.ones((3, 1))
+    cases = {
+        "reduce_max": (lambda h: h.max(axis=-1, keepdims=True), [30]),
+        "sort": (lambda h: jnp.sort(h, axis=-1), [30] * 4),
+        "k-max": (lambda h: jax.lax.top_k(h, 3)[0], [30] * 3),
+        "maxout": (lambda h: jnp.maximum(h[:, :2], h[:, 2:]), [1 + 9, 4 + 16]),
+        "minimum": (lambda h: jnp.minimum(h[:, :2], h[:, 2:]), [1 + 9, 4 + 16]),
+        "cummax": (lambda h: jax.lax.cummax(h, axis=1), [1, 5, 14, 30]),
+    }
+    for name, (unit, squares) in cases.items():
+        units = unit_path_norms(lambda w, x, unit=unit: unit(x @ w), w, x)
+        np.testing.assert_allclose(units**2, squares, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize(("slope", "kappa"), [(-3.0, 13.0), (0.5, 0.0), (0.0, 0.0)])
+def test_kappa_of_a_prelu_slope(slope, kappa, x64):
+    """The gate's edge is max(1, |α|)^p, whose derivative by |α|^p is one only beyond one."""
+
+    def fn(w, x):
+        h = x @ w["kernel"]
+        return jnp.where(h >= 0, h, w["slope"] * h)
+
+    params = {"kernel": np.array([[2.0], [3.0]]), "slope": np.array(slope)}
+    np.testing.assert_allclose(path_kappa(fn, params, X)["slope"], kappa)
+    steep = max(1.0, slope**2)
+    np.testing.assert_allclose(path_kappa(fn, params, X)["kernel"], steep)
+    np.testing.assert_allclose(path_norm(fn, params, X) ** 2, 13 * steep)
+
+
+def test_dividing_by_a_parameter_multiplies_by_its_inverse(x64):
+    params = {"kernel": np.array([[2.0], [3.0]]), "scale": np.array([4.0])}
+    norm = path_norm(lambda w, x: x @ w["kernel"] / w["scale"], params, X)
+    np.testing.assert_allclose(norm, np.sqrt(13) / 4)
+
+
+def test_a_learned_first_state_is_a_bias(x64):
+    def fn(w, x):
+        h0 = jnp.broadcast_to(w["h0"], (x.shape[0], 1))
+        xs = jnp.moveaxis(x, 1, 0)
+        return jax.lax.scan(lambda h, x_t: (jax.nn.relu(h * w["w"] + x_t), None), h0, xs)[0]
+
+    params = {"h0": np.array([3.0]), "w": np.array([2.0])}
+    kappa = path_kappa(fn, params, np.ones((1, 2, 1)))
+    # Paths: h0·w·w, x₀·w and x₁; so γ² = 9·16 + 4 + 1.
+    np.testing.assert_allclose(path_norm(fn, params, np.ones((1, 2, 1))) ** 2, 149)
+    np.testing.assert_allclose(kappa["h0"], 16)
+    np.testing.assert_allclose(kappa["w"], 9 * 2 * 4 + 1)
