@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxinv.errors import JaxinvError
@@ -28,6 +29,9 @@ _MAGIC_LABELS = 0x0801
 _TEST_DIGITS = 360  # a fifth of the 1797
 
 
+Array = np.ndarray | jax.Array  # read as the former; an experiment may move it to the device
+
+
 class DataError(JaxinvError, ValueError):
     """A data file is missing or damaged, or files do not fit each other."""
 
@@ -36,10 +40,10 @@ class Dataset(NamedTuple):
     """A classification task."""
 
     name: str
-    x_train: np.ndarray  # float32 (n, features), between 0 and 1
-    y_train: np.ndarray  # int32 (n,), from 0 to num_classes − 1
-    x_test: np.ndarray
-    y_test: np.ndarray
+    x_train: Array  # float32 (n, features), between 0 and 1
+    y_train: Array  # int32 (n,), from 0 to num_classes − 1
+    x_test: Array
+    y_test: Array
     num_classes: int
 
 

@@ -113,8 +113,8 @@ class Curves(NamedTuple):
     """One optimizer from one start; the first axis of every array is the seed."""
 
     step_loss: np.ndarray  # (seeds, steps): the loss of each minibatch, with dropout
-    train_loss: np.ndarray  # (seeds, epochs + 1): of the training set, without dropout
-    test_error: np.ndarray  # (seeds, epochs + 1): in percent
+    test_error: np.ndarray  # (seeds, evaluations): in percent, evenly spaced, start included
+    final_loss: np.ndarray  # (seeds,): of the whole training set, without dropout
     seconds_per_step: float  # of all seeds together, without compilation
 
 
@@ -195,7 +195,9 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
             f"a batch of {config.batch_size} is larger than the training set "
             f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
         )
-    trainers = {name: _trainer(name, data, config) for name in OPTIMIZERS}
+    data = data._replace(x_train=jnp.asarray(data.x_train), y_train=jnp.asarray(data.y_train))
+    starts = _starts(data, config)
+    trainers = {name: _trainer(optimizer, data, config) for name, optimizer in OPTIMIZERS.items()}
     given = {name: getattr(config, f"lr_{name}") for name in OPTIMIZERS}
     to_tune = [name for name in OPTIMIZERS if config.tune and given[name] is None]
     num_runs = len(STARTS) * len(OPTIMIZERS) + len(TUNING_RATES) * len(to_tune)
@@ -206,88 +208,110 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
             what = f"{OPTIMIZERS[name].label}, {start} start, learning rate {rate:g}"
             progress(next(done) / (num_runs * config.epochs), what)
 
-        return trainers[name](start, rate, after_epoch)
+        return trainers[name](starts[start], rate, after_epoch)
 
     rates, curves = {}, {}
     for name, optimizer in OPTIMIZERS.items():
         rates[name] = given[name] or optimizer.learning_rate
         if name in to_tune:
-            losses = [train(name, "balanced", rate).train_loss for rate in TUNING_RATES]
+            losses = [train(name, "balanced", rate).final_loss for rate in TUNING_RATES]
             # A rate that diverges for one seed is no candidate: NaN becomes infinity.
-            final = [np.nan_to_num(loss[:, -1], nan=np.inf).mean() for loss in losses]
-            rates[name] = TUNING_RATES[int(np.argmin(final))]
+            means = [np.nan_to_num(loss, nan=np.inf).mean() for loss in losses]
+            rates[name] = TUNING_RATES[int(np.argmin(means))]
         curves[name] = {start: train(name, start, rates[name]) for start in STARTS}
     return Result(config, data.name, rates, curves)
 
 
-def _trainer(
-    name: str, data: datasets.Dataset, config: Config
-) -> Callable[[str, float, Callable[[], None]], Curves]:
-    """Return ``train(start, learning_rate, after_epoch)`` for one optimizer; compiles once."""
-    x, y, x_test, y_test = map(jnp.asarray, (data.x_train, data.y_train, data.x_test, data.y_test))
-    steps = len(x) // config.batch_size
-    sizes = (x.shape[1], *config.hidden, data.num_classes)
-    spec = jax.ShapeDtypeStruct((config.batch_size, x.shape[1]), x.dtype)
+def _seed_keys(config: Config) -> jax.Array:
+    return jax.vmap(jax.random.key)(jnp.arange(config.seeds))
 
-    def make(rate: jax.Array) -> Any:
-        return OPTIMIZERS[name].make(rate, spec)
 
-    def initial(start: str, key: jax.Array) -> Params:
+def _starts(data: datasets.Dataset, config: Config) -> dict[str, Params]:
+    """Draw the two starts of each seed; all leaves have a leading axis of seeds."""
+    sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
+
+    def both(key: jax.Array) -> tuple[Params, Params]:
         init_key, scale_key = jax.random.split(key)
         params = init_mlp(init_key, sizes)
-        return params if start == "balanced" else unbalance(scale_key, params)
+        return params, unbalance(scale_key, params)
 
-    def epoch(
-        rate: jax.Array, params: Params, state: optax.OptState, key: jax.Array, x: Any, y: Any
-    ) -> tuple[Params, optax.OptState, jax.Array]:
-        optimizer = make(rate)
+    return dict(zip(STARTS, jax.jit(jax.vmap(both))(_seed_keys(config)), strict=True))
+
+
+def _trainer(
+    optimizer: Optimizer, data: datasets.Dataset, config: Config
+) -> Callable[[Params, float, Callable[[], None]], Curves]:
+    """Return ``train(start, learning_rate, after_epoch)`` for one optimizer.
+
+    An epoch is cut into a few segments, each one call of a compiled scan, with
+    the test error between them: three epochs of MNIST are 1800 steps, and four
+    points of test error would be no curve.
+    """
+    x, y = data.x_train, data.y_train
+    steps = len(x) // config.batch_size
+    segments = _segments(steps, config.epochs)
+    spec = jax.ShapeDtypeStruct((config.batch_size, x.shape[1]), x.dtype)
+
+    def shuffle(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         order_key, dropout_key = jax.random.split(key)
         order = jax.random.permutation(order_key, len(x))[: steps * config.batch_size]
+        order = order.reshape(segments, steps // segments, config.batch_size)
+        return order, jax.random.split(dropout_key, order.shape[:2])
 
-        def step(carry: Any, inputs: Any) -> Any:
+    def segment(
+        rate: jax.Array, x: jax.Array, y: jax.Array, params: Params, state: Any, minibatches: Any
+    ) -> tuple[Params, Any, jax.Array]:
+        transform = optimizer.make(rate, spec)
+
+        def step(carry: Any, minibatch: Any) -> Any:
             params, state = carry
-            rows, key = inputs
+            rows, key = minibatch
             loss_fn = partial(_loss, key=key, dropout=config.dropout)
             loss, gradient = jax.value_and_grad(loss_fn)(params, x[rows], y[rows])
-            updates, state = optimizer.update(gradient, state, params)
+            updates, state = transform.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), loss
 
-        minibatches = order.reshape(steps, config.batch_size), jax.random.split(dropout_key, steps)
         (params, state), losses = jax.lax.scan(step, (params, state), minibatches)
         return params, state, losses
 
-    over_seeds = partial(jax.vmap, in_axes=(None, 0, 0, 0, None, None))
-    compiled_epoch = jax.jit(over_seeds(epoch))
-    init_state = jax.jit(lambda rate, params: jax.vmap(make(rate).init)(params))
-    evaluate = jax.jit(jax.vmap(_evaluate, in_axes=(0, None, None)))
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+    # The learning rate is an argument, so that tuning compiles once, not once per rate.
+    run_segment = jax.jit(jax.vmap(segment, in_axes=(None, None, None, 0, 0, 0)))
+    shuffle_seeds = jax.jit(jax.vmap(shuffle))
+    init_state = jax.jit(lambda rate, params: jax.vmap(optimizer.make(rate, spec).init)(params))
+    keys = _seed_keys(config)
 
-    def train(start: str, learning_rate: float, after_epoch: Callable[[], None]) -> Curves:
+    def train(params: Params, learning_rate: float, after_epoch: Callable[[], None]) -> Curves:
         rate = jnp.asarray(learning_rate, x.dtype)
-        params = jax.vmap(partial(initial, start))(keys)
         state = init_state(rate, params)
-        # Lowered and compiled apart from its first call, so that timings hold no compilation.
-        run_epoch = compiled_epoch.lower(rate, params, state, keys, x, y).compile()
         losses, seconds = [], []
-        at_boundaries = [(evaluate(params, x, y), evaluate(params, x_test, y_test))]
-        for i in range(config.epochs):
-            epoch_keys = jax.vmap(partial(jax.random.fold_in, data=i))(keys)
-            begin = time.perf_counter()
-            params, state, loss = jax.block_until_ready(
-                run_epoch(rate, params, state, epoch_keys, x, y)
-            )
-            seconds.append(time.perf_counter() - begin)
-            losses.append(loss)
-            at_boundaries.append((evaluate(params, x, y), evaluate(params, x_test, y_test)))
+        errors = [_evaluate_seeds(params, data.x_test, data.y_test)[1]]
+        for epoch in range(config.epochs):
+            epoch_keys = jax.vmap(partial(jax.random.fold_in, data=epoch))(keys)
+            order, dropout_keys = shuffle_seeds(epoch_keys)
+            for i in range(segments):
+                inputs = (rate, x, y, params, state, (order[:, i], dropout_keys[:, i]))
+                if epoch == i == 0:
+                    jax.block_until_ready(run_segment(*inputs))  # compiles, outside the timing
+                begin = time.perf_counter()
+                params, state, loss = jax.block_until_ready(run_segment(*inputs))
+                seconds.append(time.perf_counter() - begin)
+                losses.append(loss)
+                errors.append(_evaluate_seeds(params, data.x_test, data.y_test)[1])
             after_epoch()
         return Curves(
             step_loss=np.concatenate(losses, axis=1),
-            train_loss=np.stack([train[0] for train, _ in at_boundaries], axis=1),
-            test_error=np.stack([100 * test[1] for _, test in at_boundaries], axis=1),
-            seconds_per_step=float(np.median(seconds)) / steps,
+            test_error=100 * np.stack(errors, axis=1),
+            final_loss=np.asarray(_evaluate_seeds(params, x, y)[0]),
+            seconds_per_step=float(np.median(seconds)) / (steps // segments),
         )
 
     return train
+
+
+def _segments(steps: int, epochs: int) -> int:
+    """Return into how many equal parts to cut an epoch: about 24 in the whole training."""
+    wanted = max(1, 24 // epochs)
+    return max(parts for parts in range(1, wanted + 1) if steps % parts == 0)
 
 
 def _loss(params: Params, x: jax.Array, y: jax.Array, *, key: jax.Array, dropout: float) -> Any:
@@ -322,6 +346,9 @@ def _evaluate(params: Params, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ja
     return loss.mean(), wrong.mean()
 
 
+_evaluate_seeds = jax.jit(jax.vmap(_evaluate, in_axes=(0, None, None)))
+
+
 def start_distance(balanced: np.ndarray, unbalanced: np.ndarray) -> np.ndarray:
     """Return the largest distance between the curves of the two starts, of each seed.
 
@@ -352,20 +379,20 @@ def table(result: Result) -> Table:
                     OPTIMIZERS[name].label,
                     f"{result.learning_rates[name]:g}",
                     start,
-                    _cell(curves.train_loss[:, -1], ".3g"),
+                    _cell(curves.final_loss, ".3g"),
                     _cell(curves.test_error[:, -1], ".2f"),
                     _cell(loss_distance, ".2g") if is_first else "",
                     _cell(error_distance, ".2f") if is_first else "",
                     f"{1e3 * curves.seconds_per_step:.3g}",
                 ]
             )
-    columns = ["optimizer", "rate", "start", "final loss", "test error %"]
-    columns += ["max Δ loss", "max Δ error %", "ms per step"]
+    columns = ["optimizer", "rate", "start", "final\nloss", "test\nerror %"]
+    columns += ["max Δ\nloss", "max Δ\nerror %", "ms per\nstep"]
     config = result.config
     layers = "-".join(map(str, config.hidden))
     title = (
         f"{result.dataset}, hidden layers {layers}, batch {config.batch_size}, "
-        f"{config.epochs} epochs, dropout {config.dropout:g}, {config.seeds} seed(s); "
+        f"{config.epochs} epochs, dropout {config.dropout:g}, {config.seeds} seed(s)\n"
         "max Δ: largest distance between the two starts' curves"
     )
     return Table(title, columns, rows)
@@ -376,7 +403,6 @@ def record(result: Result) -> dict[str, Any]:
     return {
         "dataset": result.dataset,
         "learning_rates": result.learning_rates,
-        "summary": table(result)._asdict(),
         "curves": {
             name: {start: curves._asdict() for start, curves in starts.items()}
             for name, starts in result.curves.items()
@@ -387,15 +413,15 @@ def record(result: Result) -> dict[str, Any]:
 def plot(result: Result, path: Path) -> None:
     """Draw training loss and test error, balanced starts solid, unbalanced dashed.
 
-    Bands are ± one standard deviation over seeds. A curve that becomes NaN or
-    infinite ends in a cross; one that leaves the axis has a loss over ten
-    times the initial one.
+    The loss is a running mean over minibatches. Bands are ± one standard
+    deviation over seeds. A curve that becomes NaN or infinite ends in a cross;
+    one that leaves the axis has a loss over ten times the initial one.
     """
     figure_module = require("matplotlib.figure", "cli")  # without pyplot: no display, no state
-    figure = figure_module.Figure(figsize=(11, 4.6), layout="constrained")
+    figure = figure_module.Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    initial_loss = result.curves["sgd"]["balanced"].train_loss[:, 0].mean()
-    lowest = initial_loss
+    config = result.config
+    smallest = []
     for i, (name, starts) in enumerate(result.curves.items()):
         for start, curves in starts.items():
             style = {
@@ -406,15 +432,20 @@ def plot(result: Result, path: Path) -> None:
                 "alpha": 0.45 if start == "balanced" else 1.0,
                 "label": f"{OPTIMIZERS[name].label}, {start}",
             }
-            epochs = np.arange(result.config.epochs + 1)
-            _draw(left, epochs, curves.train_loss, style)
+            loss = _running_mean(curves.step_loss)
+            # The mean over w minibatches stands at the last of them.
+            num_steps = curves.step_loss.shape[1]
+            steps = np.arange(1, num_steps + 1)[-loss.shape[1] :]
+            _draw(left, config.epochs * steps / num_steps, loss, style)
+            epochs = np.linspace(0, config.epochs, curves.test_error.shape[1])
             _draw(right, epochs, curves.test_error, style)
-            lowest = np.nanmin([lowest, np.nanmin(curves.train_loss)])
+            smallest.append(np.nanmin(loss))
+    initial_loss = result.curves["sgd"]["balanced"].step_loss[:, 0].mean()
     left.set(
         yscale="log",
-        ylim=(max(lowest / 2, 1e-8), 10 * initial_loss),
+        ylim=(max(min(smallest) / 2, 1e-8), 10 * initial_loss),
         ylabel="training loss (cross-entropy)",
-        title=f"{result.dataset}, hidden layers {'-'.join(map(str, result.config.hidden))}",
+        title=f"{result.dataset}, hidden layers {'-'.join(map(str, config.hidden))}",
     )
     right.set(yscale="log", ylabel="test error (%)", title="solid: balanced; dashed: unbalanced")
     right.yaxis.set_major_locator(require("matplotlib.ticker", "cli").LogLocator(subs=(1, 2, 5)))
@@ -428,19 +459,25 @@ def plot(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _running_mean(curves: np.ndarray) -> np.ndarray:
+    width = max(1, curves.shape[1] // 50)
+    windows = np.lib.stride_tricks.sliding_window_view(curves, width, axis=1)
+    return windows.mean(axis=-1)
+
+
 def _draw(axes: Any, epochs: np.ndarray, curves: np.ndarray, style: dict[str, Any]) -> None:
     finite = np.isfinite(curves).all(axis=0)
     # From the first number that is not finite on there is no curve.
     end = len(finite) if finite.all() else int(np.argmin(finite))
-    if end == 0:
-        return
+    if end < len(finite):
+        style = {**style, "label": style["label"] + " (diverges)"}
+        last = max(end - 1, 0)
+        axes.plot(epochs[last], curves[:, last].mean(), "x", markersize=9, color=style["color"])
     mean, deviation = curves[:, :end].mean(axis=0), curves[:, :end].std(axis=0)
     axes.plot(epochs[:end], mean, **style)
     if len(curves) > 1:
         band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
         axes.fill_between(epochs[:end], mean - deviation, mean + deviation, **band)
-    if end < len(finite):
-        axes.plot(epochs[end - 1], mean[-1], "x", color=style["color"], markersize=9)
 
 
 def _cell(values: np.ndarray, form: str) -> str:

@@ -57,7 +57,7 @@ class Table(NamedTuple):
     """A table of text, printed by the caller."""
 
     title: str
-    columns: Sequence[str]
+    columns: Sequence[str]  # a line break keeps a column narrow on a terminal
     rows: Sequence[Sequence[str]]
 
 
@@ -71,7 +71,7 @@ def markdown(table: Table) -> str:
     |---|---|
     | 2 | 4 |
     """
-    lines = [table.columns, *table.rows]
+    lines = [[column.replace("\n", " ") for column in table.columns], *table.rows]
     head, *body = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([table.title, "", head, "|" + "---|" * len(table.columns), *body])
 
@@ -83,14 +83,17 @@ def print_table(table: Table) -> None:
         title=table.title, title_justify="left", box=box, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for i, column in enumerate(table.columns):
-        cells = [row[i] for row in table.rows]
         # Names are read from the left, numbers are compared from the right.
-        justify = "right" if all(cell[:1].isdigit() or not cell for cell in cells) else "left"
-        # Headers may break into several lines, cells may not.
-        rich_table.add_column(column, justify=justify, min_width=max(map(len, cells), default=0))
+        is_number = any(row[i][:1].isdigit() for row in table.rows)
+        rich_table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for row in table.rows:
         rich_table.add_row(*row)
-    require("rich.console", "cli").Console().print(rich_table)
+    console = require("rich.console", "cli").Console()
+    # rich would cut cells off to fit the terminal; numbers are rather wrapped than lost.
+    unlimited = console.options.update(max_width=1000)
+    needed = require("rich.measure", "cli").Measurement.get(console, unlimited, rich_table).maximum
+    console.width = max(console.width, needed)
+    console.print(rich_table)
 
 
 def environment() -> dict[str, Any]:
