@@ -36,7 +36,7 @@ demo: $(VENV)/.stamp-cli
 	$(BIN)/jaxinv reproduce path-sgd $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -32,6 +32,13 @@ def strict_dtype_promotion():
 
 
 @pytest.fixture
+def standard_dtype_promotion(strict_dtype_promotion):
+    """The promotion of jax's defaults, for tests that run libraries which rely on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def x64():
     """64-bit floats inside one test; the default elsewhere stays what users have."""
     with jax.enable_x64(True):

@@ -184,8 +184,7 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
         DataError: if ``config.data`` cannot be read.
         InvalidInput: if the batch is larger than the training set.
 
-    >>> config = Config(hidden=(16,), epochs=1)
-    >>> result = run(config)
+    >>> result = run(Config(hidden=(16,), epochs=1))
     >>> result.curves["sgd"]["balanced"].step_loss.shape
     (1, 14)
     """
@@ -197,7 +196,8 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
         )
     data = data._replace(x_train=jnp.asarray(data.x_train), y_train=jnp.asarray(data.y_train))
     starts = _starts(data, config)
-    trainers = {name: _trainer(optimizer, data, config) for name, optimizer in OPTIMIZERS.items()}
+    minibatches = _minibatches(data, config)
+    trainers = {name: _trainer(row, data, minibatches, config) for name, row in OPTIMIZERS.items()}
     given = {name: getattr(config, f"lr_{name}") for name in OPTIMIZERS}
     to_tune = [name for name in OPTIMIZERS if config.tune and given[name] is None]
     num_runs = len(STARTS) * len(OPTIMIZERS) + len(TUNING_RATES) * len(to_tune)
@@ -239,24 +239,18 @@ def _starts(data: datasets.Dataset, config: Config) -> dict[str, Params]:
 
 
 def _trainer(
-    optimizer: Optimizer, data: datasets.Dataset, config: Config
+    optimizer: Optimizer,
+    data: datasets.Dataset,
+    minibatches: Callable[[int], tuple[jax.Array, jax.Array]],
+    config: Config,
 ) -> Callable[[Params, float, Callable[[], None]], Curves]:
     """Return ``train(start, learning_rate, after_epoch)`` for one optimizer.
 
-    An epoch is cut into a few segments, each one call of a compiled scan, with
-    the test error between them: three epochs of MNIST are 1800 steps, and four
-    points of test error would be no curve.
+    Each segment of an epoch is one call of a compiled scan, with the test
+    error between them.
     """
     x, y = data.x_train, data.y_train
-    steps = len(x) // config.batch_size
-    segments = _segments(steps, config.epochs)
     spec = jax.ShapeDtypeStruct((config.batch_size, x.shape[1]), x.dtype)
-
-    def shuffle(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        order_key, dropout_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(x))[: steps * config.batch_size]
-        order = order.reshape(segments, steps // segments, config.batch_size)
-        return order, jax.random.split(dropout_key, order.shape[:2])
 
     def segment(
         rate: jax.Array, x: jax.Array, y: jax.Array, params: Params, state: Any, minibatches: Any
@@ -276,9 +270,7 @@ def _trainer(
 
     # The learning rate is an argument, so that tuning compiles once, not once per rate.
     run_segment = jax.jit(jax.vmap(segment, in_axes=(None, None, None, 0, 0, 0)))
-    shuffle_seeds = jax.jit(jax.vmap(shuffle))
     init_state = jax.jit(lambda rate, params: jax.vmap(optimizer.make(rate, spec).init)(params))
-    keys = _seed_keys(config)
 
     def train(params: Params, learning_rate: float, after_epoch: Callable[[], None]) -> Curves:
         rate = jnp.asarray(learning_rate, x.dtype)
@@ -286,9 +278,8 @@ def _trainer(
         losses, seconds = [], []
         errors = [_evaluate_seeds(params, data.x_test, data.y_test)[1]]
         for epoch in range(config.epochs):
-            epoch_keys = jax.vmap(partial(jax.random.fold_in, data=epoch))(keys)
-            order, dropout_keys = shuffle_seeds(epoch_keys)
-            for i in range(segments):
+            order, dropout_keys = minibatches(epoch)
+            for i in range(order.shape[1]):
                 inputs = (rate, x, y, params, state, (order[:, i], dropout_keys[:, i]))
                 if epoch == i == 0:
                     jax.block_until_ready(run_segment(*inputs))  # compiles, outside the timing
@@ -302,10 +293,32 @@ def _trainer(
             step_loss=np.concatenate(losses, axis=1),
             test_error=100 * np.stack(errors, axis=1),
             final_loss=np.asarray(_evaluate_seeds(params, x, y)[0]),
-            seconds_per_step=float(np.median(seconds)) / (steps // segments),
+            seconds_per_step=float(np.median(seconds)) / losses[0].shape[1],
         )
 
     return train
+
+
+def _minibatches(
+    data: datasets.Dataset, config: Config
+) -> Callable[[int], tuple[jax.Array, jax.Array]]:
+    """Return ``minibatches(epoch)``: rows of the training set and dropout keys.
+
+    The rows are (seeds, segments, steps of a segment, batch), the keys lack
+    the last axis. An epoch is cut into segments because three epochs of MNIST
+    are 1800 steps, of which four points of test error would show no curve.
+    """
+    n = len(data.x_train)
+    steps = n // config.batch_size
+    segments = _segments(steps, config.epochs)
+
+    def one_seed(key: jax.Array, epoch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        order_key, dropout_key = jax.random.split(jax.random.fold_in(key, epoch))
+        order = jax.random.permutation(order_key, n)[: steps * config.batch_size]
+        order = order.reshape(segments, steps // segments, config.batch_size)
+        return order, jax.random.split(dropout_key, order.shape[:2])
+
+    return partial(jax.jit(jax.vmap(one_seed, in_axes=(0, None))), _seed_keys(config))
 
 
 def _segments(steps: int, epochs: int) -> int:

@@ -1,0 +1,80 @@
+"""The package keeps its shape: imports point one way, modules stay short, imports stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jaxinv"
+
+# A module imports only from rows below its own. A new module joins a row.
+LEVELS = [
+    {"cli"},
+    {"experiments"},
+    {"transforms"},
+    {"bayes", "learning_coefficient", "capacity", "invariance"},
+    {"reparam", "gauges", "fisher", "ranks", "symmetries"},
+    {"paths", "data_paths", "rescaling", "jacobians"},
+    {"_path_domain"},
+    {"_path_gates", "_path_loops"},
+    {"_path_linear"},
+    {"_path_values"},
+    {"_scaled", "_stream"},
+    {"_jaxpr", "networks", "resnet"},
+    {"errors", "typing"},
+]
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def _level(top_level_name: str) -> int:
+    found = [i for i, level in enumerate(LEVELS) if top_level_name in level]
+    assert found, f"jaxinv/{top_level_name} is in no row of LEVELS; add it to one"
+    return found[0]
+
+
+def _imported(path: Path) -> set[str]:
+    """Names of jaxinv's own top-level modules that the file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module != "jaxinv":
+                modules = [str(node.module)]
+        else:
+            continue
+        names |= {module.split(".")[1] for module in modules if module.startswith("jaxinv.")}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other in _imported(path) - {own}:
+        assert _level(other) > _level(own), f"jaxinv/{own} must not import jaxinv/{other}"
+
+
+def test_the_import_check_sees_every_form_of_import(tmp_path):
+    source = (
+        "import jaxinv.cli\nfrom jaxinv import paths\ndef f():\n    from jaxinv.errors import X\n"
+    )
+    (tmp_path / "module.py").write_text(source)
+    assert _imported(tmp_path / "module.py") == {"cli", "paths", "errors"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_have_at_most_500_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_importing_jaxinv_imports_no_extra():
+    extras = ["matplotlib", "sklearn", "rich", "orbax", "haiku", "equinox"]
+    code = f"import sys, jaxinv; print([name for name in {extras} if name in sys.modules])"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert process.stdout.strip() == "[]"
