@@ -234,9 +234,11 @@ def check_params(params: Any) -> None:
                 "Pass only the float leaves as params and close over the others "
                 "(flax nnx: nnx.split(model, nnx.Param, ...); equinox: eqx.partition)."
             )
-        concrete = not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
-        if concrete and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
-            bad = int((~jnp.isfinite(jnp.asarray(leaf))).sum())
+        if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+            continue
+        with jax.ensure_compile_time_eval():
+            bad = int(leaf.size - jnp.isfinite(leaf).sum())
+        if bad:
             raise InvalidInput(
                 f"{name} has {bad} non-finite (NaN or infinite) of {leaf.size} values; a "
                 "path through any of them has no length. Find the step that produced them, "

@@ -22,6 +22,12 @@ class Scaled(NamedTuple):
     exponent: Any
 
 
+def working_dtype(leaves: Sequence[Any]) -> Any:
+    """float64 if a leaf is, else float32: half precision has neither the range nor the digits."""
+    double = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
 def _layout(dtype: Any) -> tuple[Any, int, int]:
     """(integer dtype, mantissa bits, exponent bias) of an IEEE float type."""
     if jnp.dtype(dtype) == jnp.float64:
@@ -30,7 +36,7 @@ def _layout(dtype: Any) -> tuple[Any, int, int]:
 
 
 def _exponent_of(x: Any) -> Any:
-    """floor(log2 x) of a positive scalar, 0 for x = 0; read from its bits, so it is exact."""
+    """floor(log2 x) of numbers x > 0, and 0 for x = 0; read from the bits, so it is exact."""
     integer, bits, bias = _layout(x.dtype)
     raw = lax.shift_right_logical(lax.bitcast_convert_type(x, integer), integer(bits))
     return jnp.where(x > 0, raw.astype(jnp.int32) - bias, 0)
@@ -42,11 +48,14 @@ def power_of_two(k: Any, dtype: Any) -> Any:
     k = jnp.clip(k, -2 * bias, 2 * bias)
     half = k // 2
 
-    def exact(e: Any) -> Any:
-        raw = lax.shift_left((jnp.clip(e, -bias + 1, bias) + bias).astype(integer), integer(bits))
-        return lax.bitcast_convert_type(raw, jnp.dtype(dtype))
+    return _exact_power(half, dtype) * _exact_power(k - half, dtype)
 
-    return exact(half) * exact(k - half)
+
+def _exact_power(k: Any, dtype: Any) -> Any:
+    """2^k, elementwise, of integers within the range of the dtype."""
+    integer, bits, bias = _layout(dtype)
+    raw = (jnp.clip(k, -bias + 1, bias) + bias).astype(integer)
+    return lax.bitcast_convert_type(lax.shift_left(raw, jnp.full_like(raw, bits)), jnp.dtype(dtype))
 
 
 def shift(x: Any, k: Any) -> Any:
@@ -59,9 +68,27 @@ def shift(x: Any, k: Any) -> Any:
     k = jnp.clip(k, -4 * (bias - 1), 4 * (bias - 1))
     part = k // 4
     for e in (part, part, part, k - 3 * part):
-        raw = lax.shift_left((e + bias).astype(integer), integer(bits))
-        x = x * lax.bitcast_convert_type(raw, jnp.dtype(x.dtype))
+        x = x * _exact_power(e, x.dtype)
     return x
+
+
+def times(exponent: Any, factor: float, dtype: Any) -> tuple[Any, Any]:
+    """(whole, fraction) with 2^(exponent·factor) = 2^whole · fraction, 1 <= fraction < 2.
+
+    The exponent is taken in digits of base 16, each times the remainder of 16^i·factor worked out
+    in double precision: a large exponent times `factor` in float32 would lose the fraction.
+    """
+    if factor % 1 == 0:
+        return exponent * int(factor), jnp.ones((), dtype)
+    whole, rest = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
+    for i in range(5):
+        digit = exponent & 15 if i < 4 else exponent
+        step = round(16**i * factor)
+        whole = whole + digit * step
+        rest = rest + digit.astype(dtype) * jnp.asarray(16**i * factor - step, dtype)
+        exponent = exponent >> 4
+    carry = jnp.floor(rest)
+    return whole + carry.astype(jnp.int32), jnp.exp2(rest - carry)
 
 
 def normalize(s: Scaled) -> Scaled:
@@ -84,14 +111,11 @@ def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
     top = jnp.max(lax.stop_gradient(seen), initial=0)
     k = _exponent_of(top)
     x = x * power_of_two(-k, x.dtype)
-    whole, rest = divmod(p, 1)
-    if rest == 0:
-        return Scaled(lax.integer_pow(x, int(whole)) if whole > 1 else x, k * int(whole))
+    exponent, fraction = times(k, p, x.dtype)
+    if p % 1 == 0:
+        return Scaled(lax.integer_pow(x, int(p)) if p > 1 else x, exponent)
     # 2^(k·p) is no power of two for real p: its fractional part stays in the mantissa.
-    exponent = jnp.floor(k * p).astype(jnp.int32)
-    return Scaled(
-        x ** jnp.asarray(p, x.dtype) * jnp.exp2((k * p - exponent).astype(x.dtype)), exponent
-    )
+    return Scaled(x ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
 def _power_of_constant(value: Any, p: float, dtype: Any) -> Scaled:
@@ -102,6 +126,27 @@ def _power_of_constant(value: Any, p: float, dtype: Any) -> Scaled:
     return Scaled(
         jnp.asarray(np.ldexp(x, -k) ** p * 2.0 ** (k * p - whole), dtype), jnp.int32(whole)
     )
+
+
+def root_squared(s: Scaled, p: float) -> Scaled:
+    """s^(2/p), elementwise; for whole p it commutes bitwise with multiplication by 2^p.
+
+    Each element's own power of two is taken out first, in multiples of p.
+    """
+    x, dtype = s.mantissa, s.mantissa.dtype
+    if p == 2:
+        return s
+    if p == 1:
+        return Scaled(x * x, 2 * s.exponent)
+    if p % 1:
+        whole, fraction = times(s.exponent, 2 / p, dtype)
+        return Scaled(x ** jnp.asarray(2 / p, dtype) * fraction, whole)
+    p = int(p)
+    k = _exponent_of(x)
+    own = (k + s.exponent) // p
+    inner = x * _exact_power(-k, dtype) * _exact_power(k + s.exponent - p * own, dtype)
+    whole = 2 * (s.exponent // p)
+    return Scaled(inner ** jnp.asarray(2 / p, dtype) * _exact_power(2 * own - whole, dtype), whole)
 
 
 def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
@@ -148,12 +193,10 @@ def log(s: Scaled) -> Any:
 
 def root(s: Scaled, p: float) -> Any:
     """(mantissa · 2^exponent)^(1/p) as a plain array; inf where that overflows."""
-    whole = jnp.floor_divide(s.exponent, p).astype(jnp.int32)
-    rest = s.exponent.astype(s.mantissa.dtype) - whole.astype(s.mantissa.dtype) * p
-    inner = s.mantissa * jnp.exp2(rest)
-    if p == 1:
-        return shift(s.mantissa, s.exponent)
-    return shift(jnp.sqrt(inner) if p == 2 else inner ** (1 / p), whole)
+    whole, fraction = times(s.exponent, 1 / p, s.mantissa.dtype)
+    inverse = jnp.asarray(1 / p, s.mantissa.dtype)
+    mantissa = s.mantissa if p == 1 else jnp.sqrt(s.mantissa) if p == 2 else s.mantissa**inverse
+    return shift(mantissa * fraction, whole)
 
 
 def value(s: Scaled) -> Any:

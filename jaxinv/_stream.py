@@ -42,6 +42,8 @@ def _times_rows(matrix: Any, vector: Any, p: int, scale: Any) -> Any:
         rows = matrix.shape[0]
         step = max(1, _BLOCK // matrix.shape[1])
         blocks = rows // step
+        if blocks == 0:
+            return whole(matrix, vector)
 
         def add(total: Any, i: Any) -> tuple[Any, None]:
             block = lax.dynamic_slice_in_dim(matrix, i * step, step)

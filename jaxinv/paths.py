@@ -53,8 +53,7 @@ def _prepare(fn: Network, params: Params, x: Inputs, p: float, sample: bool = Fa
     check_exponent(p)
     _jaxpr.check_params(params)
     leaves = jax.tree.leaves(params)
-    # Half precision has neither the range nor the digits for path sums.
-    dtype = jnp.promote_types(jnp.result_type(*[a.dtype for a in leaves]), jnp.float32)
+    dtype = _scaled.working_dtype(leaves)
     one = _jaxpr.abstract_batch_of_one(x)
     trace = _jaxpr.trace(fn, params, one)
     lengths = [_scaled.power(jnp.asarray(a), float(p), dtype, sample=sample) for a in leaves]

@@ -110,7 +110,7 @@ def scale_by_path_kappa(
     p = float(p)
 
     def init_fn(params: Params) -> ScaleByPathKappaState:
-        dtype = _working_dtype(params)
+        dtype = _scaled.working_dtype(jax.tree.leaves(params))
         kappa: PyTree = ()
         if every > 1:
             kappa = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), dtype), params)
@@ -310,10 +310,6 @@ def _hidden(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _working_dtype(params: Params) -> Any:
-    return jnp.result_type(jnp.float32, *[w.dtype for w in jax.tree.leaves(params)])
-
-
 def _all_params(params: Params | None, full_params: Params | None) -> Params:
     whole = params if full_params is None else full_params
     if whole is None:
@@ -356,17 +352,7 @@ def _divide(
     g, zero = gradient.astype(dtype), jnp.zeros((), jnp.int32)
     if not chosen:
         return Scaled(g, zero)
-    metric = _scaled.power(kappa.mantissa, 2 / p, dtype) if p != 2 else Scaled(kappa.mantissa, zero)
-    # 2^(2·exponent/p): its whole part stays an exponent, the rest goes into the mantissa.
-    twice = 2 * kappa.exponent
-    whole = twice // 2 if p == 2 else jnp.floor_divide(twice, p).astype(jnp.int32)
-    mantissa = metric.mantissa
-    if p not in (1, 2):
-        rest = twice.astype(dtype) - whole.astype(dtype) * jnp.asarray(p, dtype)
-        mantissa = mantissa * jnp.exp2(rest / jnp.asarray(p, dtype))
-    elif p == 1:
-        whole = twice
-    exponent = metric.exponent + whole
+    mantissa, exponent = _scaled.root_squared(kappa, p)
     if not (isinstance(eps, int | float) and eps == 0):
         mantissa = mantissa + _scaled.shift(jnp.asarray(eps, dtype), -exponent)
     present = kappa.mantissa != 0  # NaN is present, and stays visible
