@@ -221,6 +221,16 @@ def test_vanishing_weights_do_not_underflow_float32():
         np.testing.assert_allclose(leaf, expected, rtol=1e-6)
 
 
+def test_units_of_very_different_sizes_share_one_array():
+    """Two units, one rescaled by 10^-12: their |w|² are 24 decades apart on either side."""
+    d = np.float32(1e-12)
+    w = [np.array([[d, 1]], np.float32), np.array([[1 / d], [1]], np.float32)]
+    x = np.ones((1, 1), np.float32)
+    kappa = log_path_kappa(lambda w, x: jax.nn.relu(x @ w[0]) @ w[1], w, x)
+    np.testing.assert_allclose(kappa[0], [[-2 * np.log(d), 0]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(kappa[1], [[2 * np.log(d)], [0]], rtol=1e-5, atol=1e-5)
+
+
 # --- what the inputs mean -----------------------------------------------------------------------
 
 
