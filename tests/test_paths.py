@@ -286,7 +286,7 @@ def test_half_precision_weights_are_summed_in_float32(dtype):
 # --- theorems -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32 - 1), exponents)
 def test_kappa_summed_over_a_cut_is_the_norm(seed, p):
     """Every path of a bias-free network crosses each layer once: Σ_e |w_e|^p κ_e = γ_p^p."""
@@ -299,7 +299,7 @@ def test_kappa_summed_over_a_cut_is_the_norm(seed, p):
             np.testing.assert_allclose(cut, norm**p, rtol=1e-12)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(0, 2**32 - 1), exponents)
 def test_a_residual_block_is_crossed_by_all_paths_or_skipped(seed, p):
     """The stem and the read-out are cuts; the two convolutions of the branch cut equal shares."""

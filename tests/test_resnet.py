@@ -80,7 +80,8 @@ def norm_by_forward_pass(net, variables, shape, p):
         return -(np.abs(leaf) ** p) if path[-1].key == "mean" else (leaf + eps) ** p - eps
 
     stats = jax.tree_util.tree_map_with_path(power, variables["batch_stats"])
-    y = net.apply({"params": params, "batch_stats": stats}, np.ones((1, *shape[1:])), False)
+    forward = jax.jit(net.apply, static_argnums=2)
+    y = forward({"params": params, "batch_stats": stats}, np.ones((1, *shape[1:])), False)
     return y.sum()
 
 
@@ -89,7 +90,8 @@ def test_path_norm_is_the_network_on_powers_of_its_parameters(block, p, x64):
     blocks = {"block": BottleneckBlock} if block == "bottleneck" else {}
     net = ResNet(3, small_inputs=True, stage_sizes=(1, 1), **blocks)
     x = jax.ShapeDtypeStruct((2, 4, 4, 3), np.float64)
-    variables = net.init(jax.random.key(0), jnp.ones((1, 4, 4, 3), np.float32), False)
+    init = jax.jit(net.init, static_argnums=2)
+    variables = init(jax.random.key(0), jnp.ones((1, 4, 4, 3), np.float32), False)
     variables = jax.tree.map(lambda a: np.asarray(a, np.float64), randomised(variables, 0))
 
     def fn(params, x):

@@ -100,7 +100,7 @@ def networks(draw, shape):
     """A network of a few layers, some with weights, with at most `MAX_PATHS` paths."""
     seed = draw(st.integers(0, 2**32 - 1))
     network = Network(shape, (), seed)
-    for _ in range(draw(st.integers(2, 5))):
+    for _ in range(draw(st.integers(2, 4))):
         layer = draw(st.sampled_from(layers_for(network.outputs.shape)))
         candidate = Network(shape, (*network.layers, layer), seed)
         if candidate.num_paths > MAX_PATHS:
