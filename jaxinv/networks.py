@@ -180,9 +180,7 @@ def cnn(params: Params, x: jax.Array) -> jax.Array:
             "of at least 2×2; add the missing axes, for example x[..., None]."
         )
     h = jax.nn.relu(_conv(params["Conv_0"], x))
-    h = lax.reduce_window(
-        h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding="VALID"
-    )
+    h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding="VALID")
     branch = _conv(params["Conv_2"], jax.nn.relu(_conv(params["Conv_1"], h)))
     h = jax.nn.relu(h + branch).mean(axis=(1, 2))
     return _add_bias(h @ params["Dense_0"]["kernel"], params["Dense_0"])
@@ -200,9 +198,7 @@ def _init_layer(
 
 
 def _conv(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    y = lax.conv_general_dilated(
-        x, layer["kernel"], (1, 1), "SAME", dimension_numbers=_NHWC
-    )
+    y = lax.conv_general_dilated(x, layer["kernel"], (1, 1), "SAME", dimension_numbers=_NHWC)
     return _add_bias(y, layer)
 
 
