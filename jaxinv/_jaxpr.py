@@ -132,7 +132,7 @@ _JAX_DIRECTORIES = tuple(
 _OWN_FILES = tuple(
     os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     for name in ("_jaxpr.py", "_path_linear.py", "_path_gates.py", "_path_values.py")
-    + ("_path_loops.py", "paths.py", "transforms.py")
+    + ("_path_loops.py", "paths.py", "transforms.py", "rescaling.py")
 )
 
 
@@ -438,6 +438,13 @@ def _while(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> lis
     for _ in range(MAX_WHILE_TRIPS):
         (go_on,) = condition(*cond_consts, *carry)
         if not is_concrete(go_on):
+            if hasattr(domain, "unbounded_while"):
+                return domain.unbounded_while(
+                    eqn,
+                    lambda *state: condition(*cond_consts, *state),
+                    lambda *state: body(*body_consts, *state),
+                    carry,
+                )
             raise eqn.refuse(
                 "an interpretation of the program",
                 "its number of trips is not a constant, so neither is the network.",

@@ -1,0 +1,184 @@
+"""The scaling domain: a value stands for the log-scale of every element of an array.
+
+One rule per operation, in `_scaling_rules`, `_scaling_products` and `_scaling_indexing`. To add an
+operation, add one rule there and one row to `tests/test_rescaling.py`. An operation without a rule
+pins its operands to scale 0, which can lose generators but never make a wrong one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxinv import _scaling_indexing, _scaling_loops, _scaling_products, _scaling_rules
+from jaxinv import _scaling_values as scaling
+from jaxinv._jaxpr import Equation, Value, source_line
+from jaxinv._scaling_system import System
+from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Scale
+
+# A parameter is taken apart into at most so many slices (`stacked[i]`); others go elementwise.
+_MOST_PARTS = 1024
+
+
+class ScalingDomain:
+    """Equations between the scales of all values of one program."""
+
+    rules = _scaling_rules.RULES | _scaling_products.RULES | _scaling_indexing.RULES
+
+    def __init__(self, ignore_epsilon: bool):
+        self.system = System()
+        self.ignore_epsilon = ignore_epsilon
+        self.pinned_by: dict[tuple[str, str], None] = {}
+        self.ignored: dict[tuple[str, str], None] = {}
+
+    # --- operands ---
+
+    def refresh(self, value: Any) -> Any:
+        """A view of a parameter that has been decided meanwhile is no longer undecided."""
+        if isinstance(value, Fresh) and (value.leaf.form is not None or value.leaf.parts):
+            if value.leaf.form is None:
+                gather_parts(self, value.leaf)
+            return value.decided()
+        return value
+
+    def scale(self, value: Any) -> Scale:
+        """The scales of any operand; an undecided parameter gets one unknown per element."""
+        value = self.refresh(value)
+        if isinstance(value, Fresh):
+            value.assign(scaling.variables(self.system.new(value.compact)))
+            value = value.decided()
+        if isinstance(value, Nudged):
+            return value.pin()
+        return value if isinstance(value, Scale) else scaling.constant(value)
+
+    def undecided_or_scale(self, value: Any) -> Any:
+        value = self.refresh(value)
+        return value if isinstance(value, Fresh) and not value.spread else self.scale(value)
+
+    def free(self, eqn: Equation, output: int = 0) -> Scale:
+        """A result that does not depend on the scale of its operands."""
+        return Scale(eqn.outputs[output].shape)
+
+    # --- equations ---
+
+    def pin(self, eqn: Equation, value: Any) -> None:
+        """Require scale 0, and record the operation if that takes anything away."""
+        value = self.refresh(value)
+        if isinstance(value, Fresh) and not value.spread:
+            value.assign(())
+            self.blame(eqn)
+            return
+        value = self.scale(value)
+        if scaling.tidy(self.system, value.form):
+            self.blame(eqn)
+        keep = None if value.wild is None else ~value.wild
+        scaling.vanish(self.system, value.form, keep)
+
+    def pinned(self, eqn: Equation, value: Any) -> Scale:
+        self.pin(eqn, value)
+        return Scale(value.shape)
+
+    def blame(self, eqn: Equation) -> None:
+        self.pinned_by[eqn.name, source_line(eqn.raw)] = None
+
+    def joined(self, eqn: Equation, left: Any, right: Any, shape: Any = None) -> Scale:
+        """Operands of equal scale elementwise; a constant that pins the other is recorded."""
+        a, b = self.scale(left), self.scale(right)
+        for constant, other in ((left, b), (right, a)):
+            if not isinstance(constant, Value) and not scaling.constant(constant).all_wild:
+                if scaling.tidy(self.system, other.form):
+                    self.blame(eqn)
+        if shape is None:
+            shape = np.broadcast_shapes(a.shape, b.shape)
+        return scaling.join(self.system, a, b, shape)
+
+    def level(self, value: Any, axes: Sequence[int]) -> Scale:
+        """Equal scales along axes; returns the scales with length one there."""
+        value = self.refresh(value)
+        if isinstance(value, Fresh) and not value.spread and value.wild is None:
+            shape = [1 if a in axes else n for a, n in enumerate(value.shape)]
+            value.assign(scaling.variables(self.system.new(shape)))
+        return scaling.level(self.system, self.scale(value), axes)
+
+    def without_epsilon(self, eqn: Equation, value: Nudged) -> Scale:
+        self.ignored[f"epsilon {value.epsilon:g}", source_line(eqn.raw)] = None
+        return value.base
+
+    def with_dead(self, leaf: Leaf, dead: np.ndarray, form: Form) -> Form:
+        """The form, with an unknown of its own for every element that only meets zeros."""
+        own = np.zeros(dead.shape, np.int64)
+        own[dead] = self.system.new((int(dead.sum()),))
+        leaf.dead.append(own[dead])
+        return scaling.blend(
+            [scaling.masked(~dead, form), ((lambda ids: ids), scaling.variables(own))]
+        )
+
+    # --- parameters taken apart ---
+
+    def parts(self, value: Fresh, axis: int, sizes: Sequence[int]) -> list[Fresh] | None:
+        """The pieces of an undecided parameter along one axis, each undecided for itself."""
+        if value.spread or value.wild is not None:
+            return None
+        pieces = []
+        for n in sizes:
+            shape = [n if a == axis else m for a, m in enumerate(value.shape)]
+            pieces.append(Leaf(value.leaf.name, shape))
+        value.leaf.parts = (value, axis, pieces)
+        return [Fresh(piece, piece.shape) for piece in pieces]
+
+    def part(self, value: Any, axis: int, index: int) -> Fresh | None:
+        """Slice number `index` of a parameter as it came in, undecided for itself; else None."""
+        if not isinstance(value, Fresh) or value.steps or value.leaf.form is not None:
+            return None
+        count = value.shape[axis]
+        if value.leaf.parts is None:
+            if count > _MOST_PARTS or self.parts(value, axis, [1] * count) is None:
+                return None
+        view, cut, pieces = value.leaf.parts
+        if view.steps or cut != axis or len(pieces) != count:
+            return None
+        return Fresh(pieces[index], pieces[index].shape)
+
+    # --- the rest of what the walker asks for ---
+
+    def default(self, eqn: Equation, *inputs: Any) -> Any:
+        for value in inputs:
+            if isinstance(value, Value):
+                self.pin(eqn, value)
+        outputs = [Scale(aval.shape) for aval in eqn.outputs]
+        return outputs if eqn.primitive.multiple_results else outputs[0]
+
+    scan = _scaling_loops.scan
+    switch = _scaling_loops.switch
+    unbounded_while = _scaling_loops.unbounded_while
+
+
+def gather_parts(domain: ScalingDomain, leaf: Leaf) -> None:
+    """Decide a parameter that was taken apart, by the forms of its pieces."""
+    view, axis, pieces = leaf.parts
+    forms = [domain.scale(Fresh(piece, piece.shape)).form for piece in pieces]
+    lengths = [piece.shape[axis] for piece in pieces]
+    leaf.parts = None
+    for piece in pieces:
+        leaf.dead += piece.dead
+    view.assign(side_by_side(domain.system, forms, lengths, axis))
+
+
+def side_by_side(system: System, forms: Sequence[Form], lengths: Sequence[int], axis: int) -> Form:
+    """Forms concatenated along an axis."""
+    total, ends = sum(lengths), np.cumsum(lengths)
+
+    def put(i: int) -> Any:
+        def place(ids: np.ndarray) -> np.ndarray:
+            target = list(ids.shape)
+            target[axis] = lengths[i]
+            widths = [(0, 0)] * ids.ndim
+            widths[axis] = (int(ends[i] - lengths[i]), int(total - ends[i]))
+            return np.pad(np.broadcast_to(ids, target), widths)
+
+        return place
+
+    forms = [scaling.tidy(system, form) for form in forms]
+    return scaling.tidy(system, scaling.blend([(put(i), f) for i, f in enumerate(forms)]))

@@ -1,0 +1,253 @@
+"""From solved equations to a group: independent generators, integer exponents, readable names."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import lcm
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinv import _scaling_values as scaling
+from jaxinv._scaling_domain import ScalingDomain, gather_parts
+from jaxinv._scaling_system import Solution, independent_columns, ranges
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """What about a group is known without any array: static under jit."""
+
+    dim: int
+    num_classes: int
+    tree: Any
+    leaf_names: tuple[str, ...]
+    leaf_shapes: tuple[tuple[int, ...], ...]
+    layers: tuple[int, ...]
+    unused: tuple[str, ...]
+    pinned_by: tuple[tuple[str, str], ...]
+    ignored: tuple[tuple[str, str], ...]
+
+
+def assembled(
+    domain: ScalingDomain, leaves: list[scaling.Leaf], tree: Any
+) -> tuple[Any, Any, Any, tuple[tuple[Any, ...], ...], Structure]:
+    """The fields of the group: free unknowns become generators with integer exponents."""
+    system = domain.system
+    unused = [leaf.name for leaf in leaves if leaf.form is None and leaf.parts is None]
+    for leaf in leaves:
+        if leaf.form is None and leaf.parts is not None:
+            gather_parts(domain, leaf)
+    solution = system.solve()
+    unused += _without_dead(domain, leaves, solution)
+    # Distinct terms coefficient·v over all leaves: the classes. Class 0 is scale 0.
+    forms = [scaling.tidy(system, leaf.form or ()) for leaf in leaves]
+    pairs: dict[Any, list[np.ndarray]] = {}
+    for form in forms:
+        for c, ids in form:
+            pairs.setdefault(c, []).append(ids.ravel())
+    roots = {c: np.setdiff1d(np.concatenate(parts), [0]) for c, parts in pairs.items()}
+    starts, total = {}, 1
+    for c, ids in roots.items():
+        starts[c] = total
+        total += len(ids)
+    entries = []
+    for c, ids in roots.items():
+        which, free, numerator, denominator = solution.of(ids)
+        entries.append(
+            (starts[c] + which, free, numerator * c.numerator, denominator * c.denominator)
+        )
+    empty = np.zeros(0, np.int64)
+    rows, free, numerator, denominator = (
+        np.concatenate([e[i] for e in entries] + [empty]) for i in range(4)
+    )
+    indices = [
+        tuple(np.where(ids == 0, 0, starts[c] + np.searchsorted(roots[c], ids)) for c, ids in form)
+        for form in forms
+    ]
+    columns = _generators(indices, rows, free, numerator, denominator)
+    keep = np.isin(free, columns)
+    rows, free, numerator, denominator = (v[keep] for v in (rows, free, numerator, denominator))
+    generator = np.searchsorted(columns, free)
+    # Integer exponents without common factor: 2^(Bk) is then a power of two for integer k.
+    multiple = np.ones(len(columns), np.int64)
+    np.lcm.at(multiple, generator, denominator)
+    exponents = numerator * (multiple[generator] // denominator)
+    divisor = np.zeros(len(columns), np.int64)
+    np.gcd.at(divisor, generator, exponents)
+    exponents = exponents // divisor[generator]
+    structure = Structure(
+        dim=len(columns),
+        num_classes=total,
+        tree=tree,
+        leaf_names=tuple(leaf.name for leaf in leaves),
+        leaf_shapes=tuple(leaf.shape for leaf in leaves),
+        layers=_layers(indices, rows, generator, exponents, total, len(columns)),
+        unused=tuple(unused),
+        pinned_by=tuple(domain.pinned_by),
+        ignored=tuple(domain.ignored),
+    )
+    return (
+        rows.astype(np.int32),
+        generator.astype(np.int32),
+        exponents.astype(np.int32),
+        tuple(tuple(ids.astype(np.int32) for ids in terms) for terms in indices),
+        structure,
+    )
+
+
+def _without_dead(
+    domain: ScalingDomain, leaves: list[scaling.Leaf], solution: Solution
+) -> list[str]:
+    """Pin unknowns of elements that met nothing but zeros; names of the leaves that have some."""
+    system, names = domain.system, []
+    members = np.bincount(system.find(np.arange(system.size)), minlength=system.size)
+    constrained = np.zeros(system.size, bool)
+    constrained[solution.rows.col] = True
+    for leaf in leaves:
+        if not leaf.dead:
+            continue
+        ids = np.concatenate(leaf.dead)
+        alone = ids[(members[ids] == 1) & ~constrained[ids]]
+        if alone.size:
+            system.union(alone, np.zeros(1, np.int64))
+            size = int(np.prod(leaf.shape))
+            names.append(f"{leaf.name} ({alone.size} of {size} elements)")
+    return names
+
+
+def _generators(
+    indices: list[tuple[np.ndarray, ...]],
+    rows: np.ndarray,
+    free: np.ndarray,
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+) -> np.ndarray:
+    """Free unknowns that move the parameters, and independently: a basis of the group.
+
+    The rows of B are sums of one class per term, so differences within a term and one base row
+    per leaf span them: no need for one row per parameter.
+    """
+    if not rows.size:
+        return np.zeros(0, np.int64)
+    order = np.argsort(rows, kind="stable")
+    rows, free, numerator, denominator = (v[order] for v in (rows, free, numerator, denominator))
+    scale = lcm(*np.unique(denominator).tolist())
+    values = numerator * (scale // denominator)
+    row: list[Any] = []
+    cls: list[Any] = []
+    sign: list[Any] = []
+    done = 0
+    for terms in indices:
+        for group in _joint(terms):
+            base = group[:, :1]
+            # Rows of B up to the base row of the group, which follows as a row of its own.
+            different = np.unique(group[:, (group != base).any(axis=0)], axis=1)
+            n, t = different.shape[1], len(group)
+            both = np.concatenate([different, np.broadcast_to(base, (t, n))])
+            row.append(np.tile(np.arange(done, done + n), 2 * t))
+            cls.append(both.ravel())
+            sign.append(np.repeat([1, -1], n * t))
+            done += n
+        if terms:
+            first = np.array([ids.flat[0] for ids in terms])
+            row.append(np.full(len(terms), done))
+            cls.append(first)
+            sign.append(np.ones(len(terms), np.int64))
+            done += 1
+    classes, signs = np.concatenate(cls), np.concatenate(sign)
+    begin = np.searchsorted(rows, classes, side="left")
+    count = np.searchsorted(rows, classes, side="right") - begin
+    at = ranges(begin, count)
+    return np.sort(
+        independent_columns(
+            np.repeat(np.concatenate(row), count), free[at], values[at] * np.repeat(signs, count)
+        )
+    )
+
+
+def _joint(terms: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """Terms that vary along common axes, as (terms, elements) arrays of classes."""
+    form = tuple(scaling.Term(scaling.ONE, ids) for ids in terms if ids.size > 1)
+    groups = scaling.overlapping(form)
+    return [scaling.columns_of(group).T for group in groups]
+
+
+def _layers(
+    indices: list[tuple[np.ndarray, ...]],
+    rows: np.ndarray,
+    generator: np.ndarray,
+    exponents: np.ndarray,
+    num_classes: int,
+    dim: int,
+) -> tuple[int, ...]:
+    """For every generator the first leaf, kernels before vectors, that it multiplies."""
+    order = sorted(range(len(indices)), key=lambda i: max([a.ndim for a in indices[i]] + [0]) < 2)
+    layer = np.full(dim, len(indices))
+    for rank, i in reversed(list(enumerate(order))):
+        present = np.zeros(num_classes, bool)
+        for ids in indices[i]:
+            present[ids.ravel()] = True
+        layer[generator[present[rows] & (exponents > 0)]] = rank
+    chosen = np.array([*order, 0])[np.minimum(layer, len(indices))]
+    return tuple(int(i) for i in chosen)
+
+
+# --- names ----------------------------------------------------------------------------
+
+_MOST_NAMES = 3  # leaves listed on either side of an arrow
+
+
+def generator_names(group: Any) -> list[str]:
+    """For every generator the weights that it multiplies → the weights that it divides."""
+    s = group.structure
+    sides: list[dict[int, list[str]]] = [{}, {}]
+    vectors: list[dict[int, list[str]]] = [{}, {}]
+    rows, columns, coefficients = (np.asarray(v) for v in group[:3])
+    for name, shape, terms in zip(s.leaf_names, s.leaf_shapes, group.indices, strict=True):
+        chosen = sides if len(shape) > 1 else vectors
+        for classes, ids in zip(map(np.asarray, terms), terms, strict=True):
+            found, first, count = np.unique(classes, return_index=True, return_counts=True)
+            place = np.full(s.num_classes, -1)
+            place[found] = np.arange(len(found))
+            for entry in np.flatnonzero(place[rows] >= 0):
+                where = place[rows[entry]]
+                up = bool(coefficients[entry] > 0)
+                label = _position(name, shape, ids.shape, int(first[where]), int(count[where]), up)
+                if abs(coefficients[entry]) != 1:
+                    label += f" (^{abs(coefficients[entry])})"
+                chosen[not up].setdefault(int(columns[entry]), []).append(label)
+    return [
+        " → ".join(
+            _listed(side.get(j) or vector.get(j))
+            for side, vector in zip(sides, vectors, strict=True)
+        )
+        for j in range(s.dim)
+    ]
+
+
+def _listed(labels: list[str] | None) -> str:
+    if not labels:
+        return "nothing"
+    more = len(labels) - _MOST_NAMES
+    return ", ".join(labels[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _position(
+    name: str, shape: tuple[int, ...], along: tuple[int, ...], first: int, count: int, up: bool
+) -> str:
+    """`kernel out 17`: the place of a class on the axes along which it varies."""
+    index = np.unravel_index(first, along)
+    axes = [a for a, n in enumerate(along) if n > 1]
+    where = ",".join(str(int(index[a])) for a in axes)
+    more = f" and {count - 1} more" if count > 1 else ""
+    if not axes:
+        return name
+    if len(shape) < 2:
+        return f"{name} {where}{more}"
+    if axes == [len(shape) - 1]:
+        return f"{name} out {where}{more}"
+    if axes == [len(shape) - 2]:
+        return f"{name} in {where}{more}"
+    return f"{name} {'out' if up else 'in'} [{where}]{more}"

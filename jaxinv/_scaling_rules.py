@@ -1,0 +1,534 @@
+"""Scaling rules of elementwise operations, layout and reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv import _scaling_values as scaling
+from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
+from jaxinv._scaling_values import Form, Fresh, Nudged, Scale, Step, minus, relaid, times
+
+RULES, rule = rule_table()
+
+# A constant up to this size that is added inside a normalisation counts as its epsilon (the usual
+# ones go from 1e-12 to 1e-3).
+LARGEST_EPSILON = 1e-3
+
+
+# --- powers: elementwise, the exponent times a number ---
+
+
+def _power(exponent: Fraction | int) -> Callable:
+    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
+        factor = Fraction(exponent)
+        if isinstance(value, Nudged) and factor.denominator > 1:
+            value = domain.without_epsilon(eqn, value)
+        value = domain.refresh(value)
+        if isinstance(value, Fresh):
+            step = Step(lambda f: times(f, factor), lambda f: times(f, 1 / factor))
+            return value.through(value.shape, step)
+        value = domain.scale(value)
+        return Scale(value.shape, times(value.form, factor), value.wild)
+
+    return apply
+
+
+rule("neg", "abs", "reduce_precision", "real")(_power(1))
+rule("square")(_power(2))
+rule("sqrt")(_power(Fraction(1, 2)))
+rule("rsqrt")(_power(Fraction(-1, 2)))
+rule("cbrt")(_power(Fraction(1, 3)))
+
+
+@rule("integer_pow")
+def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
+    return _power(eqn.params["y"])(domain, eqn, value) if eqn.params["y"] else domain.free(eqn)
+
+
+@rule("pow")
+def _pow(domain: Any, eqn: Equation, value: Any, exponent: Any) -> Any:
+    if is_concrete(exponent) and np.size(exponent) == 1:
+        y = float(np.asarray(exponent).item())
+        if np.isfinite(y) and y and float(Fraction(y).limit_denominator(1000)) == y:
+            return _power(Fraction(y).limit_denominator(1000))(domain, eqn, value)
+    return domain.default(eqn, value, exponent)
+
+
+@rule("convert_element_type")
+def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
+    old, new = eqn.inputs[0].dtype, eqn.params["new_dtype"]
+    if jnp.issubdtype(new, jnp.bool_):
+        return domain.free(eqn)  # whether it is zero
+    if jnp.issubdtype(old, jnp.inexact) and not jnp.issubdtype(new, jnp.inexact):
+        return domain.default(eqn, value)  # rounding
+    return _power(1)(domain, eqn, value)
+
+
+@rule("sign", "is_finite")
+def _degree_zero(domain: Any, eqn: Equation, value: Any) -> Any:
+    """Depends on the sign of the elements alone, so any scale will do."""
+    return domain.free(eqn)
+
+
+# --- sums and choices: operands of one scale ---
+
+
+@rule("add", "sub", "add_any", "max", "min", "atan2", "nextafter")
+def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    left, right = domain.refresh(left), domain.refresh(right)
+    shape = eqn.outputs[0].shape
+    for one, other in ((left, right), (right, left)):
+        if isinstance(other, Value):
+            continue
+        if isinstance(one, Fresh) and scaling.constant(other).all_wild:
+            return one.through(one.shape, Step(lambda f: f, lambda f: f))
+        if domain.ignore_epsilon and eqn.name in ("add", "max") and _is_epsilon(other):
+            base = domain.scale(one)
+            return Nudged(base, _size(other), partial(domain.joined, eqn, base, other))
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, Fresh) and not one.spread and one.shape == shape and one.wild is None:
+            scale = other if isinstance(other, Scale) else None
+            if scale is not None and scale.wild is None:
+                one.assign(scale.form)
+                return Scale(shape, scale.form)
+    joined = domain.joined(eqn, left, right)
+    return domain.free(eqn) if eqn.name == "atan2" else joined
+
+
+def _size(value: Any) -> float:
+    return float(np.max(np.abs(np.asarray(value, np.float64))))
+
+
+def _is_epsilon(value: Any) -> bool:
+    if not is_concrete(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        return False
+    array = np.asarray(value, np.float64)
+    return array.size > 0 and 0 < array.min() and array.max() <= LARGEST_EPSILON
+
+
+@rule("eq", "ne", "gt", "ge", "lt", "le")
+def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    domain.joined(eqn, left, right)
+    return domain.free(eqn)
+
+
+@rule("and", "or", "xor", "not", "reduce_and", "reduce_or", "reduce_xor")
+def _logic(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+    """Truth values have scale 0 already; integers are pinned where they are made."""
+    return domain.free(eqn)
+
+
+@rule("select_n")
+def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
+    if isinstance(which, Value):
+        domain.pin(eqn, which)
+    elif is_concrete(which):
+        return _chosen(domain, eqn, np.asarray(which), cases)
+    result = domain.scale(cases[0])
+    for case in cases[1:]:
+        result = domain.joined(eqn, result, case)
+    return result
+
+
+def _chosen(domain: Any, eqn: Equation, which: np.ndarray, cases: Sequence[Any]) -> Scale:
+    """A choice by constants: every element is one of the cases, and need not fit the others."""
+    shape = eqn.outputs[0].shape
+    rank = len(shape)
+    which = scaling.shrunk(scaling.lifted(which.astype(np.int64), rank))
+    parts, wild = [], np.zeros((1,) * rank, bool)
+    for i, case in enumerate(cases):
+        if not (which == i).any():
+            continue
+        scale = domain.scale(case)
+        form = relaid(scale.form, lambda ids: scaling.lifted(ids, rank))
+        parts.append(scaling.masked(which == i, form))
+        if scale.wild is not None:
+            wild = wild | ((which == i) & scaling.lifted(scale.wild, rank))
+    return Scale(shape, scaling.tidy(domain.system, scaling.blend(parts)), wild)
+
+
+@rule("clamp")
+def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
+    joined = domain.joined(eqn, value, low, eqn.outputs[0].shape)
+    return domain.joined(eqn, joined, high, eqn.outputs[0].shape)
+
+
+# --- products ---
+
+
+def _product(sign: int) -> Callable:
+    def apply(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+        shape = eqn.outputs[0].shape
+        if sign < 0 and isinstance(right, Nudged):
+            right = domain.without_epsilon(eqn, right)
+        if left is right and isinstance(left, Fresh):
+            return _power(1 + sign)(domain, eqn, left) if sign > 0 else domain.free(eqn)
+        left, right = _one_fresh(domain, left, right)
+        for one, other, factor, shift in ((left, right, 1, -sign), (right, left, sign, -1)):
+            if isinstance(one, Fresh):
+                view = _multiplied(domain, one, domain.scale(other), shape, factor, shift)
+                if view is not None:
+                    return view
+        a, b = domain.scale(left), domain.scale(right)
+        rank = len(shape)
+        fa, fb = (relaid(v.form, lambda ids: scaling.lifted(ids, rank)) for v in (a, b))
+        wild = [scaling.lifted(v.wild, rank) for v in (a, b) if v.wild is not None]
+        form = scaling.tidy(domain.system, (*fa, *times(fb, sign)))
+        return Scale(shape, form, wild[0] | wild[-1] if wild else None)
+
+    return apply
+
+
+rule("mul")(_product(1))
+rule("div")(_product(-1))
+
+
+def _one_fresh(domain: Any, left: Any, right: Any) -> tuple[Any, Any]:
+    """At most one undecided operand: of two, the larger stays so."""
+    left, right = domain.refresh(left), domain.refresh(right)
+    if isinstance(left, Fresh) and isinstance(right, Fresh):
+        if np.prod(left.compact) < np.prod(right.compact):
+            left = domain.scale(left)
+        else:
+            right = domain.scale(right)
+        left, right = domain.refresh(left), domain.refresh(right)
+    return left, right
+
+
+def _multiplied(
+    domain: Any, fresh: Fresh, other: Scale, shape: tuple[int, ...], factor: int, shift: int
+) -> Fresh | None:
+    """factor·s(fresh) + s(other) = s(result), or None where the result must be decided now.
+
+    `shift` is −1 where `other` multiplies the result, +1 where it divides it. The result is again
+    undecided: y = γ·x takes a scale of its own, and γ gets s(y) − s(x).
+    """
+    rank = len(shape)
+    if fresh.shape != shape and np.prod(fresh.shape) != 1:
+        return None
+    form = relaid(other.form, lambda ids: scaling.lifted(ids, rank))
+    compact = fresh.compact if fresh.shape == shape else (1,) * rank
+    if any(m < n for _, ids in form for m, n in zip(compact, ids.shape, strict=True)):
+        return None
+    if other.wild is not None and (other.all_wild or fresh.spread or fresh.wild is not None):
+        return None
+    old_rank = len(fresh.shape)
+
+    def flat(f: Form) -> Form:
+        return f if old_rank == rank else relaid(f, lambda ids: ids.reshape((1,) * old_rank))
+
+    if other.wild is None:
+        step = Step(
+            lambda f: (*times(relaid(f, lambda i: scaling.lifted(i, rank)), factor),
+                       *times(form, -shift)),
+            lambda f: flat(times((*f, *times(form, shift)), factor)),
+        )  # fmt: skip
+        return fresh.through(shape, step, compact)
+    # Elements that are multiplied by a constant 0 are dead here: any scale, each its own.
+    wild = scaling.lifted(other.wild, rank)
+
+    def pull(f: Form) -> Form:
+        f = times((*f, *times(form, shift)), factor)
+        return flat(domain.with_dead(fresh.leaf, np.broadcast_to(wild, shape), f))
+
+    step = Step(
+        lambda f: (*times(relaid(f, lambda i: scaling.lifted(i, rank)), factor),
+                   *times(form, -shift)),
+        pull,
+    )  # fmt: skip
+    view = fresh.through(shape, step, compact)
+    view.wild = wild
+    return view
+
+
+# --- layout ---
+
+
+def _layout(
+    move: Callable[[Equation, np.ndarray], np.ndarray],
+    back: Callable[[Equation, np.ndarray], np.ndarray] | None = None,
+) -> Callable:
+    """The same move on ids. `back` undoes it, which lets an undecided parameter stay so."""
+
+    def apply(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
+        shape = eqn.outputs[0].shape
+        if isinstance(value, Nudged):
+            base = apply(domain, eqn, value.base)
+            return Nudged(base, value.epsilon, lambda: domain.pinned(eqn, base))
+        value = domain.refresh(value)
+        if isinstance(value, Fresh) and back is not None:
+            step = Step(
+                lambda f: relaid(f, lambda ids: move(eqn, ids)),
+                lambda f: relaid(f, lambda ids: back(eqn, ids)),
+            )
+            compact = move(eqn, np.broadcast_to(np.int8(0), value.compact)).shape
+            view = value.through(shape, step, compact)
+            view.wild = None if value.wild is None else move(eqn, value.wild)
+            return view
+        value = domain.scale(value)
+        wild = None if value.wild is None else move(eqn, value.wild)
+        return Scale(shape, relaid(value.form, lambda ids: move(eqn, ids)), wild)
+
+    return apply
+
+
+rule("reshape")(
+    _layout(
+        lambda eqn, a: scaling.reshaped(a, eqn.inputs[0].shape, eqn.outputs[0].shape),
+        lambda eqn, a: scaling.reshaped(a, eqn.outputs[0].shape, eqn.inputs[0].shape),
+    )
+)
+rule("transpose")(
+    _layout(
+        lambda eqn, a: a.transpose(eqn.params["permutation"]),
+        lambda eqn, a: a.transpose(np.argsort(eqn.params["permutation"])),
+    )
+)
+rule("squeeze", "expand_dims")(
+    _layout(
+        lambda eqn, a: scaling.reshaped(a, eqn.inputs[0].shape, eqn.outputs[0].shape),
+        lambda eqn, a: scaling.reshaped(a, eqn.outputs[0].shape, eqn.inputs[0].shape),
+    )
+)
+rule("rev")(
+    _layout(
+        lambda eqn, a: np.flip(a, eqn.params["dimensions"]),
+        lambda eqn, a: np.flip(a, eqn.params["dimensions"]),
+    )
+)
+
+
+def _spread(eqn: Equation, a: np.ndarray) -> np.ndarray:
+    shape = [1] * len(eqn.outputs[0].shape)
+    for axis, length in zip(eqn.params["broadcast_dimensions"], a.shape, strict=True):
+        shape[axis] = length
+    return a.reshape(shape)
+
+
+def _unspread(eqn: Equation, a: np.ndarray) -> np.ndarray:
+    return a.reshape([a.shape[axis] for axis in eqn.params["broadcast_dimensions"]])
+
+
+rule("broadcast_in_dim")(_layout(_spread, _unspread))
+
+
+def _sliced(eqn: Equation, a: np.ndarray) -> np.ndarray:
+    p = eqn.params
+    strides = p["strides"] or (1,) * a.ndim
+    index = tuple(
+        slice(None) if n == 1 else slice(lo, hi, step)
+        for n, lo, hi, step in zip(
+            a.shape, p["start_indices"], p["limit_indices"], strides, strict=True
+        )
+    )
+    return a[index]
+
+
+@rule("slice")
+def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
+    lengths = zip(eqn.inputs[0].shape, eqn.outputs[0].shape, strict=True)
+    cut = [a for a, (n, m) in enumerate(lengths) if n != m]
+    if len(cut) == 1 and eqn.outputs[0].shape[cut[0]] == 1:
+        part = domain.part(value, cut[0], eqn.params["start_indices"][cut[0]])
+        if part is not None:
+            return part
+    return _layout(_sliced)(domain, eqn, domain.scale(value))
+
+
+def by_binding(eqn: Equation, array: np.ndarray, *rest: Any, position: int = 0) -> np.ndarray:
+    """The operation itself, on an array of integers."""
+    dtype = np.int32 if array.dtype != bool else bool
+    operands = [jnp.asarray(r) for r in rest]
+    operands.insert(position, jnp.asarray(np.broadcast_to(array, array.shape).astype(dtype)))
+    with jax.ensure_compile_time_eval():
+        return np.asarray(eqn.bind(*operands))
+
+
+@rule("tile")
+def _tile(domain: Any, eqn: Equation, value: Any) -> Any:
+    old, reps = eqn.inputs[0].shape, eqn.params["reps"]
+
+    def move(eqn: Equation, a: np.ndarray) -> np.ndarray:
+        return np.tile(a, [r if n > 1 or m == 1 and n > 1 else 1
+                           for r, n, m in zip(reps, a.shape, old, strict=True)])  # fmt: skip
+
+    return _layout(move)(domain, eqn, domain.scale(value))
+
+
+@rule("split")
+def _split(domain: Any, eqn: Equation, value: Any) -> Any:
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    value = domain.refresh(value)
+    if isinstance(value, Fresh):
+        parts = domain.parts(value, axis, sizes)
+        if parts is not None:
+            return parts
+    value = domain.scale(value)
+    starts = np.cumsum([0, *sizes])
+
+    def cut(a: np.ndarray, i: int) -> np.ndarray:
+        return a if a.shape[axis] == 1 else np.take(a, range(starts[i], starts[i + 1]), axis)
+
+    return [
+        Scale(
+            aval.shape,
+            relaid(value.form, lambda ids, i=i: cut(ids, i)),  # type: ignore[misc]
+            None if value.wild is None else cut(value.wild, i),
+        )
+        for i, aval in enumerate(eqn.outputs)
+    ]
+
+
+@rule("concatenate")
+def _concatenate(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+    axis, shape = eqn.params["dimension"], eqn.outputs[0].shape
+    scales = [domain.scale(v) for v in inputs]
+    ends = np.cumsum([s.shape[axis] for s in scales])
+
+    def place(array: np.ndarray, i: int, length: int) -> np.ndarray:
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (int(ends[i] - length), int(ends[-1] - ends[i]))
+        target = list(array.shape)
+        target[axis] = length
+        return np.pad(np.broadcast_to(array, target), widths)
+
+    parts = [
+        (lambda ids, i=i, n=s.shape[axis]: place(ids, i, n), s.form) for i, s in enumerate(scales)
+    ]
+    wild = None
+    for i, s in enumerate(scales):
+        if s.wild is not None:
+            placed = place(s.wild, i, s.shape[axis])
+            wild = placed if wild is None else wild | placed
+    return Scale(shape, scaling.tidy(domain.system, scaling.blend(parts)), wild)
+
+
+@rule("pad")
+def _pad(domain: Any, eqn: Equation, value: Any, filler: Any) -> Any:
+    value, filler = domain.scale(value), domain.scale(filler)
+    config = eqn.params["padding_config"]
+    rank = len(config)
+    padded = [a for a, c in enumerate(config) if tuple(c) != (0, 0, 0)]
+
+    def place(array: np.ndarray) -> np.ndarray:
+        target = [value.shape[a] if a in padded else n for a, n in enumerate(array.shape)]
+        array = np.broadcast_to(array, target)
+        dtype = np.int32
+        with jax.ensure_compile_time_eval():
+            out = lax.pad(jnp.asarray(array.astype(dtype)), jnp.zeros((), dtype), config)
+            return np.asarray(out).astype(array.dtype)
+
+    inside = place(np.ones((1,) * rank, bool))
+    spread = relaid(filler.form, lambda ids: scaling.lifted(ids, rank))
+    form = scaling.blend([(place, value.form), scaling.masked(~inside, spread)])
+    wild = np.zeros((1,) * rank, bool) if value.wild is None else place(value.wild)
+    if filler.wild is not None:
+        wild = wild | ~inside
+    return Scale(eqn.outputs[0].shape, scaling.tidy(domain.system, form), wild)
+
+
+# --- reductions ---
+
+
+def _dropped(value: Scale, axes: Sequence[int], shape: Sequence[int]) -> Scale:
+    def drop(a: np.ndarray) -> np.ndarray:
+        return a.squeeze(tuple(axes))
+
+    return Scale(shape, relaid(value.form, drop), None if value.wild is None else drop(value.wild))
+
+
+@rule("reduce_sum", "reduce_max", "reduce_min")
+def _reduce(domain: Any, eqn: Equation, value: Any) -> Any:
+    axes = eqn.params["axes"]
+    return _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
+
+
+@rule("argmax", "argmin")
+def _arg(domain: Any, eqn: Equation, value: Any) -> Any:
+    domain.level(value, eqn.params["axes"])
+    return domain.free(eqn)
+
+
+@rule("reduce_prod")
+def _reduce_prod(domain: Any, eqn: Equation, value: Any) -> Any:
+    axes = eqn.params["axes"]
+    count = int(np.prod([eqn.inputs[0].shape[a] for a in axes]))
+    scale = _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
+    return Scale(scale.shape, times(scale.form, count), scale.wild)
+
+
+@rule("cumsum", "cummax", "cummin", "cumlogsumexp")
+def _cumulative(domain: Any, eqn: Equation, value: Any) -> Any:
+    if eqn.name == "cumlogsumexp":
+        return domain.default(eqn, value)
+    levelled = domain.level(value, [eqn.params["axis"]])
+    return Scale(eqn.outputs[0].shape, levelled.form)
+
+
+@rule("sort")
+def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
+    """Keys of one scale along the sorted axis; whatever is carried along may land anywhere."""
+    axis = eqn.params["dimension"]
+    levelled = [domain.level(v, [axis]) for v in values]
+    return [Scale(a.shape, s.form) for a, s in zip(eqn.outputs, levelled, strict=True)]
+
+
+@rule("top_k")
+def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
+    axis = eqn.params.get("axis", -1) % len(eqn.inputs[0].shape)
+    levelled = domain.level(value, [axis])
+    return [Scale(eqn.outputs[0].shape, levelled.form), domain.free(eqn, 1)]
+
+
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+def _reduce_window(domain: Any, eqn: Equation, value: Any) -> Any:
+    """Elements of a window share a scale; windows that overlap chain theirs together."""
+    value, p = domain.scale(value), eqn.params
+    shape, size = eqn.outputs[0].shape, p["window_dimensions"]
+    rank = len(shape)
+    trivial = (1, 1, (0, 0), 1)
+    axes = [
+        a
+        for a in range(rank)
+        if (size[a], p["window_strides"][a], tuple(p["padding"][a]), p["base_dilation"][a])
+        != trivial
+    ]
+    form = scaling.tidy(domain.system, value.form)
+    varying = tuple(t for t in form if any(t.ids.shape[a] > 1 for a in axes))
+    rest = tuple(t for t in form if not any(t.ids.shape[a] > 1 for a in axes))
+    if not varying and value.wild is None:
+        return Scale(shape, form)
+    sources, inside = {}, {}
+    for a in axes:
+        taps = np.arange(size[a]) * p["window_dilation"][a]
+        at = np.arange(shape[a])[:, None] * p["window_strides"][a] + taps - p["padding"][a][0]
+        at, off = np.divmod(at, p["base_dilation"][a])
+        inside[a] = (at >= 0) & (at < value.shape[a]) & (off == 0)
+        sources[a] = np.clip(at, 0, value.shape[a] - 1)
+    present = np.ones((1,) * rank, bool) if value.wild is None else ~value.wild
+    lengths = np.broadcast_shapes(present.shape, *(t.ids.shape for t in varying))
+    out = [shape[a] if a in axes else lengths[a] for a in range(rank)]
+    common = scaling.variables(domain.system.new(out)) if varying else ()
+    met = np.zeros(out, bool)
+    for tap in np.ndindex(*size):
+
+        def gathered(array: np.ndarray, tap: tuple[int, ...] = tap) -> np.ndarray:
+            for a in axes:
+                if array.shape[a] > 1:
+                    array = array.take(sources[a][:, tap[a]], a)
+            return array
+
+        keep = gathered(present)
+        for a in axes:
+            keep = keep & inside[a][:, tap[a]].reshape([-1 if b == a else 1 for b in range(rank)])
+        met = met | keep
+        scaling.vanish(domain.system, minus(relaid(varying, gathered), common), keep)
+    return Scale(shape, scaling.tidy(domain.system, (*rest, *common)), ~met)

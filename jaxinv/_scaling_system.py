@@ -1,0 +1,282 @@
+"""Linear equations between unknown log-scales, solved exactly.
+
+Every unknown is an integer id; id 0 is the number zero. Equalities of two unknowns, which are
+nearly all equations of a network, are merged at once (union-find on whole arrays). The others wait
+until `solve`, which eliminates them in integer arithmetic. Nothing loops over single unknowns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+
+# Integer elimination divides each row by its gcd, so coefficients stay tiny; beyond this they
+# would be about to overflow int64, and a wrong answer must not come out.
+_LARGEST = 2**30
+
+
+class System:
+    """Unknown log-scales: new ones, equal ones, and linear equations between them."""
+
+    def __init__(self) -> None:
+        self.parent = np.zeros(1024, np.int64)
+        self.size = 1
+        self.blocks: list[tuple[tuple[Fraction, ...], np.ndarray]] = []
+        self._seen: set[bytes] = set()
+
+    def new(self, shape: Sequence[int]) -> np.ndarray:
+        """Fresh unknowns, as an array of ids."""
+        count = int(np.prod(shape, dtype=np.int64))
+        while self.size + count > len(self.parent):
+            self.parent = np.concatenate([self.parent, np.zeros_like(self.parent)])
+        ids = np.arange(self.size, self.size + count)
+        self.parent[ids] = ids
+        self.size += count
+        return ids.reshape(shape)
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """The smallest id that each of these is known to equal."""
+        root = self.parent[ids]
+        while True:
+            above = self.parent[root]
+            if np.array_equal(above, root):
+                break
+            root = above
+        self.parent[ids] = root
+        return root
+
+    def union(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Set unknowns equal elementwise."""
+        a, b = (np.ravel(v) for v in np.broadcast_arrays(a, b))
+        while True:
+            a, b = self.find(a), self.find(b)
+            differ = a != b
+            if not differ.any():
+                return
+            a, b = a[differ], b[differ]
+            # Every larger root hangs on the smallest of its partners; edges that lose this round
+            # still join different roots, or already equal ones, in the next.
+            np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
+
+    def equation(self, coefficients: Sequence[Fraction], ids: np.ndarray) -> None:
+        """Σ_t coefficients[t] · v[ids[:, t]] = 0 for every row."""
+        ids = self.find(np.asarray(ids))
+        columns: dict[bytes, tuple[Fraction, np.ndarray]] = {}
+        for t, c in enumerate(coefficients):
+            column = np.ascontiguousarray(ids[:, t])
+            if column.any():
+                key = column.tobytes()
+                columns[key] = (columns.get(key, (Fraction(0),))[0] + c, column)
+        kept = [(c, column) for c, column in columns.values() if c]
+        if not kept:
+            return
+        if len(kept) == 1:
+            self.union(kept[0][1], np.zeros(1, np.int64))
+        elif len(kept) == 2 and kept[0][0] == -kept[1][0]:
+            self.union(kept[0][1], kept[1][1])
+        else:
+            cs = tuple(c for c, _ in kept)
+            rows = np.unique(np.stack([column for _, column in kept], axis=1), axis=0)
+            key = repr(cs).encode() + rows.tobytes()
+            if key not in self._seen:
+                self._seen.add(key)
+                self.blocks.append((cs, rows))
+
+    def solve(self) -> Solution:
+        """Every unknown as a combination of independent ones."""
+        rows = self._rows()
+        while True:
+            rows = _merged(rows._replace(col=self.find(rows.col)))
+            start, count = rows.starts()
+            one = start[count == 1]
+            two = start[count == 2]
+            two = two[rows.val[two] == -rows.val[two + 1]]
+            if not one.size and not two.size:
+                break
+            self.union(rows.col[one], np.zeros(1, np.int64))
+            self.union(rows.col[two], rows.col[two + 1])
+        return Solution(self, _reduced(_echelon(rows)))
+
+    def _rows(self) -> Rows:
+        row, col, val, done = [], [], [], 0
+        for coefficients, ids in self.blocks:
+            denominator = lcm(*[c.denominator for c in coefficients])
+            integers = np.array([int(c * denominator) for c in coefficients], np.int64)
+            row.append(np.repeat(np.arange(done, done + len(ids)), ids.shape[1]))
+            col.append(ids.ravel())
+            val.append(np.tile(integers, len(ids)))
+            done += len(ids)
+        empty = [np.zeros(0, np.int64)]
+        return Rows(*(np.concatenate(part + empty) for part in (row, col, val)))
+
+
+class Rows(NamedTuple):
+    """A sparse integer matrix: entries sorted by row, then column; no zero entry, no empty row."""
+
+    row: np.ndarray
+    col: np.ndarray
+    val: np.ndarray
+
+    def starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each row begins among the entries, and how many entries it has."""
+        if not self.row.size:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        start = np.flatnonzero(np.r_[True, self.row[1:] != self.row[:-1]])
+        return start, np.diff(np.r_[start, self.row.size])
+
+
+class Solution:
+    """Unknowns in terms of the free ones: v = Σ_j (numerator / denominator) · v_j."""
+
+    def __init__(self, system: System, rows: Rows):
+        self.system, self.rows = system, rows
+        start, count = rows.starts()
+        last = start + count - 1
+        self.pivots, self.first, self.count = rows.col[last], start, count - 1
+        self.leading = rows.val[last]
+
+    def of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(which id, free unknown, numerator, denominator) of the combinations equal to ids."""
+        root = self.system.find(ids)
+        place = np.searchsorted(self.pivots, root)
+        solved = np.zeros(len(ids), bool)
+        inside = place < len(self.pivots)
+        solved[inside] = self.pivots[place[inside]] == root[inside]
+        free = np.flatnonzero(~solved & (root != 0))
+        which = np.flatnonzero(solved)
+        place = place[which]
+        entries = ranges(self.first[place], self.count[place])
+        owner = np.repeat(which, self.count[place])
+        leading = np.repeat(self.leading[place], self.count[place])
+        return (
+            np.concatenate([free, owner]),
+            np.concatenate([root[free], self.rows.col[entries]]),
+            np.concatenate([np.ones(free.size, np.int64), -self.rows.val[entries]]),
+            np.concatenate([np.ones(free.size, np.int64), leading]),
+        )
+
+
+def independent_columns(row: np.ndarray, col: np.ndarray, val: np.ndarray) -> np.ndarray:
+    """Columns on which the row space projects one to one; their number is the rank."""
+    rows = _echelon(_merged(Rows(row, col, val)))
+    start, count = rows.starts()
+    return rows.col[start + count - 1]
+
+
+# --- exact elimination on sparse integer rows -----------------------------------------
+
+
+def ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """start[0] … start[0]+count[0]−1, start[1] …, concatenated."""
+    if not count.sum():
+        return np.zeros(0, np.int64)
+    offset = np.cumsum(count) - count
+    return np.arange(count.sum()) + np.repeat(start - offset, count)
+
+
+def _merged(rows: Rows) -> Rows:
+    """Entries of one place added, zeros dropped, every row divided by its gcd, duplicates dropped.
+
+    Rows are numbered anew; the order of the entries is by row, then column.
+    """
+    keep = rows.col != 0
+    row, col, val = (part[keep] for part in rows)
+    order = np.lexsort((col, row))
+    row, col, val = row[order], col[order], val[order]
+    if row.size:
+        first = np.flatnonzero(np.r_[True, (row[1:] != row[:-1]) | (col[1:] != col[:-1])])
+        val = np.add.reduceat(val, first)
+        row, col = row[first], col[first]
+        row, col, val = row[val != 0], col[val != 0], val[val != 0]
+    if not row.size:
+        return Rows(row, col, val)
+    if np.abs(val).max() > _LARGEST:
+        raise OverflowError("exponents of the scale classes are too large to solve for exactly.")
+    start, count = Rows(row, col, val).starts()
+    divisor = np.gcd.reduceat(val, start) * np.sign(val[start + count - 1])
+    val = val // np.repeat(divisor, count)
+    # Equal rows: compare by a hash, confirm by comparing entries.
+    number = np.repeat(np.arange(len(start)), count)
+    mixed = (col * np.int64(0x9E3779B97F4A7C1) + val * np.int64(0x1000000000193)) ** 2
+    digest = np.add.reduceat(mixed, start)
+    order = np.lexsort((digest, count))
+    same = np.zeros(len(start), bool)
+    a, b = order[:-1], order[1:]
+    pairs = np.flatnonzero((digest[a] == digest[b]) & (count[a] == count[b]))
+    left, right = (
+        ranges(start[a[pairs]], count[a[pairs]]),
+        ranges(start[b[pairs]], count[b[pairs]]),
+    )
+    if left.size:
+        equal = (col[left] == col[right]) & (val[left] == val[right])
+        begin = np.cumsum(count[a[pairs]]) - count[a[pairs]]
+        same[b[pairs[np.logical_and.reduceat(equal, begin)]]] = True
+    kept = ~same[number]
+    renumbered = np.cumsum(~same) - 1
+    return Rows(renumbered[number[kept]], col[kept], val[kept])
+
+
+def _combined(rows: Rows, target: np.ndarray, by: np.ndarray, entry: np.ndarray) -> Rows:
+    """Eliminate from each row `target` its entry number `entry` with the pivot of row `by`."""
+    start, count = rows.starts()
+    pivot = rows.val[start[by] + count[by] - 1]
+    value = rows.val[entry]
+    g = np.gcd(pivot, value)
+    factor = np.ones(len(start), np.int64)
+    factor[target] = pivot // g
+    added = ranges(start[by], count[by])
+    return _merged(
+        Rows(
+            np.concatenate([rows.row, np.repeat(target, count[by])]),
+            np.concatenate([rows.col, rows.col[added]]),
+            np.concatenate(
+                [
+                    rows.val * np.repeat(factor, count),
+                    -rows.val[added] * np.repeat(value // g, count[by]),
+                ]
+            ),
+        )
+    )
+
+
+def _echelon(rows: Rows) -> Rows:
+    """Rows whose last columns differ, spanning the same space, sorted by last column."""
+    while rows.row.size:
+        start, count = rows.starts()
+        last = start + count - 1
+        order = np.lexsort((count, rows.col[last]))
+        pivot = rows.col[last][order]
+        first = np.r_[True, pivot[1:] != pivot[:-1]]
+        if first.all():
+            rank = np.empty(len(order), np.int64)
+            rank[order] = np.arange(len(order))
+            moved = ranges(start[order], count[order])
+            return Rows(
+                np.repeat(np.arange(len(order)), count[order]), *(p[moved] for p in rows[1:])
+            )
+        leader = order[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
+        target, by = order[~first], leader[~first]
+        rows = _combined(rows, target, by, last[target])
+    return rows
+
+
+def _reduced(rows: Rows) -> Rows:
+    """An echelon form in which no pivot column appears in another row."""
+    while rows.row.size:
+        start, count = rows.starts()
+        last = start + count - 1
+        pivots = rows.col[last]
+        place = np.searchsorted(pivots, rows.col)
+        place = np.minimum(place, len(pivots) - 1)
+        hit = np.flatnonzero((pivots[place] == rows.col) & (place != rows.row))
+        if not hit.size:
+            return rows
+        # One entry per row and round: the first, whose pivot row reaches no further right.
+        target, index = np.unique(rows.row[hit], return_index=True)
+        entry = hit[index]
+        rows = _echelon(_combined(rows, target, place[entry], entry))
+    return rows

@@ -1,0 +1,488 @@
+"""Rescaling symmetries of a network: found in its jaxpr, applied, and carried to optimizer states.
+
+Multiply the incoming weights and the bias of a ReLU unit by e^u and divide its outgoing weights by
+e^u: the function is the same. `rescaling_group` finds all u ↦ w·exp(Bu) with this property, for any
+`fn(params, x)`: units, channels, channels that a residual connection ties together, the weights in
+front of a scale-invariant normalisation, the heads of an attention layer.
+
+Method: every array of the program has a log-scale per element; each operation is a linear equation
+between them (the terms of a sum have equal scales, a product adds them, x² doubles, tanh pins to
+0), inputs and outputs have scale 0. The solutions are the group. Operations that are not understood
+pin their operands, so a generator that is found is always one that leaves the function unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jaxinv import _jaxpr, _scaled
+from jaxinv import _scaling_values as scaling
+from jaxinv._scaling_domain import ScalingDomain
+from jaxinv._scaling_group import Structure, assembled, generator_names
+from jaxinv.errors import InvalidInput
+from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+
+
+class RescalingGroup(NamedTuple):
+    """All w ↦ w·exp(Bu), u ∈ R^dim, that leave a network unchanged; B is a sparse integer matrix.
+
+    The log-scale of leaf l is Σ_t s[indices[l][t]], broadcast, where s = S u and S is the sparse
+    matrix with entries `coefficients` at (`rows`, `columns`), so that a dense layer of K×N weights
+    costs K + N numbers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import networks
+        >>> from jaxinv.rescaling import rescaling_group
+        >>> params = networks.init_mlp(jax.random.key(0), (4, 3, 2))
+        >>> group = rescaling_group(networks.mlp, params, jnp.zeros((1, 4)))
+        >>> group.dim, group.names[0]
+        (3, 'Dense_0/kernel out 0 → Dense_1/kernel in 0')
+    """
+
+    rows: Any  # int32 (nnz,)
+    columns: Any  # int32 (nnz,): which generator
+    coefficients: Any  # int32 (nnz,)
+    indices: tuple[tuple[Any, ...], ...]  # per leaf: int32 arrays that broadcast to the leaf
+    structure: Structure
+
+    @property
+    def dim(self) -> int:
+        """Number of generators."""
+        return self.structure.dim
+
+    @property
+    def names(self) -> list[str]:
+        """A readable name per generator: the weights that it multiplies → those that it divides.
+
+        `Dense_0/kernel out 17 → Dense_1/kernel in 17` is column 17 of one kernel and row 17 of the
+        next. Of a unit's incoming weights only kernels are named, not the biases beside them.
+        """
+        return generator_names(self)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """For every generator the name of the leaf whose outputs it scales."""
+        return tuple(self.structure.leaf_names[i] for i in self.structure.layers)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parameters on which the function cannot depend; they are in no generator."""
+        return self.structure.unused
+
+    @property
+    def pinned_by(self) -> tuple[tuple[str, str], ...]:
+        """(operation, source line) of what fixes the scale of its operands."""
+        return self.structure.pinned_by
+
+    @property
+    def ignored(self) -> tuple[tuple[str, str], ...]:
+        """(epsilon, source line) of what `ignore_epsilon` took for zero."""
+        return self.structure.ignored
+
+    def __str__(self) -> str:
+        """Generators by layer, and what limits the group."""
+        s = self.structure
+        lines = [f"RescalingGroup of dimension {s.dim} on {len(s.leaf_names)} leaves"]
+        counts = np.bincount(np.asarray(s.layers, np.int64), minlength=len(s.leaf_names))
+        lines += [
+            f"  {n:6d} scale the outputs of {name}"
+            for n, name in zip(counts, s.leaf_names, strict=True)
+            if n
+        ]
+        lines += [f"  unused: {name}" for name in s.unused]
+        lines += [f"  pinned by {name} at {where}" for name, where in s.pinned_by]
+        lines += [f"  taken for 0: {name} at {where}" for name, where in s.ignored]
+        return "\n".join(lines)
+
+
+def rescaling_group(
+    fn: Network, params: Params, x: Inputs, *, ignore_epsilon: bool = False
+) -> RescalingGroup:
+    """All positive elementwise rescalings of the parameters that leave a network unchanged.
+
+    fn(w·exp(Bu), x) = fn(w, x) for all w, x and u ∈ R^dim.
+
+    Args:
+        fn: any JAX-traceable `fn(params, x) -> y`.
+        params: pytree of float arrays; only shapes are used.
+        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s; only shapes are used, on a
+            batch of one.
+        ignore_epsilon: normalisation layers add ε to a variance, which makes them *not quite*
+            scale-invariant: exactly, the weights in front of them are pinned, and that is the
+            default. With True, an ε <= 1e-3 inside a normalisation counts as 0, the group includes
+            those scale invariances, changes the function by O(ε), and names what was ignored in
+            `group.ignored`.
+
+    Returns:
+        A `RescalingGroup`. Its generators have small integer exponents, ordered from the input to
+        the output; in a dense ReLU network there is one per hidden unit, and `exp(u_j)` is the
+        factor of the unit's activation.
+        Parameters that the function cannot depend on (unused leaves, kernel taps that only ever see
+        padding) would be free to scale one by one. They are left out, and named in `group.unused`.
+
+    Raises:
+        InvalidInput: for integer, NaN or missing params, or x without a batch axis.
+
+    Notes:
+        Every generator is exact. The converse is a theorem for operations with a rule, applied to
+        values that do not cancel. Not recognised: parameters whose influence cancels (the bias in
+        front of a batch normalisation), and units that are computed but not used.
+        Under `jit` constants of `fn` may be traced; their zeros are then not seen.
+
+    References:
+        Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), §2.1, for dense units.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv.rescaling import rescale, rescaling_group
+        >>> def net(w, x):
+        ...     h = jax.nn.relu(x @ w["in"] + w["bias"])
+        ...     return jnp.tanh(h @ w["mid"]) @ w["out"]
+        >>> w = {"in": jnp.ones((2, 3)), "bias": jnp.ones(3), "mid": jnp.ones((3, 4)),
+        ...      "out": jnp.ones((4, 1))}
+        >>> group = rescaling_group(net, w, jnp.zeros((1, 2)))
+        >>> group.dim, group.pinned_by[0][0]
+        (3, 'tanh')
+        >>> rescale(group, w, jnp.log(jnp.array([2.0, 1.0, 1.0])))["mid"][:, 0].tolist()
+        [0.5, 1.0, 1.0]
+    """
+    _jaxpr.check_params(params)
+    one = _jaxpr.abstract_batch_of_one(x)
+    trace = _jaxpr.trace(fn, params, one)
+    domain = ScalingDomain(ignore_epsilon)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    names = _jaxpr.leaf_names(params, "")
+    names = [name or "params" for name in names]
+    leaves = [scaling.Leaf(name, shape) for name, shape in zip(names, shapes, strict=True)]
+    inputs = [scaling.Scale(s.shape) for s in jax.tree.leaves(one)]
+    fresh = [scaling.Fresh(leaf, leaf.shape) for leaf in leaves]
+    outputs = _jaxpr.interpret(trace, fresh, inputs, domain)
+    for output in outputs:
+        scale = domain.scale(output)
+        keep = None if scale.wild is None else ~scale.wild
+        scaling.vanish(domain.system, scale.form, keep)
+    return RescalingGroup(*assembled(domain, leaves, jax.tree.structure(params)))
+
+
+# --- the action -----------------------------------------------------------------------
+
+
+def _flat(group: RescalingGroup, tree: PyTree, what: str) -> list[Any]:
+    """Leaves of a pytree like params, checked."""
+    s = group.structure
+    if jax.tree.structure(tree) != s.tree:
+        raise InvalidInput(
+            f"{what} has another tree structure than the params of the group:\n"
+            f"  {jax.tree.structure(tree)}\n  {s.tree}"
+        )
+    leaves = jax.tree.leaves(tree)
+    for name, shape, leaf in zip(s.leaf_names, s.leaf_shapes, leaves, strict=True):
+        if jnp.shape(leaf) != shape:
+            raise InvalidInput(
+                f"{what}: {name} has shape {jnp.shape(leaf)}, but the group was found for {shape}."
+            )
+    return leaves
+
+
+def _checked(group: RescalingGroup, u: Any) -> Array:
+    u = jnp.asarray(u)
+    if u.shape != (group.dim,):
+        raise InvalidInput(
+            f"u has shape {u.shape}, but the group has {group.dim} generators: pass ({group.dim},)."
+        )
+    return u
+
+
+def class_scales(group: RescalingGroup, u: Array) -> Array:
+    """Log-scales s = S u of the classes, (num_classes,); class 0 has scale 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.rescaling import class_scales, rescaling_group
+        >>> group = rescaling_group(lambda w, x: (x @ w[0]) @ w[1],
+        ...                         [jnp.ones((1, 1)), jnp.ones((1, 1))], jnp.zeros((1, 1)))
+        >>> class_scales(group, jnp.array([3.0])).tolist()
+        [0.0, 3.0, -3.0]
+    """
+    zeros = jnp.zeros(group.structure.num_classes, u.dtype)
+    return zeros.at[group.rows].add(
+        jnp.asarray(group.coefficients).astype(u.dtype) * u[group.columns]
+    )
+
+
+def log_scales(group: RescalingGroup, u: Array) -> PyTree:
+    """Bu as a pytree like params, with leaves that broadcast to the parameters.
+
+    Args:
+        group: as `rescaling_group` returns it.
+        u: (dim,), float or integer.
+
+    Returns:
+        A pytree like params; each leaf has u's dtype and broadcasts to the shape of the parameter.
+
+    Raises:
+        InvalidInput: if u does not have one entry per generator.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.rescaling import log_scales, rescaling_group
+        >>> group = rescaling_group(lambda w, x: (x @ w[0]) @ w[1],
+        ...                         [jnp.ones((1, 2)), jnp.ones((2, 1))], jnp.zeros((1, 1)))
+        >>> [leaf.tolist() for leaf in log_scales(group, jnp.array([3.0, 5.0]))]
+        [[[3.0, 5.0]], [[-3.0], [-5.0]]]
+    """
+    u = _checked(group, u)
+    s = class_scales(group, u)
+    leaves = []
+    for shape, terms in zip(group.structure.leaf_shapes, group.indices, strict=True):
+        total = jnp.zeros((1,) * len(shape), u.dtype)
+        for ids in terms:
+            total = total + s[ids]
+        leaves.append(total)
+    return jax.tree.unflatten(group.structure.tree, leaves)
+
+
+def rescale(
+    group: RescalingGroup, params: Params, u: Array, *, base: float | None = None
+) -> Params:
+    """The action of the group: w_e · exp((Bu)_e), or w_e · base^{(Bu)_e}.
+
+    Args:
+        group: as `rescaling_group` returns it.
+        params: pytree of float arrays of the shapes the group was found for.
+        u: (dim,), floats; or, with `base=2`, integers: the factors are then exact powers of two
+            (up to overflow and underflow), and a network of sums, products, ReLUs and maxima keeps
+            every bit of its output.
+        base: what is raised to Bu; default e.
+
+    Returns:
+        Params of the same shapes and dtypes, for which `fn` is the same function.
+
+    Raises:
+        InvalidInput: if params or u do not fit the group.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import networks
+        >>> from jaxinv.rescaling import rescale, rescaling_group
+        >>> params = networks.init_mlp(jax.random.key(0), (4, 3, 2))
+        >>> x = jnp.ones((1, 4))
+        >>> group = rescaling_group(networks.mlp, params, x)
+        >>> moved = rescale(group, params, jnp.array([5, -3, 1]), base=2)
+        >>> bool((networks.mlp(moved, x) == networks.mlp(params, x)).all())
+        True
+    """
+    leaves = _flat(group, params, "params")
+    u = _checked(group, u)
+    exact = base == 2 and jnp.issubdtype(u.dtype, jnp.integer)
+    if not exact:
+        dtype = u.dtype if jnp.issubdtype(u.dtype, jnp.floating) else _scaled.working_dtype(leaves)
+        u = u.astype(dtype) * jnp.asarray(1.0 if base is None else np.log(base), dtype)
+    else:
+        u = u.astype(jnp.int32)
+    scales = jax.tree.leaves(log_scales(group, u))
+    moved = []
+    for leaf, scale, terms in zip(leaves, scales, group.indices, strict=True):
+        leaf = jnp.asarray(leaf)
+        if not terms:
+            moved.append(leaf)
+        elif exact:
+            wide = leaf.astype(_scaled.working_dtype([leaf]))
+            moved.append(_scaled.shift(wide, scale).astype(leaf.dtype))
+        else:
+            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+            wide = leaf.astype(dtype) * jnp.exp(scale).astype(dtype)
+            moved.append(wide.astype(leaf.dtype))
+    return jax.tree.unflatten(group.structure.tree, moved)
+
+
+def rescale_gradient(
+    group: RescalingGroup, gradients: PyTree, u: Array, *, base: float | None = None
+) -> PyTree:
+    """The gradient at the rescaled point: g_e / exp((Bu)_e).
+
+    ∂L/∂w' = (∂L/∂w)/d for w' = d·w, since L is the same function of both.
+
+    Args, errors as for `rescale`, with `gradients` a pytree like params.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv.rescaling import rescale, rescale_gradient, rescaling_group
+        >>> net = lambda w, x: (x @ w[0]) @ w[1]
+        >>> w, x = [jnp.full((1, 1), 2.0), jnp.full((1, 1), 3.0)], jnp.ones((1, 1))
+        >>> group, u = rescaling_group(net, w, x), jnp.log(jnp.array([4.0]))
+        >>> there = jax.grad(lambda w: net(w, x).sum())(rescale(group, w, u))
+        >>> moved = rescale_gradient(group, jax.grad(lambda w: net(w, x).sum())(w), u)
+        >>> [round(g.item(), 5) for g in there] == [round(g.item(), 5) for g in moved]
+        True
+    """
+    return rescale(group, gradients, -jnp.asarray(u), base=base)
+
+
+def random_rescaling(
+    group: RescalingGroup,
+    key: Array,
+    *,
+    kind: Literal["lognormal", "power_of_two", "unbalanced"] = "lognormal",
+    std: float = 1.0,
+    units: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Array:
+    """A random u for `rescale`.
+
+    * `"lognormal"`: u_j ~ N(0, std²), so the factors are log-normal.
+    * `"power_of_two"`: integers round(N(0, (std / log 2)²)), for `rescale(..., base=2)`: exact.
+    * `"unbalanced"`: `units` random units of every layer get the factor s = 10·exp(std·N(0,1)), the
+      others 1. With `units=128, std=1` the start of the Path-SGD paper's MNIST experiment.
+
+    Args:
+        group: as `rescaling_group` returns it.
+        key: a PRNG key.
+        std: standard deviation, see above.
+        units: units per layer for `"unbalanced"`; default all. A layer is the set of generators
+            that scale the outputs of one leaf (`group.layers`).
+        dtype: of u; integers have int32.
+
+    Returns:
+        u, (dim,).
+
+    Raises:
+        InvalidInput: for an unknown kind, std < 0, or `units` with another kind.
+
+    References:
+        Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), §4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import networks
+        >>> from jaxinv.rescaling import random_rescaling, rescaling_group
+        >>> params = networks.init_mlp(jax.random.key(0), (4, 8, 8, 2))
+        >>> group = rescaling_group(networks.mlp, params, jnp.zeros((1, 4)))
+        >>> u = random_rescaling(group, jax.random.key(1), kind="unbalanced", units=3)
+        >>> [int((u[:8] != 0).sum()), int((u[8:] != 0).sum())]
+        [3, 3]
+    """
+    if kind not in ("lognormal", "power_of_two", "unbalanced"):
+        raise InvalidInput(
+            f"kind must be 'lognormal', 'power_of_two' or 'unbalanced', not {kind!r}."
+        )
+    if not std >= 0:
+        raise InvalidInput(f"std must be >= 0, not {std}.")
+    if units is not None and (kind != "unbalanced" or units < 1):
+        raise InvalidInput("units is a number >= 1 of units per layer, for kind='unbalanced' only.")
+    normal_key, choice_key = jax.random.split(key)
+    normal = std * jax.random.normal(normal_key, (group.dim,), dtype)
+    if kind == "lognormal":
+        return normal
+    if kind == "power_of_two":
+        return jnp.round(normal / jnp.asarray(np.log(2), dtype)).astype(jnp.int32)
+    u = normal + jnp.asarray(np.log(10), dtype)
+    if units is None:
+        return u
+    # The units with the smallest random numbers of their layer are chosen.
+    draw = jax.random.uniform(choice_key, (group.dim,))
+    layers = np.asarray(group.structure.layers, np.int64)
+    order = jnp.lexsort((draw, layers))
+    starts = np.searchsorted(np.sort(layers), np.sort(layers))
+    chosen = jnp.zeros(group.dim, bool).at[order].set(np.arange(group.dim) - starts < units)
+    return jnp.where(chosen, u, 0)
+
+
+# --- tangents -------------------------------------------------------------------------
+
+
+class TangentVectors(NamedTuple):
+    """The tangent vectors of the orbit at params as a linear operator T: R^dim → params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.rescaling import rescaling_group, tangent_vectors
+        >>> w = [jnp.full((1, 1), 2.0), jnp.full((1, 1), 3.0)]
+        >>> group = rescaling_group(lambda w, x: (x @ w[0]) @ w[1], w, jnp.zeros((1, 1)))
+        >>> T = tangent_vectors(group, w)
+        >>> [leaf.item() for leaf in T.matvec(jnp.array([1.0]))], T.rmatvec(w).tolist()
+        ([2.0, -3.0], [-5.0])
+    """
+
+    matvec: Callable[[Array], PyTree]
+    rmatvec: Callable[[PyTree], Array]
+    shape: tuple[int, int]
+
+
+def tangent_vectors(
+    group: RescalingGroup, params: Params, *, dense: bool = False
+) -> TangentVectors | Array:
+    """The generators at params, t_j = ∂(w·exp(Bu))/∂u_j = w ⊙ B_j, as a linear operator.
+
+    Args:
+        group: as `rescaling_group` returns it.
+        params: pytree of float arrays.
+        dense: return the matrix (number of parameters, dim) instead, with parameters in the order
+            of `jax.flatten_util.ravel_pytree`.
+
+    Returns:
+        `TangentVectors`: `matvec(u)` gives T u as a pytree like params, `rmatvec(g)` gives Tᵀg, of
+        shape (dim,), for a pytree g like params (⟨t_j, g⟩ for all generators j). Both cost as much
+        as reading the parameters once, and nothing of size params × dim is stored.
+
+    Raises:
+        InvalidInput: if params do not fit the group.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import networks
+        >>> from jaxinv.rescaling import rescaling_group, tangent_vectors
+        >>> params = networks.init_mlp(jax.random.key(0), (4, 3, 2))
+        >>> x = jnp.ones((5, 4))
+        >>> group = rescaling_group(networks.mlp, params, x)
+        >>> gradient = jax.grad(lambda w: (networks.mlp(w, x) ** 2).sum())(params)
+        >>> inner = tangent_vectors(group, params).rmatvec(gradient)  # orthogonal to the orbit
+        >>> bool(jnp.abs(inner).max() < 1e-4)
+        True
+    """
+    leaves = [jnp.asarray(leaf) for leaf in _flat(group, params, "params")]
+    tree = group.structure.tree
+
+    def matvec(u: Array) -> PyTree:
+        scales = jax.tree.leaves(log_scales(group, u))
+        return jax.tree.unflatten(
+            tree, [leaf * s.astype(leaf.dtype) for leaf, s in zip(leaves, scales, strict=True)]
+        )
+
+    def rmatvec(g: PyTree) -> Array:
+        cotangents = [
+            leaf * jnp.asarray(c).astype(leaf.dtype)
+            for leaf, c in zip(leaves, _flat(group, g, "g"), strict=True)
+        ]
+        return transpose(group, cotangents)
+
+    if dense:
+        eye = jnp.eye(group.dim, dtype=jnp.result_type(*leaves))
+        flat = jax.vmap(lambda u: ravel_pytree(matvec(u))[0])(eye)
+        return flat.T
+    size = sum(leaf.size for leaf in leaves)
+    return TangentVectors(matvec, rmatvec, (size, group.dim))
+
+
+def transpose(group: RescalingGroup, leaves: list[Array]) -> Array:
+    """Bᵀ v for v given by its leaves: sums over the parameters of each class, then Sᵀ."""
+    dtype = jnp.result_type(*leaves)
+    totals = jnp.zeros(group.structure.num_classes, dtype)
+    for leaf, terms in zip(leaves, group.indices, strict=True):
+        for ids in terms:
+            totals = totals.at[ids].add(summed_to(leaf.astype(dtype), ids.shape))
+    picked = jnp.asarray(group.coefficients).astype(dtype) * totals[group.rows]
+    return jnp.zeros(group.dim, dtype).at[group.columns].add(picked)
+
+
+def summed_to(array: Array, shape: tuple[int, ...]) -> Array:
+    """Sums over the axes along which `shape` has length one."""
+    axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
+    return jnp.sum(array, axes, keepdims=True) if axes else array
