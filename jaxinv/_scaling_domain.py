@@ -1,8 +1,8 @@
 """The scaling domain: a value stands for the log-scale of every element of an array.
 
-One rule per operation, in `_scaling_rules`, `_scaling_products` and `_scaling_indexing`. To add an
-operation, add one rule there and one row to `tests/test_rescaling.py`. An operation without a rule
-pins its operands to scale 0, which can lose generators but never make a wrong one.
+One rule per operation, in `_scaling_rules` and its neighbours. To add an operation, add one rule
+there and one row to `tests/test_rescaling.py`. An operation without a rule pins its operands to
+scale 0, which can lose generators but never make a wrong one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxinv import _scaling_indexing, _scaling_loops, _scaling_products, _scaling_rules
+from jaxinv import (
+    _scaling_indexing,
+    _scaling_loops,
+    _scaling_products,
+    _scaling_reductions,
+    _scaling_rules,
+)
 from jaxinv import _scaling_values as scaling
-from jaxinv._jaxpr import Equation, Value, source_line
+from jaxinv._jaxpr import Equation, Value
 from jaxinv._scaling_system import System
 from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Scale
 
@@ -25,7 +31,12 @@ _MOST_PARTS = 1024
 class ScalingDomain:
     """Equations between the scales of all values of one program."""
 
-    rules = _scaling_rules.RULES | _scaling_products.RULES | _scaling_indexing.RULES
+    rules = (
+        _scaling_rules.RULES
+        | _scaling_reductions.RULES
+        | _scaling_products.RULES
+        | _scaling_indexing.RULES
+    )
 
     def __init__(self, ignore_epsilon: bool):
         self.system = System()
@@ -57,8 +68,11 @@ class ScalingDomain:
         value = self.refresh(value)
         return value if isinstance(value, Fresh) and not value.spread else self.scale(value)
 
-    def free(self, eqn: Equation, output: int = 0) -> Scale:
-        """A result that does not depend on the scale of its operands."""
+    def free(self, eqn: Equation, *operands: Any, output: int = 0) -> Scale:
+        """A result that depends on its operands, but not on their scale."""
+        for value in operands:
+            for _, ids in self.scale(value).form:
+                self.system.mark_read(ids)
         return Scale(eqn.outputs[output].shape)
 
     # --- equations ---
@@ -81,7 +95,7 @@ class ScalingDomain:
         return Scale(value.shape)
 
     def blame(self, eqn: Equation) -> None:
-        self.pinned_by[eqn.name, source_line(eqn.raw)] = None
+        self.pinned_by[eqn.name, eqn.source] = None
 
     def joined(self, eqn: Equation, left: Any, right: Any, shape: Any = None) -> Scale:
         """Operands of equal scale elementwise; a constant that pins the other is recorded."""
@@ -103,14 +117,13 @@ class ScalingDomain:
         return scaling.level(self.system, self.scale(value), axes)
 
     def without_epsilon(self, eqn: Equation, value: Nudged) -> Scale:
-        self.ignored[f"epsilon {value.epsilon:g}", source_line(eqn.raw)] = None
+        self.ignored[f"epsilon {value.epsilon:g}", eqn.source] = None
         return value.base
 
-    def with_dead(self, leaf: Leaf, dead: np.ndarray, form: Form) -> Form:
+    def with_dead(self, dead: np.ndarray, form: Form) -> Form:
         """The form, with an unknown of its own for every element that only meets zeros."""
         own = np.zeros(dead.shape, np.int64)
         own[dead] = self.system.new((int(dead.sum()),))
-        leaf.dead.append(own[dead])
         return scaling.blend(
             [scaling.masked(~dead, form), ((lambda ids: ids), scaling.variables(own))]
         )
@@ -161,8 +174,6 @@ def gather_parts(domain: ScalingDomain, leaf: Leaf) -> None:
     forms = [domain.scale(Fresh(piece, piece.shape)).form for piece in pieces]
     lengths = [piece.shape[axis] for piece in pieces]
     leaf.parts = None
-    for piece in pieces:
-        leaf.dead += piece.dead
     view.assign(side_by_side(domain.system, forms, lengths, axis))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from math import lcm
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._scaling_domain import ScalingDomain, gather_parts
-from jaxinv._scaling_system import Solution, independent_columns, ranges
+from jaxinv._scaling_system import independent_columns, ranges
 
 
 @jax.tree_util.register_static
@@ -40,7 +40,6 @@ def assembled(
         if leaf.form is None and leaf.parts is not None:
             gather_parts(domain, leaf)
     solution = system.solve()
-    unused += _without_dead(domain, leaves, solution)
     # Distinct terms coefficient·v over all leaves: the classes. Class 0 is scale 0.
     forms = [scaling.tidy(system, leaf.form or ()) for leaf in leaves]
     pairs: dict[Any, list[np.ndarray]] = {}
@@ -66,7 +65,13 @@ def assembled(
         tuple(np.where(ids == 0, 0, starts[c] + np.searchsorted(roots[c], ids)) for c, ids in form)
         for form in forms
     ]
-    columns = _generators(indices, rows, free, numerator, denominator)
+    _, seen, _, _ = solution.of(system.read())
+    columns, dead = _generators(indices, _Matrix(rows, free, numerator, denominator), total, seen)
+    for leaf, mask in zip(leaves, dead, strict=True):
+        if mask is not None:
+            size = int(np.prod(leaf.shape))
+            count = int(mask.sum()) * size // mask.size
+            unused.append(leaf.name + (f" ({count} of {size} elements)" if count < size else ""))
     keep = np.isin(free, columns)
     rows, free, numerator, denominator = (v[keep] for v in (rows, free, numerator, denominator))
     generator = np.searchsorted(columns, free)
@@ -97,52 +102,76 @@ def assembled(
     )
 
 
-def _without_dead(
-    domain: ScalingDomain, leaves: list[scaling.Leaf], solution: Solution
-) -> list[str]:
-    """Pin unknowns of elements that met nothing but zeros; names of the leaves that have some."""
-    system, names = domain.system, []
-    members = np.bincount(system.find(np.arange(system.size)), minlength=system.size)
-    constrained = np.zeros(system.size, bool)
-    constrained[solution.rows.col] = True
-    for leaf in leaves:
-        if not leaf.dead:
-            continue
-        ids = np.concatenate(leaf.dead)
-        alone = ids[(members[ids] == 1) & ~constrained[ids]]
-        if alone.size:
-            system.union(alone, np.zeros(1, np.int64))
-            size = int(np.prod(leaf.shape))
-            names.append(f"{leaf.name} ({alone.size} of {size} elements)")
-    return names
+class _Matrix(NamedTuple):
+    """Classes in terms of free unknowns: entries numerator/denominator at (row, free)."""
+
+    row: np.ndarray
+    free: np.ndarray
+    numerator: np.ndarray
+    denominator: np.ndarray
 
 
 def _generators(
-    indices: list[tuple[np.ndarray, ...]],
-    rows: np.ndarray,
-    free: np.ndarray,
-    numerator: np.ndarray,
-    denominator: np.ndarray,
+    indices: list[tuple[np.ndarray, ...]], matrix: _Matrix, num_classes: int, seen: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """A basis of the group: free unknowns that move live parameters, and independently.
+
+    Also returns, per leaf, which elements are dead. A generator that only multiplies (divides
+    nothing), and at whose unknowns no operation looks, belongs to a unit that is computed and then
+    dropped: the function does not depend on the weights that it multiplies. Without those, units
+    that feed only them may be dead in turn.
+    """
+    dead: list[np.ndarray | None] = [None] * len(indices)
+    while True:
+        columns = _basis(indices, matrix, dead)
+        keep = np.isin(matrix.free, columns)
+        row, free, sign = matrix.row[keep], matrix.free[keep], np.sign(matrix.numerator[keep])
+        live = np.zeros(num_classes, bool)
+        for terms, mask in zip(indices, dead, strict=True):
+            for ids in terms:
+                live[ids if mask is None else np.broadcast_to(ids, mask.shape)[~mask]] = True
+        shown = live[row]
+        both = np.intersect1d(free[shown & (sign > 0)], free[shown & (sign < 0)])
+        dropped = np.setdiff1d(columns, np.concatenate([both, seen]))
+        if not dropped.size:
+            return columns, dead
+        gone = np.zeros(num_classes, bool)
+        gone[row[np.isin(free, dropped)]] = True
+        for i, terms in enumerate(indices):
+            masks = [gone[ids] for ids in terms]
+            if any(m.any() for m in masks):
+                shape = np.broadcast_shapes(*(ids.shape for ids in terms))
+                masks += [] if dead[i] is None else [dead[i]]
+                dead[i] = np.logical_or.reduce([np.broadcast_to(m, shape) for m in masks])
+
+
+def _basis(
+    indices: list[tuple[np.ndarray, ...]], matrix: _Matrix, dead: list[np.ndarray | None]
 ) -> np.ndarray:
-    """Free unknowns that move the parameters, and independently: a basis of the group.
+    """Free unknowns on which the rows of B, of live parameters, project one to one.
 
     The rows of B are sums of one class per term, so differences within a term and one base row
     per leaf span them: no need for one row per parameter.
     """
-    if not rows.size:
+    if not matrix.row.size:
         return np.zeros(0, np.int64)
-    order = np.argsort(rows, kind="stable")
-    rows, free, numerator, denominator = (v[order] for v in (rows, free, numerator, denominator))
+    rows, free, numerator, denominator = (v[np.argsort(matrix.row, kind="stable")] for v in matrix)
     scale = lcm(*np.unique(denominator).tolist())
     values = numerator * (scale // denominator)
     row: list[Any] = []
     cls: list[Any] = []
     sign: list[Any] = []
     done = 0
-    for terms in indices:
-        for group in _joint(terms):
+    for terms, mask in zip(indices, dead, strict=True):
+        if mask is None:
+            groups = _joint(terms)
+            first = np.array([ids.flat[0] for ids in terms], np.int64)
+        else:
+            alive = np.stack([np.broadcast_to(ids, mask.shape)[~mask] for ids in terms])
+            groups = [alive] if alive.size else []
+            first = alive[:, 0] if alive.size else np.zeros(0, np.int64)
+        for group in groups:
             base = group[:, :1]
-            # Rows of B up to the base row of the group, which follows as a row of its own.
             different = np.unique(group[:, (group != base).any(axis=0)], axis=1)
             n, t = different.shape[1], len(group)
             both = np.concatenate([different, np.broadcast_to(base, (t, n))])
@@ -150,21 +179,16 @@ def _generators(
             cls.append(both.ravel())
             sign.append(np.repeat([1, -1], n * t))
             done += n
-        if terms:
-            first = np.array([ids.flat[0] for ids in terms])
-            row.append(np.full(len(terms), done))
-            cls.append(first)
-            sign.append(np.ones(len(terms), np.int64))
-            done += 1
+        row.append(np.full(len(first), done))
+        cls.append(first)
+        sign.append(np.ones(len(first), np.int64))
+        done += 1
     classes, signs = np.concatenate(cls), np.concatenate(sign)
     begin = np.searchsorted(rows, classes, side="left")
     count = np.searchsorted(rows, classes, side="right") - begin
     at = ranges(begin, count)
-    return np.sort(
-        independent_columns(
-            np.repeat(np.concatenate(row), count), free[at], values[at] * np.repeat(signs, count)
-        )
-    )
+    row_of = np.repeat(np.concatenate(row), count)
+    return np.sort(independent_columns(row_of, free[at], values[at] * np.repeat(signs, count)))
 
 
 def _joint(terms: tuple[np.ndarray, ...]) -> list[np.ndarray]:

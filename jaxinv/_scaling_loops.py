@@ -26,7 +26,7 @@ def _at(domain: Any, value: Any, t: int) -> Any:
     return _keyed(Scale(value.shape[1:], relaid(value.form, take), wild))
 
 
-def _keyed(value: Value) -> Value:
+def _keyed(value: Any) -> Any:
     value.key = object()
     return value
 
@@ -109,6 +109,8 @@ def _without_axis(piece: Any) -> Any:
 def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scale:
     from jaxinv._scaling_domain import side_by_side
 
+    if any(v.shape != tuple(shape[1:]) for v in values):
+        return _keyed(Scale(shape))  # not asked for, so not worked out
     forms = [scaling.tidy(domain.system, v.form) for v in values]
     signatures = _signature(domain, values)
     if all(s == signatures[0] for s in signatures):

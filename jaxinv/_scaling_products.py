@@ -161,9 +161,11 @@ def _contract(domain: Any, a: Any, w: Any) -> Scale:
     dead = (of_term < 0)[None, :, None]
     if undecided:
         if dead.any():
-            kernel = domain.with_dead(w.leaf, np.broadcast_to(dead, w.shape), kernel)
+            kernel = domain.with_dead(np.broadcast_to(dead, w.shape), kernel)
         w.assign(kernel)
     else:
+        for _, ids in (*form, *w.form):  # they may cancel, as in Σ_k h_k / h_k
+            system.mark_read(ids)
         keep = None
         if dead.any() or w.wild is not None:
             keep = ~(dead | (False if w.wild is None else w.wild))
@@ -285,7 +287,7 @@ def _conv(domain: Any, eqn: Equation, image: Any, kernel: Any) -> Any:
     gone = _unflat(dead, tap_shape, rhs)
     if isinstance(kernel, Fresh):
         if gone.any():
-            weight = domain.with_dead(kernel.leaf, np.broadcast_to(gone, kernel.shape), weight)
+            weight = domain.with_dead(np.broadcast_to(gone, kernel.shape), weight)
         kernel.assign(weight)
     else:
         absent = gone if kernel.wild is None else gone | kernel.wild

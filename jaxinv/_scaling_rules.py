@@ -1,4 +1,4 @@
-"""Scaling rules of elementwise operations, layout and reductions."""
+"""Scaling rules of elementwise operations and of layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
-from jaxinv._scaling_values import Form, Fresh, Nudged, Scale, Step, minus, relaid, times
+from jaxinv._scaling_values import Form, Fresh, Nudged, Scale, Step, relaid, times
 
 RULES, rule = rule_table()
 
@@ -50,7 +50,9 @@ rule("cbrt")(_power(Fraction(1, 3)))
 
 @rule("integer_pow")
 def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
-    return _power(eqn.params["y"])(domain, eqn, value) if eqn.params["y"] else domain.free(eqn)
+    return (
+        _power(eqn.params["y"])(domain, eqn, value) if eqn.params["y"] else domain.free(eqn, value)
+    )
 
 
 @rule("pow")
@@ -66,7 +68,7 @@ def _pow(domain: Any, eqn: Equation, value: Any, exponent: Any) -> Any:
 def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
     old, new = eqn.inputs[0].dtype, eqn.params["new_dtype"]
     if jnp.issubdtype(new, jnp.bool_):
-        return domain.free(eqn)  # whether it is zero
+        return domain.free(eqn, value)  # whether it is zero
     if jnp.issubdtype(old, jnp.inexact) and not jnp.issubdtype(new, jnp.inexact):
         return domain.default(eqn, value)  # rounding
     return _power(1)(domain, eqn, value)
@@ -75,7 +77,7 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
 @rule("sign", "is_finite")
 def _degree_zero(domain: Any, eqn: Equation, value: Any) -> Any:
     """Depends on the sign of the elements alone, so any scale will do."""
-    return domain.free(eqn)
+    return domain.free(eqn, value)
 
 
 # --- sums and choices: operands of one scale ---
@@ -100,7 +102,7 @@ def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
                 one.assign(scale.form)
                 return Scale(shape, scale.form)
     joined = domain.joined(eqn, left, right)
-    return domain.free(eqn) if eqn.name == "atan2" else joined
+    return domain.free(eqn, joined) if eqn.name == "atan2" else joined
 
 
 def _size(value: Any) -> float:
@@ -116,8 +118,7 @@ def _is_epsilon(value: Any) -> bool:
 
 @rule("eq", "ne", "gt", "ge", "lt", "le")
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    domain.joined(eqn, left, right)
-    return domain.free(eqn)
+    return domain.free(eqn, domain.joined(eqn, left, right))
 
 
 @rule("and", "or", "xor", "not", "reduce_and", "reduce_or", "reduce_xor")
@@ -170,7 +171,7 @@ def _product(sign: int) -> Callable:
         if sign < 0 and isinstance(right, Nudged):
             right = domain.without_epsilon(eqn, right)
         if left is right and isinstance(left, Fresh):
-            return _power(1 + sign)(domain, eqn, left) if sign > 0 else domain.free(eqn)
+            return _power(1 + sign)(domain, eqn, left) if sign > 0 else domain.free(eqn, left)
         left, right = _one_fresh(domain, left, right)
         for one, other, factor, shift in ((left, right, 1, -sign), (right, left, sign, -1)):
             if isinstance(one, Fresh):
@@ -182,6 +183,9 @@ def _product(sign: int) -> Callable:
         fa, fb = (relaid(v.form, lambda ids: scaling.lifted(ids, rank)) for v in (a, b))
         wild = [scaling.lifted(v.wild, rank) for v in (a, b) if v.wild is not None]
         form = scaling.tidy(domain.system, (*fa, *times(fb, sign)))
+        if len(form) < len(fa) + len(fb):  # scales cancel: x / ‖x‖ sees x, at any scale
+            for _, ids in (*fa, *fb):
+                domain.system.mark_read(ids)
         return Scale(shape, form, wild[0] | wild[-1] if wild else None)
 
     return apply
@@ -237,7 +241,7 @@ def _multiplied(
 
     def pull(f: Form) -> Form:
         f = times((*f, *times(form, shift)), factor)
-        return flat(domain.with_dead(fresh.leaf, np.broadcast_to(wild, shape), f))
+        return flat(domain.with_dead(np.broadcast_to(wild, shape), f))
 
     step = Step(
         lambda f: (*times(relaid(f, lambda i: scaling.lifted(i, rank)), factor),
@@ -433,102 +437,3 @@ def _pad(domain: Any, eqn: Equation, value: Any, filler: Any) -> Any:
     if filler.wild is not None:
         wild = wild | ~inside
     return Scale(eqn.outputs[0].shape, scaling.tidy(domain.system, form), wild)
-
-
-# --- reductions ---
-
-
-def _dropped(value: Scale, axes: Sequence[int], shape: Sequence[int]) -> Scale:
-    def drop(a: np.ndarray) -> np.ndarray:
-        return a.squeeze(tuple(axes))
-
-    return Scale(shape, relaid(value.form, drop), None if value.wild is None else drop(value.wild))
-
-
-@rule("reduce_sum", "reduce_max", "reduce_min")
-def _reduce(domain: Any, eqn: Equation, value: Any) -> Any:
-    axes = eqn.params["axes"]
-    return _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
-
-
-@rule("argmax", "argmin")
-def _arg(domain: Any, eqn: Equation, value: Any) -> Any:
-    domain.level(value, eqn.params["axes"])
-    return domain.free(eqn)
-
-
-@rule("reduce_prod")
-def _reduce_prod(domain: Any, eqn: Equation, value: Any) -> Any:
-    axes = eqn.params["axes"]
-    count = int(np.prod([eqn.inputs[0].shape[a] for a in axes]))
-    scale = _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
-    return Scale(scale.shape, times(scale.form, count), scale.wild)
-
-
-@rule("cumsum", "cummax", "cummin", "cumlogsumexp")
-def _cumulative(domain: Any, eqn: Equation, value: Any) -> Any:
-    if eqn.name == "cumlogsumexp":
-        return domain.default(eqn, value)
-    levelled = domain.level(value, [eqn.params["axis"]])
-    return Scale(eqn.outputs[0].shape, levelled.form)
-
-
-@rule("sort")
-def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
-    """Keys of one scale along the sorted axis; whatever is carried along may land anywhere."""
-    axis = eqn.params["dimension"]
-    levelled = [domain.level(v, [axis]) for v in values]
-    return [Scale(a.shape, s.form) for a, s in zip(eqn.outputs, levelled, strict=True)]
-
-
-@rule("top_k")
-def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
-    axis = eqn.params.get("axis", -1) % len(eqn.inputs[0].shape)
-    levelled = domain.level(value, [axis])
-    return [Scale(eqn.outputs[0].shape, levelled.form), domain.free(eqn, 1)]
-
-
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def _reduce_window(domain: Any, eqn: Equation, value: Any) -> Any:
-    """Elements of a window share a scale; windows that overlap chain theirs together."""
-    value, p = domain.scale(value), eqn.params
-    shape, size = eqn.outputs[0].shape, p["window_dimensions"]
-    rank = len(shape)
-    trivial = (1, 1, (0, 0), 1)
-    axes = [
-        a
-        for a in range(rank)
-        if (size[a], p["window_strides"][a], tuple(p["padding"][a]), p["base_dilation"][a])
-        != trivial
-    ]
-    form = scaling.tidy(domain.system, value.form)
-    varying = tuple(t for t in form if any(t.ids.shape[a] > 1 for a in axes))
-    rest = tuple(t for t in form if not any(t.ids.shape[a] > 1 for a in axes))
-    if not varying and value.wild is None:
-        return Scale(shape, form)
-    sources, inside = {}, {}
-    for a in axes:
-        taps = np.arange(size[a]) * p["window_dilation"][a]
-        at = np.arange(shape[a])[:, None] * p["window_strides"][a] + taps - p["padding"][a][0]
-        at, off = np.divmod(at, p["base_dilation"][a])
-        inside[a] = (at >= 0) & (at < value.shape[a]) & (off == 0)
-        sources[a] = np.clip(at, 0, value.shape[a] - 1)
-    present = np.ones((1,) * rank, bool) if value.wild is None else ~value.wild
-    lengths = np.broadcast_shapes(present.shape, *(t.ids.shape for t in varying))
-    out = [shape[a] if a in axes else lengths[a] for a in range(rank)]
-    common = scaling.variables(domain.system.new(out)) if varying else ()
-    met = np.zeros(out, bool)
-    for tap in np.ndindex(*size):
-
-        def gathered(array: np.ndarray, tap: tuple[int, ...] = tap) -> np.ndarray:
-            for a in axes:
-                if array.shape[a] > 1:
-                    array = array.take(sources[a][:, tap[a]], a)
-            return array
-
-        keep = gathered(present)
-        for a in axes:
-            keep = keep & inside[a][:, tap[a]].reshape([-1 if b == a else 1 for b in range(rank)])
-        met = met | keep
-        scaling.vanish(domain.system, minus(relaid(varying, gathered), common), keep)
-    return Scale(shape, scaling.tidy(domain.system, (*rest, *common)), ~met)

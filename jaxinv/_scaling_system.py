@@ -27,6 +27,7 @@ class System:
         self.size = 1
         self.blocks: list[tuple[tuple[Fraction, ...], np.ndarray]] = []
         self._seen: set[bytes] = set()
+        self._read: list[np.ndarray] = []
 
     def new(self, shape: Sequence[int]) -> np.ndarray:
         """Fresh unknowns, as an array of ids."""
@@ -85,6 +86,13 @@ class System:
             if key not in self._seen:
                 self._seen.add(key)
                 self.blocks.append((cs, rows))
+
+    def mark_read(self, ids: np.ndarray) -> None:
+        """Note that something looked at these unknowns without an equation coming of it."""
+        self._read.append(np.unique(self.find(ids)))
+
+    def read(self) -> np.ndarray:
+        return np.unique(self.find(np.concatenate([np.zeros(1, np.int64), *self._read])))
 
     def solve(self) -> Solution:
         """Every unknown as a combination of independent ones."""

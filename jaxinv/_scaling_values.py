@@ -49,13 +49,12 @@ class Scale(Value):
 class Leaf:
     """One leaf of params. Its form is None until its first use decides it."""
 
-    __slots__ = ("name", "shape", "form", "parts", "dead")
+    __slots__ = ("name", "shape", "form", "parts")
 
     def __init__(self, name: str, shape: Sequence[int]):
         self.name, self.shape = name, tuple(shape)
         self.form: Form | None = None
-        self.parts: Any = None  # (axis, leaves, assemble): it was taken apart along an axis
-        self.dead: list[np.ndarray] = []  # unknowns of elements that only ever meet zeros
+        self.parts: Any = None  # (view, axis, leaves) where it was taken apart along an axis
 
 
 class Step(NamedTuple):

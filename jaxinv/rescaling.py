@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxinv import _jaxpr, _scaled
+from jaxinv import _checks, _jaxpr, _scaled
 from jaxinv import _scaling_values as scaling
 from jaxinv._scaling_domain import ScalingDomain
 from jaxinv._scaling_group import Structure, assembled, generator_names
@@ -153,12 +153,12 @@ def rescaling_group(
         >>> rescale(group, w, jnp.log(jnp.array([2.0, 1.0, 1.0])))["mid"][:, 0].tolist()
         [0.5, 1.0, 1.0]
     """
-    _jaxpr.check_params(params)
-    one = _jaxpr.abstract_batch_of_one(x)
+    _checks.check_params(params)
+    one = _checks.abstract_batch_of_one(x)
     trace = _jaxpr.trace(fn, params, one)
     domain = ScalingDomain(ignore_epsilon)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-    names = _jaxpr.leaf_names(params, "")
+    names = _checks.leaf_names(params, "")
     names = [name or "params" for name in names]
     leaves = [scaling.Leaf(name, shape) for name, shape in zip(names, shapes, strict=True)]
     inputs = [scaling.Scale(s.shape) for s in jax.tree.leaves(one)]
