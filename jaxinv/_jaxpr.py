@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives
 
+from jaxinv._checks import leaf_names
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 
 # A `while` whose trip count is a constant is walked once per trip. Above this many trips the
@@ -136,19 +137,23 @@ _OWN_FILES = tuple(
 )
 
 
-def source_line(eqn: Any) -> str:
+def source_line(eqns: Sequence[Any]) -> str:
     """`file:line (function)` of the code that wrote an equation, and of the user code above it.
 
-    Where a library (flax, optax, ...) wrote the operation, the nearest line outside
-    `site-packages` follows, since that is the one that the user can change.
+    `eqns` is the equation and those that called the jaxpr it is in, innermost first: jax keeps no
+    user frame inside its own jitted functions. Where a library (flax, optax, ...) wrote the
+    operation, the nearest line outside `site-packages` follows: the one that the user can change.
     """
-    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
-    frames = [] if traceback is None else list(traceback.frames)
-    frames = [
-        f
-        for f in frames
-        if not os.path.abspath(f.file_name).startswith((*_JAX_DIRECTORIES, *_OWN_FILES))
-    ]
+    frames = []
+    for eqn in eqns:
+        traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+        frames += [
+            f
+            for f in ([] if traceback is None else traceback.frames)
+            if not os.path.abspath(f.file_name).startswith((*_JAX_DIRECTORIES, *_OWN_FILES))
+        ]
+        if any("site-packages" not in f.file_name for f in frames):
+            break
     if not frames:
         return "unknown source line"
     show = [frames[0]]
@@ -165,7 +170,7 @@ class Equation(NamedTuple):
     params: dict[str, Any]
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
-    raw: Any
+    raws: tuple[Any, ...]  # the equation of the jaxpr and those that called it
 
     @property
     def name(self) -> str:
@@ -175,6 +180,11 @@ class Equation(NamedTuple):
         """The same operation on other arrays."""
         return self.primitive.bind(*values, **{**self.params, **changed})
 
+    @property
+    def source(self) -> str:
+        """The source line that wrote the operation."""
+        return source_line(self.raws)
+
     def refuse(self, theory: str, why: str, remedy: str, what: str | None = None) -> Any:
         """An `UnsupportedOperation` that says what, where, why, and what to do."""
         shapes = ", ".join(_short(a) for a in self.inputs)
@@ -183,7 +193,7 @@ class Equation(NamedTuple):
         return UnsupportedOperation(
             f"{what} is not covered by {theory}.\n"
             f"  what:  {self.name}: {shapes} -> {results}\n"
-            f"  where: {source_line(self.raw)}\n"
+            f"  where: {self.source}\n"
             f"  why:   {why}\n"
             f"  do:    {remedy}"
         )
@@ -195,79 +205,6 @@ def _short(aval: Any) -> str:
 
 
 # --- tracing --------------------------------------------------------------------------
-
-
-def leaf_names(tree: Any, root: str) -> list[str]:
-    """Readable names of the leaves of a pytree: `root/Dense_0/kernel`."""
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = []
-    for path, _ in paths:
-        parts = []
-        for entry in path:
-            part = getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))
-            parts.append(str(part))
-        names.append("/".join([root, *parts]) if root else "/".join(parts))
-    return names
-
-
-def check_params(params: Any) -> None:
-    """Raise `InvalidInput` unless `params` is a non-empty pytree of finite real float arrays.
-
-    Values are looked at only where they are concrete, that is outside `jit`.
-    """
-    leaves = jax.tree.leaves(params)
-    if not leaves:
-        raise InvalidInput(
-            "params has no leaves, so there is nothing to compute with. Pass the pytree of weights "
-            "(for flax: variables['params'])."
-        )
-    for name, leaf in zip(leaf_names(params, "params"), leaves, strict=True):
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise InvalidInput(
-                f"{name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or "
-                "close over it if it is not a parameter."
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise InvalidInput(
-                f"{name} has dtype {leaf.dtype}, but parameters must be real floating-point "
-                "arrays.\n"
-                "Pass only the float leaves as params and close over the others "
-                "(flax nnx: nnx.split(model, nnx.Param, ...); equinox: eqx.partition)."
-            )
-        if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
-            continue
-        with jax.ensure_compile_time_eval():
-            bad = int(leaf.size - jnp.isfinite(leaf).sum())
-        if bad:
-            raise InvalidInput(
-                f"{name} has {bad} non-finite (NaN or infinite) of {leaf.size} values; a "
-                "path through any of them has no length. Find the step that produced them, "
-                "e.g. with jax.debug_nans."
-            )
-
-
-def abstract_batch_of_one(x: Any) -> Any:
-    """Shapes of `x` with every leading batch axis set to 1; the values of `x` play no part."""
-    leaves = jax.tree.leaves(x)
-    if not leaves:
-        raise InvalidInput("x has no leaves; pass an array with a leading batch axis.")
-
-    def one(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        shape, dtype = jnp.shape(leaf), jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
-        if not shape:
-            raise InvalidInput(
-                f"{name} is a scalar, but every input needs a leading batch axis. "
-                "Pass x[None] for one example, or close over settings that are not inputs."
-            )
-        if 0 in shape:
-            raise InvalidInput(
-                f"{name} has shape {shape}: an axis of length 0 leaves no input element. "
-                "Pass at least one example (only shapes are used, jax.ShapeDtypeStruct will do)."
-            )
-        return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
-
-    names = iter(leaf_names(x, "x"))
-    return jax.tree.map(lambda leaf: one(next(names), leaf), x)
 
 
 class Trace(NamedTuple):
@@ -282,7 +219,14 @@ class Trace(NamedTuple):
 def trace(fn: Callable, params: Any, x: Any) -> Trace:
     """Trace `fn(params, x)` once, from shapes alone."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), params)
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, x)
+    try:
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, x)
+    except TypeError as error:
+        raise InvalidInput(
+            f"fn cannot be traced on a batch of one, {jax.tree.map(_short, x)}: {error}\n"
+            "Paths are computed for one example. fn must accept any batch size (reshape with -1 or "
+            "x.shape[0] in place of a fixed batch size)."
+        ) from error
     names = leaf_names(params, "params")
     return Trace(closed, len(names), names, jax.tree.structure(out))
 
@@ -292,7 +236,7 @@ def output_equation(traced: Trace) -> Equation:
     jaxpr, _ = _open(traced.jaxpr)
     avals = tuple(v.aval for v in jaxpr.outvars)
     raw = jaxpr.eqns[-1] if jaxpr.eqns else None
-    return Equation(_Return, {}, avals, avals, raw)
+    return Equation(_Return, {}, avals, avals, (raw,))
 
 
 class _Return:
@@ -305,12 +249,14 @@ class _Return:
 class Body:
     """A jaxpr ready to be interpreted on values of a domain, as often as needed."""
 
-    def __init__(self, closed: Any, domain: Domain, keys: _Keys):
+    def __init__(self, closed: Any, domain: Domain, keys: _Keys, needed: Any = None):
         self.jaxpr, self.consts = _open(closed)
-        self.domain, self.keys = domain, keys
+        self.domain, self.keys, self.needed = domain, keys, needed
 
-    def __call__(self, *args: Any) -> list[Any]:
-        return _walk(self.jaxpr, self.consts, args, self.domain, self.keys)
+    def __call__(self, *args: Any, domain: Any = None) -> list[Any]:
+        """Values of the outputs; those not `needed` are not worked out and come back as 0."""
+        domain = domain or self.domain
+        return _walk(self.jaxpr, self.consts, args, domain, self.keys, self.needed)
 
 
 class _Keys:
@@ -319,6 +265,7 @@ class _Keys:
     def __init__(self) -> None:
         self.table: dict[Any, tuple[int, tuple]] = {}
         self.fresh = itertools.count()
+        self.callers: list[Any] = []  # the equations whose jaxprs are being walked
 
     def of_input(self, value: Any) -> Any:
         if isinstance(value, Value):
@@ -349,34 +296,47 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
 
 
-def _live(jaxpr: Any) -> list[Any]:
-    """The equations on which an output depends; dead code and pure side effects are left out."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+def _live(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[bool]]]:
+    """The equations on which a needed output depends, and which of their outputs are needed.
+
+    Dead code and pure side effects are left out.
+    """
+    outputs = (v for v, wanted in zip(jaxpr.outvars, needed, strict=True) if wanted)
+    variables = {v for v in outputs if not isinstance(v, jex.Literal)}
     live = []
     for eqn in reversed(jaxpr.eqns):
-        if any(v in needed for v in eqn.outvars):
-            live.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+        wanted = [v in variables for v in eqn.outvars]
+        if any(wanted):
+            live.append((eqn, wanted))
+            variables.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
     return live[::-1]
 
 
-def _walk(jaxpr: Any, consts: Sequence, args: Sequence, domain: Domain, keys: _Keys) -> list[Any]:
+def _walk(
+    jaxpr: Any, consts: Sequence, args: Sequence, domain: Domain, keys: _Keys, needed: Any = None
+) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
+    needed = [True] * len(jaxpr.outvars) if needed is None else needed
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
-    for raw in _live(jaxpr):
+    for raw, wanted in _live(jaxpr, needed):
         inputs = [read(v) for v in raw.invars]
-        outputs = _evaluate(raw, inputs, domain, keys)
+        outputs = _evaluate(raw, inputs, wanted, domain, keys)
         env.update(zip(raw.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return [read(v) if wanted else 0 for v, wanted in zip(jaxpr.outvars, needed, strict=True)]
 
 
-def _evaluate(raw: Any, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
+def _evaluate(
+    raw: Any, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
+) -> list[Any]:
     if raw.primitive in _CALLS:
-        return Body(_sub_jaxpr(raw), domain, keys)(*inputs)
+        keys.callers.append(raw)
+        outputs = Body(_sub_jaxpr(raw), domain, keys, wanted)(*inputs)
+        keys.callers.pop()
+        return outputs
     if not any(isinstance(v, Value) for v in inputs):
         return _fold(raw, inputs)
     if raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES:
@@ -386,17 +346,17 @@ def _evaluate(raw: Any, inputs: list[Any], domain: Domain, keys: _Keys) -> list[
         raw.params,
         tuple(v.aval for v in raw.invars),
         tuple(v.aval for v in raw.outvars),
-        raw,
+        (raw, *reversed(keys.callers)),
     )
-    if raw.primitive is primitives.cond_p:
-        return _cond(eqn, inputs, domain, keys)
-    if raw.primitive is primitives.while_p:
-        return _while(eqn, inputs, domain, keys)
-    for value in inputs:
-        if isinstance(value, Opaque):
-            raise value.error
-    if raw.primitive is primitives.scan_p:
-        outputs = _scan(eqn, inputs, domain, keys)
+    control = _CONTROL_FLOW.get(raw.primitive)
+    if control is None or raw.primitive is primitives.scan_p:
+        for value in inputs:
+            if isinstance(value, Opaque):
+                raise value.error
+    if control is not None:
+        keys.callers.append(raw)
+        outputs = control(eqn, inputs, wanted, domain, keys)
+        keys.callers.pop()
     else:
         rule = domain.rules.get(raw.primitive)
         outputs = rule(domain, eqn, *inputs) if rule else domain.default(eqn, *inputs)
@@ -418,7 +378,10 @@ def _fold(raw: Any, inputs: list[Any]) -> list[Any]:
     return list(outputs) if raw.primitive.multiple_results else [outputs]
 
 
-def _cond(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
+def _cond(
+    eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
+) -> list[Any]:
+    del wanted
     index, *operands = inputs
     branches = [Body(b, domain, keys) for b in eqn.params["branches"]]
     if is_concrete(index):
@@ -426,7 +389,10 @@ def _cond(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> list
     return domain.switch(eqn, index, branches, operands)
 
 
-def _while(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
+def _while(
+    eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
+) -> list[Any]:
+    del wanted
     split = np.cumsum([eqn.params["cond_nconsts"], eqn.params["body_nconsts"]])
     cond_consts, body_consts, carry = (
         inputs[: split[0]],
@@ -462,8 +428,29 @@ def _while(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> lis
     )
 
 
-def _scan(eqn: Equation, inputs: list[Any], domain: Domain, keys: _Keys) -> list[Any]:
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+def _scan(
+    eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
+) -> list[Any]:
+    num_consts, num_carry = scan_split(eqn)
     consts = inputs[:num_consts]
     init, xs = inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
-    return domain.scan(eqn, Body(eqn.params["jaxpr"], domain, keys), consts, init, xs)
+    needed = [True] * num_carry + wanted[num_carry:]
+    return domain.scan(eqn, Body(eqn.params["jaxpr"], domain, keys, needed), consts, init, xs)
+
+
+def scan_split(eqn: Equation) -> tuple[int, int]:
+    """(number of consts, number of carries) of a scan.
+
+    Read off the shapes, since jax changes how it names them: an array that is scanned has one axis
+    more outside the body than inside, and nothing else has.
+    """
+    body, _ = _open(eqn.params["jaxpr"])
+
+    def scanned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        return sum(len(a.shape) > len(v.aval.shape) for a, v in zip(outside, inside, strict=True))
+
+    num_carry = len(eqn.outputs) - scanned(eqn.outputs, body.outvars)
+    return len(eqn.inputs) - scanned(eqn.inputs, body.invars) - num_carry, num_carry
+
+
+_CONTROL_FLOW = {primitives.cond_p: _cond, primitives.while_p: _while, primitives.scan_p: _scan}

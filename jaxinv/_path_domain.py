@@ -27,6 +27,10 @@ class PathDomain:
         self.p, self.dtype = p, dtype
         self.edges_only, self.streaming = edges_only, streaming
 
+    def lenient(self) -> PathDomain:
+        """The same domain, not yet refusing weights that are no edges."""
+        return PathDomain(self.p, self.dtype, False, self.streaming)
+
     def power(self, value: Any) -> Scaled:
         """|value|^p."""
         return _scaled.power(value, self.p, self.dtype)

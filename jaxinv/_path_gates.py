@@ -20,6 +20,7 @@ from jaxinv._path_values import (
     Sign,
     Weight,
     derived,
+    indexed,
     is_zero,
     multiples_of,
     not_homogeneous,
@@ -90,6 +91,8 @@ _COMPARISONS |= {"eq": np.equal, "ne": np.not_equal}
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     if not isinstance(left, Paths) and not isinstance(right, Paths):
         return domain.default(eqn, left, right)
+    if any(isinstance(v, Paths) and not v.floating for v in (left, right)):
+        return Opaque(indexed(eqn))
     test = _COMPARISONS[eqn.name]
     if isinstance(left, Paths) and is_zero(right):
         return Sign(tuple(bool(test(s, 0)) for s in (-1, 0, 1)), frozenset(multiples_of(left)))  # type: ignore[arg-type]

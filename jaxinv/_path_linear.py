@@ -20,6 +20,7 @@ from jaxinv._path_values import (
     as_paths,
     derived,
     edge,
+    indexed,
     is_zero,
     multiples_of,
     not_homogeneous,
@@ -37,12 +38,7 @@ RULES, rule = rule_table()
 def _indexed_by_data(eqn: Equation, inputs: Sequence[Any]) -> Any:
     if not any(isinstance(v, Paths | Sign) for v in inputs):
         return derived(eqn, inputs)
-    raise eqn.refuse(
-        THEORY,
-        "which element is read depends on values, so there is no fixed set of paths.",
-        "index with constants, or pass one-hot inputs instead of integer tokens (x @ table).",
-        what=f"`{eqn.name}` with indices that depend on x or on the parameters",
-    )
+    raise indexed(eqn)
 
 
 def _lengths(domain: Any, parts: Sequence[Any]) -> list[Scaled] | None:
@@ -85,8 +81,21 @@ def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
     return Paths(_sums_like(eqn, value.sums, *rest), multiples, value.floating)
 
 
+class _Same:
+    """Arrays compared by identity, and kept alive so that the identity stays theirs."""
+
+    def __init__(self, arrays: Sequence[Any]):
+        self.arrays = tuple(arrays)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.arrays)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and hash(self) == hash(other)
+
+
 def _moved(eqn: Equation, key: Any, rest: Sequence[Any]) -> Any:
-    return ("moved", eqn.primitive, repr(eqn.params), key, tuple(map(id, rest)))
+    return ("moved", eqn.primitive, repr(eqn.params), key, _Same(rest))
 
 
 _LAYOUT = (
@@ -163,12 +172,12 @@ def _bind_arrays(eqn: Equation, arrays: list[Any]) -> Any:
     return apply(*arrays, **{name: eqn.params[name] for name in names})
 
 
-rule("concatenate")(assemble(range))
+rule("concatenate", "stack")(assemble(range))
 rule("pad", "dynamic_update_slice")(assemble(lambda n: (0, 1)))
 rule("scatter", "scatter_add")(assemble(lambda n: (0, 2)))
 
 
-@rule("split")
+@rule("split", "unstack")
 def _split(domain: Any, eqn: Equation, value: Any) -> Any:
     if isinstance(value, Weight):
         values = eqn.bind(value.value)
@@ -191,6 +200,8 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     if isinstance(left, Paths | Sign) and isinstance(right, Paths | Sign):
         raise _product_of_data(eqn)
     if not isinstance(left, Paths | Sign) and not isinstance(right, Paths | Sign):
+        if is_zero(left) or is_zero(right):
+            return jnp.zeros(eqn.outputs[0].shape, eqn.outputs[0].dtype)
         return derived(eqn, [left, right])
     operands = [
         as_paths(domain, eqn, v).sums if isinstance(v, Paths | Sign) else edge(domain, eqn, v)
@@ -314,6 +325,11 @@ def _div(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
                 else _quotient(left, right)
             )
     else:
+        if is_concrete(right) and not np.all(np.asarray(right)):
+            raise eqn.refuse(
+                THEORY, "it divides by a constant that is 0.", "check that constant.",
+                what="A division by zero",
+            )  # fmt: skip
         right = _reciprocal(right)
     if isinstance(left, Paths):
         return _times(left, edge(domain, eqn, right))

@@ -89,7 +89,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         p if k in (CONSTANT, DERIVED) else p[:-1] for p, k in zip(x_packed, x_kinds, strict=True)
     ]
 
-    def run(carry: list, slices: list) -> list[Any]:
+    def run(carry: list, slices: list, domain: Any = domain) -> list[Any]:
         state = [
             v if f else _unpack(c, k, names)
             for v, f, c, k, names in zip(init, fixed, carry, kinds, leaves, strict=True)
@@ -98,7 +98,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
             _unpack(s if k in (CONSTANT, DERIVED) else (*s, p[-1]), k, names)
             for s, p, k, names in zip(slices, x_packed, x_kinds, x_leaves, strict=True)
         ]
-        return body(*consts, *state, *scanned)
+        return body(*consts, *state, *scanned, domain=domain)
 
     out_kinds: list[str] = []
     out_leaves: list[frozenset[str]] = []
@@ -109,7 +109,9 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         ]
 
     def record(carry: list, slices: list) -> int:
-        outs = run(carry, slices)
+        # A carry that starts as zeros looks like a constant until it has gone round once, and its
+        # product with a weight like a weight that is no edge: judge only the final kinds.
+        outs = run(carry, slices, domain.lenient())
         out_kinds[:] = [_kind(v) for v in outs]
         out_leaves[:] = [_leaves(v) for v in outs]
         return 0

@@ -103,6 +103,16 @@ def as_paths(domain: Any, eqn: Equation, value: Any) -> Paths:
     return Paths(edge(domain, eqn, value))
 
 
+def indexed(eqn: Equation) -> Any:
+    """The refusal of indices (integer tokens) that depend on values."""
+    return eqn.refuse(
+        THEORY,
+        "which element is read depends on values, so there is no fixed set of paths.",
+        "index with constants, or pass one-hot inputs instead of integer tokens (x @ table).",
+        what=f"`{eqn.name}` of indices that depend on x or on the parameters (a gather)",
+    )
+
+
 def not_homogeneous(eqn: Equation, detail: str = "") -> Any:
     return eqn.refuse(THEORY, f"{detail}{HOMOGENEITY}", REMEDY)
 

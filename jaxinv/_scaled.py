@@ -7,6 +7,7 @@ rescalings. Exponents are int32 scalars and carry no gradient; mantissas are dif
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,41 +36,43 @@ def _layout(dtype: Any) -> tuple[Any, int, int]:
     return jnp.int32, 23, 127
 
 
-def _exponent_of(x: Any) -> Any:
-    """floor(log2 x) of numbers x > 0, and 0 for x = 0; read from the bits, so it is exact."""
-    integer, bits, bias = _layout(x.dtype)
-    raw = lax.shift_right_logical(lax.bitcast_convert_type(x, integer), integer(bits))
-    return jnp.where(x > 0, raw.astype(jnp.int32) - bias, 0)
+def _unit_of(x: Any) -> Any:
+    """2^floor(log2 x) of numbers x > 0, and 1 for x = 0: the mantissa bits cleared, so exact."""
+    integer, bits, _ = _layout(x.dtype)
+    raw = lax.bitcast_convert_type(x, integer) & integer(-1 << bits)
+    unit = lax.bitcast_convert_type(raw, x.dtype)
+    return lax.select(unit > 0, unit, lax.full_like(unit, 1))
 
 
-def power_of_two(k: Any, dtype: Any) -> Any:
-    """2^k exactly for an integer scalar k; 0 or inf beyond the range of the dtype."""
-    integer, bits, bias = _layout(dtype)
-    k = jnp.clip(k, -2 * bias, 2 * bias)
-    half = k // 2
-
-    return _exact_power(half, dtype) * _exact_power(k - half, dtype)
+def _exponent_of(unit: Any) -> Any:
+    """log2 of powers of two, as int32."""
+    integer, bits, bias = _layout(unit.dtype)
+    raw = lax.bitcast_convert_type(unit, integer) >> integer(bits)
+    return raw.astype(jnp.int32) - bias
 
 
 def _exact_power(k: Any, dtype: Any) -> Any:
-    """2^k, elementwise, of integers within the range of the dtype."""
+    """2^k, elementwise; 0 below the range of normal numbers, inf above it."""
     integer, bits, bias = _layout(dtype)
-    raw = (jnp.clip(k, -bias + 1, bias) + bias).astype(integer)
-    return lax.bitcast_convert_type(lax.shift_left(raw, jnp.full_like(raw, bits)), jnp.dtype(dtype))
+    k = lax.clamp(jnp.int32(-bias), k, jnp.int32(bias + 1))
+    return lax.bitcast_convert_type((k + bias).astype(integer) << integer(bits), jnp.dtype(dtype))
+
+
+def power_of_two(k: Any, dtype: Any) -> Any:
+    """2^k exactly for an integer scalar k within the range of the dtype."""
+    return _exact_power(k, dtype)
 
 
 def shift(x: Any, k: Any) -> Any:
     """x · 2^k, exact unless the result leaves the range of the dtype.
 
-    Applied as four equal factors, so that a huge k can meet a tiny x without passing through
+    Applied as two equal factors, so that a large k can meet a tiny x without passing through
     infinity or zero on the way.
     """
-    integer, bits, bias = _layout(x.dtype)
-    k = jnp.clip(k, -4 * (bias - 1), 4 * (bias - 1))
-    part = k // 4
-    for e in (part, part, part, k - 3 * part):
-        x = x * _exact_power(e, x.dtype)
-    return x
+    _, _, bias = _layout(x.dtype)
+    k = lax.clamp(jnp.int32(2 - 2 * bias), k, jnp.int32(2 * bias - 2))
+    half = k >> 1
+    return x * _exact_power(half, x.dtype) * _exact_power(k - half, x.dtype)
 
 
 def times(exponent: Any, factor: float, dtype: Any) -> tuple[Any, Any]:
@@ -91,11 +94,26 @@ def times(exponent: Any, factor: float, dtype: Any) -> tuple[Any, Any]:
     return whole + carry.astype(jnp.int32), jnp.exp2(rest - carry)
 
 
+@jax.jit
 def normalize(s: Scaled) -> Scaled:
     """The same numbers with the largest |mantissa| in [1, 2)."""
-    top = jnp.max(abs(lax.stop_gradient(s.mantissa)), initial=0)
-    k = _exponent_of(top)
-    return Scaled(s.mantissa * power_of_two(-k, s.mantissa.dtype), s.exponent + k)
+    unit = _unit_of(_largest(abs(lax.stop_gradient(s.mantissa))))
+    return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, _exponent_of(unit)))
+
+
+def _sum_once(a: Any, b: Any) -> Any:
+    """a + b of int32 scalars, as a product with [1, 1], which XLA computes once.
+
+    A chain of plain additions it would fold into every kernel that uses one of them, and compile
+    time would grow with the square of the depth. Exact for |a + b| < 2^24.
+    """
+    pair = jnp.stack([a, b]).astype(jnp.float32)
+    total = jnp.dot(pair, jnp.ones(2, jnp.float32), precision=lax.Precision.HIGHEST)
+    return total.astype(jnp.int32)
+
+
+def _largest(x: Any) -> Any:
+    return lax.reduce_max(x, tuple(range(x.ndim)))
 
 
 def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
@@ -106,11 +124,16 @@ def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
     """
     if not isinstance(value, jax.Array):
         return _power_of_constant(value, p, dtype)
+    return _power_of_array(value, p, dtype, sample)
+
+
+@partial(jax.jit, static_argnames=("p", "dtype", "sample"))
+def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
     x = abs(value.astype(dtype))
     seen = x[tuple(slice(None, None, max(1, n // 16)) for n in x.shape)] if sample else x
-    top = jnp.max(lax.stop_gradient(seen), initial=0)
-    k = _exponent_of(top)
-    x = x * power_of_two(-k, x.dtype)
+    unit = _unit_of(_largest(lax.stop_gradient(seen)))
+    x = x * (1 / unit)
+    k = _exponent_of(unit)
     exponent, fraction = times(k, p, x.dtype)
     if p % 1 == 0:
         return Scaled(lax.integer_pow(x, int(p)) if p > 1 else x, exponent)
@@ -128,6 +151,7 @@ def _power_of_constant(value: Any, p: float, dtype: Any) -> Scaled:
     )
 
 
+@partial(jax.jit, static_argnames="p")
 def root_squared(s: Scaled, p: float) -> Scaled:
     """s^(2/p), elementwise; for whole p it commutes bitwise with multiplication by 2^p.
 
@@ -142,24 +166,31 @@ def root_squared(s: Scaled, p: float) -> Scaled:
         whole, fraction = times(s.exponent, 2 / p, dtype)
         return Scaled(x ** jnp.asarray(2 / p, dtype) * fraction, whole)
     p = int(p)
-    k = _exponent_of(x)
+    k = _exponent_of(_unit_of(x))
     own = (k + s.exponent) // p
     inner = x * _exact_power(-k, dtype) * _exact_power(k + s.exponent - p * own, dtype)
     whole = 2 * (s.exponent // p)
     return Scaled(inner ** jnp.asarray(2 / p, dtype) * _exact_power(2 * own - whole, dtype), whole)
 
 
+@jax.jit
 def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
     """The mantissas over one common exponent, the largest among those of non-zero parts."""
-    none = jnp.iinfo(jnp.int32).min // 2
-    common = jnp.int32(none)
+    if len(parts) == 1:
+        return [parts[0].mantissa], parts[0].exponent
+    none = jnp.int32(jnp.iinfo(jnp.int32).min // 2)
+    common = none
     for s in parts:
-        present = jnp.any(lax.stop_gradient(s.mantissa) != 0)
-        common = jnp.maximum(common, jnp.where(present, s.exponent, none))
-    common = jnp.where(common > none, common, 0)
-    return [shift(s.mantissa, s.exponent - common) for s in parts], common
+        present = _largest(abs(lax.stop_gradient(s.mantissa))) > 0
+        common = lax.max(common, lax.select(present, s.exponent, none))
+    common = lax.select(common > none, common, jnp.int32(0))
+    factors = [
+        _exact_power(lax.min(s.exponent - common, jnp.int32(126)), s.mantissa.dtype) for s in parts
+    ]
+    return [s.mantissa * f for s, f in zip(parts, factors, strict=True)], common
 
 
+@jax.jit
 def add(parts: Sequence[Scaled]) -> Scaled:
     """Elementwise sum."""
     mantissas, exponent = align(parts)
@@ -171,6 +202,7 @@ def multiply(a: Scaled, b: Scaled) -> Scaled:
     return Scaled(a.mantissa * b.mantissa, a.exponent + b.exponent)
 
 
+@jax.jit
 def maximum(parts: Sequence[Scaled]) -> Scaled:
     """Elementwise maximum."""
     mantissas, exponent = align(parts)
@@ -180,17 +212,22 @@ def maximum(parts: Sequence[Scaled]) -> Scaled:
     return Scaled(top, exponent)
 
 
+@jax.jit
 def total(parts: Sequence[Scaled]) -> Scaled:
     """Sum over all elements of all parts, as a scalar."""
     return add([normalize(Scaled(jnp.sum(s.mantissa), s.exponent)) for s in parts])
 
 
+@jax.jit
 def log(s: Scaled) -> Any:
-    """Natural logarithm, -inf for 0."""
-    ln2 = jnp.asarray(np.log(2.0), s.mantissa.dtype)
-    return jnp.log(s.mantissa) + s.exponent.astype(s.mantissa.dtype) * ln2
+    """Natural logarithm, -inf for 0; exactly 0 for 1."""
+    dtype = s.mantissa.dtype
+    unit = _unit_of(s.mantissa)
+    exponent = (_exponent_of(unit) + s.exponent).astype(dtype)
+    return jnp.log(s.mantissa / unit) + exponent * jnp.asarray(np.log(2.0), dtype)
 
 
+@partial(jax.jit, static_argnames="p")
 def root(s: Scaled, p: float) -> Any:
     """(mantissa · 2^exponent)^(1/p) as a plain array; inf where that overflows."""
     whole, fraction = times(s.exponent, 1 / p, s.mantissa.dtype)
@@ -199,6 +236,7 @@ def root(s: Scaled, p: float) -> Any:
     return shift(mantissa * fraction, whole)
 
 
+@jax.jit
 def value(s: Scaled) -> Any:
     """The numbers as a plain array; inf where they overflow."""
     return shift(s.mantissa, s.exponent)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinv import _jaxpr, _scaled
+from jaxinv import _checks, _jaxpr, _scaled
 from jaxinv._path_domain import PathDomain
 from jaxinv._path_values import Paths, Weight, as_paths
 from jaxinv._scaled import Scaled
@@ -51,10 +51,10 @@ def check_exponent(p: Any) -> None:
 
 def _prepare(fn: Network, params: Params, x: Inputs, p: float, sample: bool = False) -> _Problem:
     check_exponent(p)
-    _jaxpr.check_params(params)
+    _checks.check_params(params)
     leaves = jax.tree.leaves(params)
     dtype = _scaled.working_dtype(leaves)
-    one = _jaxpr.abstract_batch_of_one(x)
+    one = _checks.abstract_batch_of_one(x)
     trace = _jaxpr.trace(fn, params, one)
     lengths = [_scaled.power(jnp.asarray(a), float(p), dtype, sample=sample) for a in leaves]
     return _Problem(trace, leaves, lengths, jax.tree.leaves(one), dtype)

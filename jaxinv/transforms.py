@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv import _scaled
-from jaxinv._jaxpr import abstract_batch_of_one
+from jaxinv._checks import abstract_batch_of_one
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.paths import check_exponent, scaled_kappa
@@ -355,8 +355,11 @@ def _divide(
     mantissa, exponent = _scaled.root_squared(kappa, p)
     if not (isinstance(eps, int | float) and eps == 0):
         mantissa = mantissa + _scaled.shift(jnp.asarray(eps, dtype), -exponent)
-    present = kappa.mantissa != 0  # NaN is present, and stays visible
-    quotient = jnp.where(present, g / jnp.where(present, mantissa, 1), 0)
+    # An infinite or NaN κ must show in the update: g/inf would be a silent 0.
+    fine = jnp.isfinite(mantissa)
+    present = kappa.mantissa != 0
+    quotient = jnp.where(present, g / jnp.where(present & fine, mantissa, 1), 0)
+    quotient = jnp.where(fine, quotient, jnp.nan)
     if zero_kappa == "pass":
         kept = jnp.where(present, quotient, _scaled.shift(g, exponent))
         return Scaled(kept, -exponent)
