@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Two workers at least as slow as one on a small machine; `make test WORKERS=8` on a large one.
+# Workers of pytest; `make test WORKERS=8` on a large machine (a few GB of memory each).
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -35,8 +35,9 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-python pyproject.toml
 demo: $(VENV)/.stamp-cli
 	$(BIN)/jaxinv reproduce path-sgd $(DEMO_ARGS)
 
+# A file stays on one worker, so that what its tests share is trained and compiled once.
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -31,6 +31,13 @@ def strict_dtype_promotion():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Drop compiled programs after each file; a whole run would otherwise keep gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def standard_dtype_promotion(strict_dtype_promotion):
     """The promotion of jax's defaults, for tests that run libraries which rely on it."""

@@ -14,12 +14,8 @@ from jaxinv.experiments import datasets, path_sgd
 from jaxinv.experiments.path_sgd import Config, Curves, Result
 from jaxinv.networks import init_mlp, mlp
 
-pytestmark = [
-    # optax.adam itself mixes dtypes (its step count is an integer), so whole runs cannot be strict.
-    pytest.mark.usefixtures("standard_dtype_promotion"),
-    # One worker for the file, so that its shared run is made once.
-    pytest.mark.xdist_group("path_sgd"),
-]
+# optax.adam itself mixes dtypes (its step count is an integer), so whole runs cannot be strict.
+pytestmark = pytest.mark.usefixtures("standard_dtype_promotion")
 
 SMALL = Config(hidden=(32, 24), epochs=2, batch_size=100)
 
@@ -42,7 +38,7 @@ def only(monkeypatch):
 
 def test_the_unbalanced_start_computes_the_same_function(x64):
     params = init_mlp(jax.random.key(0), (7, 40, 24, 3), bias_std=1.0, dtype=jnp.float64)
-    moved = path_sgd.unbalance(jax.random.key(1), params)
+    moved = jax.jit(path_sgd.unbalance)(jax.random.key(1), params)
     x = jax.random.normal(jax.random.key(2), (50, 7), jnp.float64)
     np.testing.assert_allclose(mlp(moved, x), mlp(params, x), rtol=1e-11, atol=1e-11)
 
@@ -50,7 +46,7 @@ def test_the_unbalanced_start_computes_the_same_function(x64):
 @pytest.mark.parametrize(("width", "count"), [(3, 1), (40, 10), (512, 128), (1000, 128)])
 def test_a_quarter_of_the_units_but_at_most_128_are_rescaled(width, count):
     params = init_mlp(jax.random.key(0), (5, width, 2))
-    moved = path_sgd.unbalance(jax.random.key(1), params)
+    moved = jax.jit(path_sgd.unbalance)(jax.random.key(1), params)
     ratio = moved["Dense_0"]["kernel"] / params["Dense_0"]["kernel"]
     scale = ratio.mean(axis=0)
     assert int((jnp.abs(scale - 1) > 1e-4).sum()) == count
@@ -61,7 +57,7 @@ def test_a_quarter_of_the_units_but_at_most_128_are_rescaled(width, count):
 
 def test_the_factors_are_ten_times_log_normal():
     params = init_mlp(jax.random.key(0), (1, 512, 512, 512, 512, 1), bias=False)
-    moved = path_sgd.unbalance(jax.random.key(1), params)
+    moved = jax.jit(path_sgd.unbalance)(jax.random.key(1), params)
     # Incoming weights of a layer also carry the previous layer's outgoing factors, so divide
     # one row by the balanced one: the same outgoing factor in every entry of it.
     ratio = moved["Dense_0"]["kernel"][0] / params["Dense_0"]["kernel"][0]
