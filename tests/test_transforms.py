@@ -39,6 +39,9 @@ def loss(params, fn=mlp, x=X, y=Y):
     return optax.softmax_cross_entropy_with_integer_labels(fn(params, x), y).mean()
 
 
+gradient = jax.jit(jax.grad(loss))
+
+
 VARIANTS = {
     "core": lambda: optax.chain(scale_by_path_kappa(net, X), optax.scale(-0.03)),
     "momentum, every 3": lambda: path_sgd(0.03, net, X, momentum=0.9, nesterov=True, every=3),
@@ -66,7 +69,7 @@ def update(tx, g, params):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_update_is_gradient_over_kappa_to_the_two_over_p(p, dtype, x64):
     params = make_params(dtype)
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     kappa = jax.jit(lambda w: path_kappa(net, w, X, p=p))(params)
     u = update(scale_by_path_kappa(net, X, p=p), g, params)
     rtol = 2e-5 if dtype == jnp.float32 else 1e-12
@@ -81,7 +84,7 @@ def test_update_is_gradient_over_kappa_to_the_two_over_p(p, dtype, x64):
 
 def test_eps_is_added_to_the_metric():
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     kappa = jax.jit(lambda w: path_kappa(mlp, w, X))(params)
     tx = scale_by_path_kappa(mlp, X, eps=0.5)
     u = update(tx, g, params)
@@ -152,7 +155,7 @@ def test_weights_on_no_path_follow_the_zero_kappa_policy(policy):
 
 def test_matching_gives_the_first_update_the_norm_of_the_gradient_and_keeps_the_factor():
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     plain, matched = (
         scale_by_path_kappa(mlp, X),
         scale_by_path_kappa(mlp, X, match_gradient_norm=True),
@@ -306,7 +309,7 @@ def test_sgd_is_not_invariant():
 @variants
 def test_extra_arguments_are_accepted(tx):
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     want = update(tx, g, params)
     got, _ = jax.jit(tx.update)(g, tx.init(params), params, value=1.0, something_else=None)
     jax.tree.map(np.testing.assert_array_equal, want, got)
@@ -377,7 +380,7 @@ def test_training_reduces_the_loss(tx):
 def test_inject_hyperparams_changes_the_learning_rate_alone():
     make = optax.inject_hyperparams(lambda learning_rate: path_sgd(learning_rate, mlp, X))
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     tx = make(learning_rate=0.1)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -391,7 +394,7 @@ def test_inject_hyperparams_works_directly_with_static_arguments():
     static = ("fn", "x", "p", "every", "zero_kappa", "mask")
     tx = optax.inject_hyperparams(path_sgd, static_args=static)(0.1, fn=mlp, x=X)
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     got, _ = jax.jit(tx.update)(g, tx.init(params), params)
     plain = path_sgd(0.1, mlp, X)
     want = update(plain, g, params)
@@ -400,7 +403,7 @@ def test_inject_hyperparams_works_directly_with_static_arguments():
 
 def test_chain_multi_steps_and_apply_if_finite():
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     core = path_sgd(0.1, mlp, X)
     want = update(core, g, params)
     # optax's MultiSteps divides an integer count into floats.
@@ -430,7 +433,7 @@ def _labels(params):
 
 def test_partition_and_masked_get_all_parameters_through_share_params():
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     core = path_sgd(0.1, mlp, X, every=2)
     want = update(core, g, params)
     parts = {"path": core, "plain": optax.sgd(0.3)}
@@ -449,7 +452,7 @@ def test_partition_and_masked_get_all_parameters_through_share_params():
 
 def test_the_mask_argument_passes_other_gradients_through():
     params = make_params()
-    g = jax.grad(loss)(params)
+    g = gradient(params)
     mask = {n: {"kernel": n != "Dense_2", "bias": False} for n in params}
     tx = scale_by_path_kappa(mlp, X, mask=mask)
     u = update(tx, g, params)
