@@ -13,7 +13,7 @@ pin their operands, so a generator that is found is always one that leaves the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from jaxinv import _checks, _jaxpr, _scaled
 from jaxinv import _scaling_values as scaling
 from jaxinv._scaling_domain import ScalingDomain
 from jaxinv._scaling_group import Structure, assembled, generator_names
+from jaxinv._scaling_states import is_masked, like, transport
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
@@ -174,8 +175,8 @@ def rescaling_group(
 # --- the action -----------------------------------------------------------------------
 
 
-def _flat(group: RescalingGroup, tree: PyTree, what: str) -> list[Any]:
-    """Leaves of a pytree like params, checked."""
+def checked_leaves(group: RescalingGroup, tree: PyTree, what: str) -> list[Any]:
+    """Leaves of a pytree like params; `InvalidInput` if it is not one."""
     s = group.structure
     if jax.tree.structure(tree) != s.tree:
         raise InvalidInput(
@@ -279,28 +280,36 @@ def rescale(
         >>> bool((networks.mlp(moved, x) == networks.mlp(params, x)).all())
         True
     """
-    leaves = _flat(group, params, "params")
+    return jax.tree.unflatten(
+        group.structure.tree, _moved(group, checked_leaves(group, params, "params"), u, base)
+    )
+
+
+def _moved(group: RescalingGroup, leaves: list[Any], u: Array, base: float | None) -> list[Any]:
+    """Leaves times exp(Bu); placeholders of masked leaves pass through."""
     u = _checked(group, u)
     exact = base == 2 and jnp.issubdtype(u.dtype, jnp.integer)
-    if not exact:
-        dtype = u.dtype if jnp.issubdtype(u.dtype, jnp.floating) else _scaled.working_dtype(leaves)
-        u = u.astype(dtype) * jnp.asarray(1.0 if base is None else np.log(base), dtype)
-    else:
+    if exact:
         u = u.astype(jnp.int32)
+    else:
+        arrays = [jnp.asarray(leaf) for leaf in leaves if not is_masked(leaf)]
+        floating = jnp.issubdtype(u.dtype, jnp.floating)
+        dtype = u.dtype if floating else _scaled.working_dtype(arrays)
+        u = u.astype(dtype) * jnp.asarray(1.0 if base is None else np.log(base), dtype)
+    moved: list[Any] = []
     scales = jax.tree.leaves(log_scales(group, u))
-    moved = []
     for leaf, scale, terms in zip(leaves, scales, group.indices, strict=True):
-        leaf = jnp.asarray(leaf)
-        if not terms:
+        if is_masked(leaf) or not terms:
             moved.append(leaf)
-        elif exact:
-            wide = leaf.astype(_scaled.working_dtype([leaf]))
-            moved.append(_scaled.shift(wide, scale).astype(leaf.dtype))
+            continue
+        leaf = jnp.asarray(leaf)
+        wide = leaf.astype(_scaled.working_dtype([leaf]))
+        if exact:
+            wide = _scaled.shift(wide, jnp.broadcast_to(scale, wide.shape))
         else:
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            wide = leaf.astype(dtype) * jnp.exp(scale).astype(dtype)
-            moved.append(wide.astype(leaf.dtype))
-    return jax.tree.unflatten(group.structure.tree, moved)
+            wide = wide * jnp.exp(scale).astype(wide.dtype)
+        moved.append(wide.astype(leaf.dtype))
+    return moved
 
 
 def rescale_gradient(
@@ -324,6 +333,71 @@ def rescale_gradient(
         True
     """
     return rescale(group, gradients, -jnp.asarray(u), base=base)
+
+
+def rescale_state(
+    group: RescalingGroup,
+    state: Any,
+    u: Array,
+    *,
+    base: float | None = None,
+    powers: Mapping[str, int] | None = None,
+) -> Any:
+    """The optimizer state at the rescaled point, so that training can go on from there.
+
+    Every field that is a pytree like params is multiplied by d^k, d = exp(Bu). k follows from what
+    the field accumulates: −1 for (momentum of) gradients, −2 for squares of gradients, +1 for
+    momentum of Path-SGD's updates, which move as the parameters do. Chains are followed from the
+    first transformation to the last; `masked`, `partition`, `inject_hyperparams`, `MultiSteps` and
+    `apply_if_finite` are entered.
+
+    Args:
+        group: as `rescaling_group` returns it.
+        state: an optax state. Known are the states of SGD with momentum, AdaGrad, RMSProp, Adam and
+            its relatives, Lion, schedule-free, and Path-SGD with p = 2.
+        u, base: as for `rescale`.
+        powers: k for fields that are not known, or that need another k, by name:
+            `{"TraceState.trace": 1}`. A name without field, `{"ScaleBySignState": 0}`, says which
+            power the updates have *after* that transformation.
+
+    Returns:
+        A state of the same structure.
+
+    Raises:
+        InvalidInput: for a field like params of an optimizer that is not known.
+
+    Notes:
+        A state says nothing of transformations without one. After `scale_by_sign`, weight decay or
+        clipping by a norm the updates no longer have one power of d: give `powers`, or accept that
+        the optimizer is not equivariant.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxinv.rescaling import rescale_state, rescaling_group
+        >>> w = [jnp.full((1, 1), 2.0), jnp.full((1, 1), 3.0)]
+        >>> group = rescaling_group(lambda w, x: (x @ w[0]) @ w[1], w, jnp.ones((1, 1)))
+        >>> tx = optax.sgd(0.1, momentum=0.9)
+        >>> _, state = tx.update([jnp.ones((1, 1)), jnp.ones((1, 1))], tx.init(w), w)
+        >>> moved = rescale_state(group, state, jnp.array([1]), base=2)  # w[0]·2, w[1]/2
+        >>> [m.item() for m in moved[0].trace]
+        [0.5, 2.0]
+    """
+    s = group.structure
+    u = _checked(group, u)
+
+    def act(value: Any, power: int) -> Any:
+        leaves = jax.tree.leaves(value, is_leaf=is_masked)
+        if power == 0:
+            return value
+        if not is_params(value):
+            raise InvalidInput(
+                f"A field of the optimizer state was taken for a pytree like params, but is "
+                f"{jax.tree.structure(value)}."
+            )
+        return jax.tree.unflatten(s.tree, _moved(group, leaves, power * u, base))
+
+    is_params = like(s.tree, s.leaf_shapes)
+    return transport(state, act, is_params, powers or {}, -1)[0]
 
 
 def random_rescaling(
@@ -447,7 +521,7 @@ def tangent_vectors(
         >>> bool(jnp.abs(inner).max() < 1e-4)
         True
     """
-    leaves = [jnp.asarray(leaf) for leaf in _flat(group, params, "params")]
+    leaves = [jnp.asarray(leaf) for leaf in checked_leaves(group, params, "params")]
     tree = group.structure.tree
 
     def matvec(u: Array) -> PyTree:
@@ -459,7 +533,7 @@ def tangent_vectors(
     def rmatvec(g: PyTree) -> Array:
         cotangents = [
             leaf * jnp.asarray(c).astype(leaf.dtype)
-            for leaf, c in zip(leaves, _flat(group, g, "g"), strict=True)
+            for leaf, c in zip(leaves, checked_leaves(group, g, "g"), strict=True)
         ]
         return transpose(group, cotangents)
 
