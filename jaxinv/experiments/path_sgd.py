@@ -446,13 +446,12 @@ def plot(result: Result, path: Path) -> None:
                 "label": f"{OPTIMIZERS[name].label}, {start}",
             }
             loss = _running_mean(curves.step_loss)
-            # The mean over w minibatches stands at the last of them.
-            num_steps = curves.step_loss.shape[1]
-            steps = np.arange(1, num_steps + 1)[-loss.shape[1] :]
-            _draw(left, config.epochs * steps / num_steps, loss, style)
+            # The k-th minibatch's loss is that of the parameters after k − 1 steps.
+            steps = np.arange(loss.shape[1])
+            _draw(left, config.epochs * steps / len(steps), loss, style)
             epochs = np.linspace(0, config.epochs, curves.test_error.shape[1])
             _draw(right, epochs, curves.test_error, style)
-            smallest.append(np.nanmin(loss))
+            smallest.append(loss[np.isfinite(loss)].min())
     initial_loss = result.curves["sgd"]["balanced"].step_loss[:, 0].mean()
     left.set(
         yscale="log",
@@ -473,9 +472,10 @@ def plot(result: Result, path: Path) -> None:
 
 
 def _running_mean(curves: np.ndarray) -> np.ndarray:
+    """Average over the last fiftieth of the training, over what there is at its beginning."""
     width = max(1, curves.shape[1] // 50)
-    windows = np.lib.stride_tricks.sliding_window_view(curves, width, axis=1)
-    return windows.mean(axis=-1)
+    means = [curves[:, max(0, t - width) : t].mean(axis=1) for t in range(1, curves.shape[1] + 1)]
+    return np.stack(means, axis=1)
 
 
 def _draw(axes: Any, epochs: np.ndarray, curves: np.ndarray, style: dict[str, Any]) -> None:

@@ -252,6 +252,24 @@ def test_plot_survives_divergence(diverging, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_plot_survives_divergence_at_the_second_of_many_steps(diverging, tmp_path):
+    bad = diverging.curves["sgd"]["unbalanced"]
+    bad = bad._replace(step_loss=np.array([[2.0] + [np.nan] * 200] * 2))
+    path_sgd.plot(
+        diverging._replace(curves={"sgd": {"balanced": bad, "unbalanced": bad}}),
+        tmp_path / "curves.png",
+    )
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_running_mean_begins_with_the_first_loss_and_keeps_constants():
+    curves = np.full((2, 300), 3.0)
+    np.testing.assert_allclose(path_sgd._running_mean(curves), curves)
+    curves[:, 0] = 9.0  # width 6: in the first six means, the k-th of which has k terms
+    expected = 3 + 6 / np.arange(1, 7)
+    np.testing.assert_allclose(path_sgd._running_mean(curves)[0, :7], [*expected, 3])
+
+
 def test_diverged_logits_have_no_error_rate():
     params = {"Dense_0": {"kernel": jnp.full((2, 3), jnp.nan)}}
     loss, error = path_sgd._evaluate(params, jnp.ones((4, 2)), jnp.zeros(4, jnp.int32))
