@@ -98,10 +98,10 @@ class ScalingDomain:
         self.pinned_by[eqn.name, eqn.source] = None
 
     def joined(self, eqn: Equation, left: Any, right: Any, shape: Any = None) -> Scale:
-        """Operands of equal scale elementwise; a constant that pins the other is recorded."""
+        """Operands of equal scale elementwise; one of scale 0 pins the other, which is recorded."""
         a, b = self.scale(left), self.scale(right)
-        for constant, other in ((left, b), (right, a)):
-            if not isinstance(constant, Value) and not scaling.constant(constant).all_wild:
+        for one, other in ((a, b), (b, a)):
+            if not (one.all_wild or scaling.tidy(self.system, one.form)):
                 if scaling.tidy(self.system, other.form):
                     self.blame(eqn)
         if shape is None:

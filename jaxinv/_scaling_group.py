@@ -15,7 +15,7 @@ from jaxinv._scaling_system import independent_columns, ranges
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Structure:
     """What about a group is known without any array: static under jit."""
 
