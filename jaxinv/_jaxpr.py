@@ -125,6 +125,20 @@ def _sub_jaxpr(eqn: Any) -> Any:
     raise NotImplementedError(f"{eqn.primitive} carries no jaxpr under {_CALL_JAXPR_NAMES}")
 
 
+def sub_jaxprs(eqn: Any, wanted: list[bool]) -> list[tuple[Any, int, list[bool]]] | None:
+    """What an equation runs: (jaxpr, leading inputs it skips, outputs needed); None if plain."""
+    if eqn.primitive in _CALLS:
+        return [(_sub_jaxpr(eqn), 0, wanted)]
+    if eqn.primitive is primitives.scan_p:
+        _, num_carry = scan_split(equation(eqn))
+        return [(eqn.params["jaxpr"], 0, [True] * num_carry + wanted[num_carry:])]
+    if eqn.primitive is primitives.cond_p:
+        return [(branch, 1, wanted) for branch in eqn.params["branches"]]
+    if eqn.primitive is primitives.while_p:
+        return [(eqn.params["body_jaxpr"], eqn.params["cond_nconsts"], [True] * len(wanted))]
+    return None
+
+
 # --- equations and where they come from -----------------------------------------------
 
 _JAX_DIRECTORIES = tuple(
@@ -197,6 +211,17 @@ class Equation(NamedTuple):
             f"  why:   {why}\n"
             f"  do:    {remedy}"
         )
+
+
+def equation(raw: Any, callers: Sequence[Any] = ()) -> Equation:
+    """An equation of a jaxpr, with the ones that called it, innermost first."""
+    return Equation(
+        raw.primitive,
+        raw.params,
+        tuple(v.aval for v in raw.invars),
+        tuple(v.aval for v in raw.outvars),
+        (raw, *callers),
+    )
 
 
 def _short(aval: Any) -> str:
@@ -296,7 +321,7 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
 
 
-def _live(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[bool]]]:
+def live_equations(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[bool]]]:
     """The equations on which a needed output depends, and which of their outputs are needed.
 
     Dead code and pure side effects are left out.
@@ -322,7 +347,7 @@ def _walk(
     def read(v: Any) -> Any:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
-    for raw, wanted in _live(jaxpr, needed):
+    for raw, wanted in live_equations(jaxpr, needed):
         inputs = [read(v) for v in raw.invars]
         outputs = _evaluate(raw, inputs, wanted, domain, keys)
         env.update(zip(raw.outvars, outputs, strict=True))
@@ -341,13 +366,7 @@ def _evaluate(
         return _fold(raw, inputs)
     if raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES:
         return inputs
-    eqn = Equation(
-        raw.primitive,
-        raw.params,
-        tuple(v.aval for v in raw.invars),
-        tuple(v.aval for v in raw.outvars),
-        (raw, *reversed(keys.callers)),
-    )
+    eqn = equation(raw, keys.callers[::-1])
     control = _CONTROL_FLOW.get(raw.primitive)
     if control is None or raw.primitive is primitives.scan_p:
         for value in inputs:

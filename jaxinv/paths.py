@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinv import _checks, _jaxpr, _scaled
+from jaxinv import _checks, _examples, _jaxpr, _scaled
 from jaxinv._path_domain import PathDomain
 from jaxinv._path_values import Paths, Weight, as_paths
 from jaxinv._scaled import Scaled
@@ -41,6 +41,9 @@ class _Problem(NamedTuple):
     lengths: list[Scaled]
     inputs: list[Any]
     dtype: Any
+    fn: Network
+    params: Params
+    one: PyTree
 
 
 def check_exponent(p: Any) -> None:
@@ -57,14 +60,14 @@ def _prepare(fn: Network, params: Params, x: Inputs, p: float, sample: bool = Fa
     one = _checks.abstract_batch_of_one(x)
     trace = _jaxpr.trace(fn, params, one)
     lengths = [_scaled.power(jnp.asarray(a), float(p), dtype, sample=sample) for a in leaves]
-    return _Problem(trace, leaves, lengths, jax.tree.leaves(one), dtype)
+    return _Problem(trace, leaves, lengths, jax.tree.leaves(one), dtype, fn, params, one)
 
 
 def _forward(
     problem: _Problem, mantissas: list[Any], p: float, edges_only: bool, streaming: bool = False
 ) -> list[Scaled]:
     """Sums over the paths into every output element, for given mantissas of the |w|^p."""
-    trace, leaves, lengths, inputs, dtype = problem
+    trace, leaves, lengths, inputs, dtype = problem[:5]
     domain = PathDomain(float(p), dtype, edges_only, streaming)
     weights = [
         Weight(jnp.asarray(value), Scaled(m, length.exponent), frozenset([name]))
@@ -80,6 +83,8 @@ def _forward(
         for s in inputs
     ]
     outputs = _jaxpr.interpret(trace, weights, starts, domain)
+    # Last, since what the interpretation refuses it refuses more to the point.
+    _examples.check_examples_apart(problem.fn, problem.params, problem.one)
     last = _jaxpr.output_equation(trace)
     return [
         Scaled(jnp.broadcast_to(sums.mantissa, aval.shape), sums.exponent)
