@@ -417,9 +417,9 @@ def equivariance_error(
             return (w, w_state, theta, theta_state, first), row
 
         carry = (start, in_w.init(start), theta, in_theta.init(theta), (start, theta))
-        last, (weights, function, losses, others) = jax.lax.scan(
-            both, carry, jnp.arange(int(steps))
-        )
+        rows: Any
+        last, rows = jax.lax.scan(both, carry, jnp.arange(int(steps)))
+        weights, function, losses, others = rows
         dw, dtheta = last[-1]
         _, transported = jax.jvp(reparam, (theta,), (dtheta,))
         return EquivarianceError(
