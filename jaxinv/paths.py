@@ -142,6 +142,13 @@ def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Arra
         InvalidInput: for integer, NaN or missing params, x without a batch axis, p < 1.
         UnsupportedOperation: for an operation that path semantics do not cover.
 
+    Notes:
+        Each array carries one exponent beside its mantissas, so depth and the scale of whole layers
+        never overflow. Within one array |w|^p spans the range of the dtype: in float32 a weight
+        below 2^(-126/p) times the largest of its array (10^-19 times, for p = 2) counts as 0. Use
+        float64 parameters where one array spans more than that.
+        `fn` must treat the examples of a batch apart; statistics over a batch are refused.
+
     References:
         Neyshabur, Tomioka, Srebro, COLT 2015 (arXiv:1503.00036), §3;
         Gonon et al., ICLR 2024 (arXiv:2310.01225), Definition 3.1.
