@@ -219,7 +219,7 @@ def unit_norm(group: RescalingGroup, params: Params) -> Gauge:
         u = u - jnp.log(found) / 2
         return u, sums(u), steps + 1
 
-    # Each step puts right all units whose sources are right, so `depth` steps always do; rounding of
+    # Each step puts right all units whose sources are right, so `depth` steps do it; rounding of
     # long sums may stay above the tolerance.
     tol = 16 * float(jnp.finfo(squares[0].dtype).eps)
     most = units.depth + 2
