@@ -1,0 +1,147 @@
+"""A rescaling group as arrays, and its linear action s = Bu and Bᵀ on leaves."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv._scaling_group import Structure, generator_names
+from jaxinv.errors import InvalidInput
+from jaxinv.typing import Array, PyTree
+
+
+class RescalingGroup(NamedTuple):
+    """All w ↦ w·exp(Bu), u ∈ R^dim, that leave a network unchanged; B is a sparse integer matrix.
+
+    The log-scale of leaf l is Σ_t s[indices[l][t]], broadcast, where s = S u and S is the sparse
+    matrix with entries `coefficients` at (`rows`, `columns`), so that a dense layer of K×N weights
+    costs K + N numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxinv import networks
+        >>> from jaxinv.rescaling import rescaling_group
+        >>> params = {"Dense_0": {"kernel": np.ones((4, 3)), "bias": np.ones(3)},
+        ...           "Dense_1": {"kernel": np.ones((3, 2))}}
+        >>> group = rescaling_group(networks.mlp, params, np.zeros((1, 4)))
+        >>> group.dim, group.names[0]
+        (3, 'Dense_0/kernel out 0 → Dense_1/kernel in 0')
+    """
+
+    rows: Any  # int32 (nnz,)
+    columns: Any  # int32 (nnz,): which generator
+    coefficients: Any  # int32 (nnz,)
+    indices: tuple[tuple[Any, ...], ...]  # per leaf: int32 arrays that broadcast to the leaf
+    structure: Structure
+
+    @property
+    def dim(self) -> int:
+        """Number of generators."""
+        return self.structure.dim
+
+    @property
+    def names(self) -> list[str]:
+        """A readable name per generator: the weights that it multiplies → those that it divides.
+
+        `Dense_0/kernel out 17 → Dense_1/kernel in 17` is column 17 of one kernel and row 17 of the
+        next. Of a unit's incoming weights only kernels are named, not the biases beside them.
+        """
+        return generator_names(self)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """For every generator the name of the leaf whose outputs it scales."""
+        return tuple(self.structure.leaf_names[i] for i in self.structure.layers)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parameters on which the function cannot depend; they are in no generator."""
+        return self.structure.unused
+
+    @property
+    def pinned_by(self) -> tuple[tuple[str, str], ...]:
+        """(operation, source line) of what fixes the scale of its operands."""
+        return self.structure.pinned_by
+
+    @property
+    def ignored(self) -> tuple[tuple[str, str], ...]:
+        """(epsilon, source line) of what `ignore_epsilon` took for zero."""
+        return self.structure.ignored
+
+    def __str__(self) -> str:
+        """Generators by layer, and what limits the group."""
+        s = self.structure
+        lines = [f"RescalingGroup of dimension {s.dim} on {len(s.leaf_names)} leaves"]
+        counts = np.bincount(np.asarray(s.layers, np.int64), minlength=len(s.leaf_names))
+        lines += [
+            f"  {n:6d} scale the outputs of {name}"
+            for n, name in zip(counts, s.leaf_names, strict=True)
+            if n
+        ]
+        lines += [f"  unused: {name}" for name in s.unused]
+        lines += [f"  pinned by {name} at {where}" for name, where in s.pinned_by]
+        lines += [f"  taken for 0: {name} at {where}" for name, where in s.ignored]
+        return "\n".join(lines)
+
+
+def checked_leaves(group: RescalingGroup, tree: PyTree, what: str) -> list[Any]:
+    """Leaves of a pytree like params; `InvalidInput` if it is not one."""
+    s = group.structure
+    if jax.tree.structure(tree) != s.tree:
+        raise InvalidInput(
+            f"{what} has another tree structure than the params of the group:\n"
+            f"  {jax.tree.structure(tree)}\n  {s.tree}"
+        )
+    leaves = jax.tree.leaves(tree)
+    for name, shape, leaf in zip(s.leaf_names, s.leaf_shapes, leaves, strict=True):
+        if jnp.shape(leaf) != shape:
+            raise InvalidInput(
+                f"{what}: {name} has shape {jnp.shape(leaf)}, but the group was found for {shape}."
+            )
+    return leaves
+
+
+def checked_u(group: RescalingGroup, u: Any) -> Array:
+    u = jnp.asarray(u)
+    if u.shape != (group.dim,):
+        raise InvalidInput(
+            f"u has shape {u.shape}, but the group has {group.dim} generators: pass ({group.dim},)."
+        )
+    return u
+
+
+def class_scales(group: RescalingGroup, u: Array) -> Array:
+    """Log-scales s = S u of the classes, (num_classes,); class 0 has scale 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.rescaling import class_scales, rescaling_group
+        >>> group = rescaling_group(lambda w, x: (x @ w[0]) @ w[1],
+        ...                         [jnp.ones((1, 1)), jnp.ones((1, 1))], jnp.zeros((1, 1)))
+        >>> class_scales(group, jnp.array([3.0])).tolist()
+        [0.0, 3.0, -3.0]
+    """
+    zeros = jnp.zeros(group.structure.num_classes, u.dtype)
+    return zeros.at[group.rows].add(
+        jnp.asarray(group.coefficients).astype(u.dtype) * u[group.columns]
+    )
+
+
+def transpose(group: RescalingGroup, leaves: list[Array]) -> Array:
+    """Bᵀ v for v given by its leaves: sums over the parameters of each class, then Sᵀ."""
+    dtype = jnp.result_type(*leaves)
+    totals = jnp.zeros(group.structure.num_classes, dtype)
+    for leaf, terms in zip(leaves, group.indices, strict=True):
+        for ids in terms:
+            totals = totals.at[ids].add(summed_to(leaf.astype(dtype), ids.shape))
+    picked = jnp.asarray(group.coefficients).astype(dtype) * totals[group.rows]
+    return jnp.zeros(group.dim, dtype).at[group.columns].add(picked)
+
+
+def summed_to(array: Array, shape: tuple[int, ...]) -> Array:
+    """Sums over the axes along which `shape` has length one."""
+    axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
+    return jnp.sum(array, axes, keepdims=True) if axes else array
