@@ -91,6 +91,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         **module.record(result),
     }
     report.write_json(config.out / "results.json", content)
-    module.plot(result, config.out / "curves.png")
+    figure = config.out / module.FIGURE
+    module.plot(result, figure)
     report.print_table(module.table(result))
-    print(f"wrote {config.out / 'curves.png'} and {config.out / 'results.json'}")  # noqa: T201
+    print(f"wrote {figure} and {config.out / 'results.json'}")  # noqa: T201

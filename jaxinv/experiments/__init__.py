@@ -1,13 +1,13 @@
 """The figures of the papers, one module each.
 
-A module ``jaxinv/experiments/NAME.py`` has four names, and one row in
+A module ``jaxinv/experiments/NAME.py`` has these names, and one row in
 :data:`EXPERIMENTS` makes it a command, ``jaxinv reproduce NAME``:
 
 - ``Config``: a dataclass; each field is a flag (see :mod:`jaxinv.experiments.options`);
 - ``run(config, progress) -> Result``: the computation;
 - ``table(result) -> Table`` and ``record(result) -> dict``: what is printed and
   what goes into ``results.json``;
-- ``plot(result, path)``: the figure.
+- ``plot(result, path)``: the figure, and ``FIGURE``, the name of its file.
 """
 
 from typing import NamedTuple
@@ -24,5 +24,9 @@ EXPERIMENTS = {
     "path-sgd": Experiment(
         "jaxinv.experiments.path_sgd",
         "SGD, AdaGrad, Adam and Path-SGD from a balanced and an unbalanced start of one network",
+    ),
+    "invariance": Experiment(
+        "jaxinv.experiments.invariance",
+        "Every optimizer of optax, Path-SGD and SGD in a gauge: is it invariant? A measured table",
     ),
 }

@@ -38,6 +38,7 @@ from jaxinv.transforms import path_sgd
 
 Params = dict[str, dict[str, jax.Array]]
 
+FIGURE = "curves.png"
 STARTS = ("balanced", "unbalanced")
 TUNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _EVALUATION_CHUNK = 1000  # examples; bounds the memory of evaluating all of MNIST at once
@@ -76,7 +77,7 @@ class Config:
     )
     out: Path = option(
         Path("jaxinv-results/path-sgd"),
-        "directory for curves.png and results.json",
+        f"directory for {FIGURE} and results.json",
         parse=directory,
         metavar="DIR",
     )
@@ -401,8 +402,7 @@ def table(result: Result) -> Table:
             )
     columns = ["optimizer", "rate", "start", "final\nloss", "test\nerror %"]
     columns += ["max Δ\nloss", "max Δ\nerror %", "ms per\nstep"]
-    config = result.config
-    layers = "-".join(map(str, config.hidden))
+    config, layers = result.config, "-".join(map(str, result.config.hidden))
     title = (
         f"{result.dataset}, hidden layers {layers}, batch {config.batch_size}, "
         f"{config.epochs} epochs, dropout {config.dropout:g}, {config.seeds} seed(s)\n"
@@ -417,8 +417,8 @@ def record(result: Result) -> dict[str, Any]:
         "dataset": result.dataset,
         "learning_rates": result.learning_rates,
         "curves": {
-            name: {start: curves._asdict() for start, curves in starts.items()}
-            for name, starts in result.curves.items()
+            name: {start: row._asdict() for start, row in rows.items()}
+            for name, rows in result.curves.items()
         },
     }
 

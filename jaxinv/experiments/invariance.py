@@ -1,0 +1,317 @@
+"""Which optimizers are invariant: one table, measured.
+
+An algorithm is invariant under a reparametrisation w = w(θ) if stepping in w
+and stepping in θ are the same step, Δw = (∂w/∂θ)Δθ (Amari 1998; Martens,
+arXiv:1412.1193, §12). Every optimizer of optax that needs nothing but gradients
+and parameters, Path-SGD, and SGD in the normalised gauge take a step on a ReLU
+network on digits under
+
+- a rescaling: a random element of the network's own rescaling group;
+- a general reparametrisation, which is smooth and invertible but no symmetry
+  of the network: w = θ + 0.3·sinh(θ) for each weight.
+
+Everything is computed in 64 bits, so that an error is that of the algorithm.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinv.errors import InvalidInput
+from jaxinv.experiments import datasets
+from jaxinv.experiments.options import directory, option, positive_float, positive_int, widths
+from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.invariance import by_rescaling, equivariance_error
+from jaxinv.networks import init_mlp, mlp
+from jaxinv.reparam import in_gauge
+from jaxinv.rescaling import RescalingGroup, random_rescaling, rescaling_group
+from jaxinv.transforms import path_sgd
+from jaxinv.typing import Network, Params, PyTree
+
+FIGURE = "errors.png"
+REPARAMETRIZATIONS = ("rescaling", "general")
+# Rounding, 1e-16, amplified by sums over units and by factors of a hundred; others are near 1.
+ROUNDING = 1e-9
+_CURVATURE = 0.3
+
+# The optimizers of optax that need nothing but gradients and parameters, by their names there.
+PLAIN = (
+    "adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars "
+    "lion nadam nadamw novograd optimistic_adam_v2 optimistic_gradient_descent radam rmsprop rprop "
+    "sgd sign_sgd signum sm3 yogi"
+).split()
+# Not run: these need more at each step.
+LEFT_OUT = {
+    "polyak_sgd": "its step needs the value of the loss",
+    "optimistic_adam": "deprecated in favour of optimistic_adam_v2",
+}
+
+
+class Setting(NamedTuple):
+    """What an optimizer may know of the run that it is made for."""
+
+    network: Network  # the network as a function of the parameters that are trained
+    params: Params  # of the shapes that are trained
+    weights: Callable[[PyTree], Params]  # from the parameters that are trained to mlp's
+    x: jax.Array
+
+
+def optimizers() -> dict[str, Callable[[float, Setting], Any]]:
+    """Return the rows of the table: label -> (learning rate, setting) -> transformation.
+
+    >>> list(optimizers())[-4:]
+    ['muon', 'path_sgd', 'path_sgd, momentum', 'sgd in normalised gauge']
+    """
+
+    def plain(name: str) -> Callable[[float, Setting], Any]:
+        return lambda rate, setting: getattr(optax, name)(rate)
+
+    return {
+        **{name: plain(name) for name in PLAIN},
+        "sgd, momentum": lambda rate, setting: optax.sgd(rate, momentum=0.9),
+        "lbfgs": lambda rate, setting: optax.lbfgs(rate, linesearch=None),
+        "noisy_sgd": lambda rate, setting: optax.noisy_sgd(rate, key=jax.random.key(0)),
+        "muon": lambda rate, setting: optax.contrib.muon(rate),
+        "path_sgd": lambda rate, setting: _path_sgd(rate, setting, None),
+        "path_sgd, momentum": lambda rate, setting: _path_sgd(rate, setting, 0.9),
+        "sgd in normalised gauge": _sgd_in_gauge,
+    }
+
+
+def _path_sgd(rate: float, setting: Setting, momentum: float | None) -> Any:
+    """Path-SGD in θ, with κ of the weights w(θ), which are what the network's paths consist of."""
+    inner = path_sgd(rate, mlp, setting.x, momentum=momentum)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> Any:
+        return inner.update(updates, state, setting.weights(params))
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _sgd_in_gauge(rate: float, setting: Setting) -> Any:
+    """SGD in the gauge of the group that the network has in the parameters that are trained."""
+    group = rescaling_group(setting.network, setting.params, setting.x)
+    return in_gauge(optax.sgd(rate), group)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which network, on what, for how long."""
+
+    data: Path | None = option(
+        None,
+        "directory with the four .gz files of MNIST or Fashion-MNIST "
+        "(default: the digits bundled with scikit-learn)",
+        parse=directory,
+        metavar="DIR",
+    )
+    out: Path = option(
+        Path("jaxinv-results/invariance"),
+        f"directory for {FIGURE} and results.json",
+        parse=directory,
+        metavar="DIR",
+    )
+    hidden: tuple[int, ...] = option(
+        (32, 32), "widths of the hidden layers", parse=widths, metavar="N,N,..."
+    )
+    batch_size: int = option(100, "examples that define the loss", parse=positive_int, metavar="N")
+    steps: int = option(10, "length of the compared trajectories", parse=positive_int, metavar="N")
+    lr: float = option(
+        0.001, "learning rate of every optimizer", parse=positive_float, metavar="RATE"
+    )
+
+
+class Errors(NamedTuple):
+    """One optimizer under one reparametrisation."""
+
+    first_step: float  # ‖Δw − (∂w/∂θ)Δθ‖ / the larger norm
+    trajectory: float  # ‖w_k − w(θ_k)‖ / the larger distance from the start, after all steps
+    function: float  # the same of the network's outputs, largest difference
+
+
+class Result(NamedTuple):
+    """What :func:`run` computes."""
+
+    config: Config
+    dataset: str
+    dim: int  # of the rescaling group
+    errors: dict[str, dict[str, Errors]]  # [optimizer][reparametrisation]
+
+
+def general(theta: Params) -> Params:
+    """Return w = θ + 0.3·sinh(θ), increasing and smooth, for each weight.
+
+    >>> general(jnp.array([0.0])).item()
+    0.0
+    """
+    return jax.tree.map(lambda t: t + _CURVATURE * jnp.sinh(t), theta)
+
+
+def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+    """Measure every optimizer under both reparametrisations.
+
+    Args:
+        config: which network, on what.
+        progress: called after each measurement.
+
+    Returns:
+        the :class:`Result`.
+
+    Raises:
+        DataError: if ``config.data`` cannot be read.
+        InvalidInput: if the batch is larger than the training set.
+    """
+    data = datasets.load(config.data)
+    if config.batch_size > len(data.x_train):
+        raise InvalidInput(
+            f"a batch of {config.batch_size} is larger than the training set "
+            f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
+        )
+    rows = optimizers()
+    errors: dict[str, dict[str, Errors]] = {}
+    # Optax itself mixes dtypes: its counters are integers.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        x = jnp.asarray(data.x_train[: config.batch_size], jnp.float64)
+        y = jnp.asarray(data.y_train[: config.batch_size])
+        sizes = (x.shape[1], *config.hidden, data.num_classes)
+        init_key, scale_key = jax.random.split(jax.random.key(0))
+        theta = init_mlp(init_key, sizes, bias_std=0.1, dtype=jnp.float64)
+        group = rescaling_group(mlp, theta, x)
+        maps = _reparametrizations(group, scale_key)
+        for i, (name, make) in enumerate(rows.items()):
+            errors[name] = {}
+            for j, (kind, weights) in enumerate(maps.items()):
+                errors[name][kind] = _measure(make, weights, theta, x, y, config)
+                done = (i * len(maps) + j + 1) / (len(rows) * len(maps))
+                progress(done, f"{name}, {kind}")
+    return Result(config, data.name, group.dim, errors)
+
+
+def _reparametrizations(
+    group: RescalingGroup, key: jax.Array
+) -> dict[str, Callable[[Params], Params]]:
+    u = random_rescaling(group, key, dtype=jnp.float64)
+    return dict(zip(REPARAMETRIZATIONS, (by_rescaling(group, u), general), strict=True))
+
+
+def _measure(
+    make: Callable[[float, Setting], Any],
+    weights: Callable[[Params], Params],
+    theta: Params,
+    x: jax.Array,
+    y: jax.Array,
+    config: Config,
+) -> Errors:
+    def loss(params: Params) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(mlp(params, x), y).mean()
+
+    def optimizer(network: Network) -> Any:
+        # A rescaled network is the network itself: the algorithm runs on it from another point.
+        moved = network is not mlp and weights is general
+        setting = Setting(
+            network if moved else mlp, theta, weights if moved else lambda params: params, x
+        )
+        return make(config.lr, setting)
+
+    error = equivariance_error(optimizer, loss, theta, weights, config.steps, fn=mlp, x=x)
+    last = (error.first_step, error.weights[-1], error.function[-1])
+    return Errors(*map(float, last))
+
+
+def verdict(errors: Errors, kind: str) -> str:
+    """Read the verdict off the numbers.
+
+    A rescaling is linear in θ, so an invariant algorithm stays on both
+    trajectories; under a curved reparametrisation steps agree to first order
+    only, hence the first step decides.
+
+    >>> verdict(Errors(1e-15, 1e-14, 1e-14), "rescaling")
+    'invariant to rounding'
+    >>> verdict(Errors(1e-15, 0.5, 0.1), "rescaling")
+    'not invariant'
+    """
+    largest = errors.first_step
+    if kind == "rescaling":
+        # Unlike max, NaN (a run that diverged) counts as the largest.
+        largest = float(np.max([errors.first_step, errors.trajectory]))
+    return "invariant to rounding" if largest <= ROUNDING else "not invariant"
+
+
+def table(result: Result) -> Table:
+    """Summarise ``result``, one line for each optimizer and reparametrisation."""
+    config = result.config
+    rows = [
+        [
+            name,
+            kind,
+            _cell(errors.first_step),
+            _cell(errors.trajectory),
+            _cell(errors.function),
+            verdict(errors, kind),
+        ]
+        for name, kinds in result.errors.items()
+        for kind, errors in kinds.items()
+    ]
+    after = f"after {config.steps}\nsteps"
+    columns = ["optimizer", "reparametrisation", "error of\nfirst step", after]
+    columns += [f"function\n{after}", "verdict"]
+    title = (
+        f"{result.dataset}, hidden layers {'-'.join(map(str, config.hidden))}, "
+        f"{result.dim} rescalings, learning rate {config.lr:g}\n"
+        "error: |Δw − (∂w/∂θ)Δθ| / |Δw|, float64"
+    )
+    return Table(title, columns, rows)
+
+
+def record(result: Result) -> dict[str, Any]:
+    """Return all numbers of ``result`` for ``results.json``."""
+    return {
+        "dataset": result.dataset,
+        "group_dimension": result.dim,
+        "rounding_limit": ROUNDING,
+        "left_out": LEFT_OUT,
+        "errors": {
+            name: {
+                kind: {**errors._asdict(), "verdict": verdict(errors, kind)}
+                for kind, errors in kinds.items()
+            }
+            for name, kinds in result.errors.items()
+        },
+    }
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw the error of the first step of every optimizer, on a logarithmic axis."""
+    figure_module = require("matplotlib.figure", "cli")
+    names = list(result.errors)
+    figure = figure_module.Figure(figsize=(8, 1.5 + 0.27 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(names))
+    smallest = np.finfo(np.float64).eps / 100  # where exact zeros are drawn
+    for i, kind in enumerate(REPARAMETRIZATIONS):
+        values = [max(result.errors[name][kind].first_step, smallest) for name in names]
+        width = np.log10(values) - np.log10(smallest)
+        axes.barh(place + 0.4 * i - 0.2, width, 0.38, label=kind, color=f"C{i}")
+    ticks = np.arange(-18, 1, 3)
+    axes.set_xticks(ticks - np.log10(smallest), [f"$10^{{{tick}}}$" for tick in ticks])
+    axes.axvline(np.log10(ROUNDING / smallest), color="black", linestyle=":", linewidth=1)
+    axes.set_yticks(place, names)
+    axes.invert_yaxis()
+    axes.set(
+        xlim=(0, np.log10(2 / smallest)),
+        xlabel="relative equivariance error of the first step; left of the line: rounding",
+        title=f"{result.dataset}, {result.dim} rescalings",
+    )
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def _cell(value: float) -> str:
+    return f"{value:.1e}" if np.isfinite(value) else "diverged"
