@@ -2,12 +2,14 @@
 
 ``jaxinv reproduce EXPERIMENT`` runs one row of
 :data:`jaxinv.experiments.EXPERIMENTS`, prints its table and writes its figure
-and its numbers. A mistake of the user ends in one line and exit code 2.
+and its numbers. ``jaxinv inspect MODULE:NAME`` reports on the user's own network, see
+:mod:`jaxinv.inspection`. A mistake of the user ends in one message and exit code 2.
 """
 
 import argparse
 import dataclasses
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(argv).parse_args(argv)
     try:
-        _reproduce(arguments)
+        {"reproduce": _reproduce, "inspect": _inspect}[arguments.command](arguments)
     except (JaxinvError, OSError) as error:
         print(f"jaxinv: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -59,7 +61,26 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             from jaxinv.experiments import options
 
             options.add_arguments(subparser, importlib.import_module(experiment.module).Config)
+    summary = "report on your own network: parameters, rescaling group, balance, path norm"
+    inspect = commands.add_parser("inspect", help=summary, description=summary)
+    inspect.add_argument(
+        "target",
+        metavar="MODULE:NAME",
+        help="a function without arguments that returns (fn, params, x); "
+        "MODULE is a file such as model.py, or an importable module",
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from jaxinv import inspection
+
+    report = inspection.inspect(*inspection.load(arguments.target))
+    text = str(report)
+    if arguments.json:
+        text = json.dumps(report.as_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+    print(text)  # noqa: T201
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxinv"
 LEVELS = [
     {"cli"},
     {"experiments"},
-    {"transforms"},
+    {"inspection", "transforms"},
     {"bayes", "learning_coefficient", "capacity", "invariance"},
     {"reparam", "fisher", "ranks", "symmetries"},
     {"gauges"},

@@ -1,0 +1,269 @@
+"""What jaxinv sees in a network: parameters, rescaling group, balance, path norm.
+
+`jaxinv inspect MODULE:NAME` prints this report. NAME is a function without arguments that returns
+`(fn, params, x)`; MODULE is a file (`model.py`) or an importable module (`package.model`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv import _checks, _scaled
+from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv.paths import log_path_norm
+from jaxinv.rescaling import RescalingGroup, rescaling_group, summed_to
+from jaxinv.typing import Inputs, Network, Params
+
+_MOST_NAMES = 3
+
+
+class Layer(NamedTuple):
+    """The generators that scale the outputs of one leaf, and how balanced their units are."""
+
+    name: str
+    generators: int
+    examples: tuple[str, ...]  # the first few names
+    ratio: tuple[float, float, float]  # incoming/outgoing norm: smallest, median, largest
+
+
+class Report(NamedTuple):
+    """What `inspect` finds; `str` of it is the text that the command prints."""
+
+    leaves: tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype)
+    parameters: int
+    dimension: int  # of the rescaling group
+    layers: tuple[Layer, ...]
+    unused: tuple[str, ...]
+    pinned_by: tuple[tuple[str, str], ...]  # (operation, source line)
+    log_path_norm: float | None  # natural logarithm of γ₂; None if refused
+    refused: str | None  # why there is no path norm
+
+    def __str__(self) -> str:
+        """The report, for people."""
+        width = max(len(name) for name, _, _ in self.leaves)
+        lines = [f"{self.parameters} parameters"]
+        for name, shape, dtype in self.leaves:
+            size = f"{math.prod(shape):>9}"
+            lines.append(f"  {name:<{width}} {size}  {dtype}{list(shape)}")
+        lines.append(f"rescaling group of dimension {self.dimension}")
+        for layer in self.layers:
+            low, median, high = layer.ratio
+            lines.append(f"  {layer.generators} scale the outputs of {layer.name}")
+            spread = f"{low:.3g} to {high:.3g}, median {median:.3g}"
+            lines.append(f"    incoming/outgoing norm of a unit: {spread}")
+            lines += [f"    {example}" for example in layer.examples]
+            more = layer.generators - len(layer.examples)
+            lines += [f"    and {more} more"] if more else []
+        lines += [f"  unused: {name}" for name in self.unused]
+        lines += [f"  pinned by {name} at {where}" for name, where in self.pinned_by]
+        if self.log_path_norm is None:
+            lines.append("path norm refused:")
+            lines += [f"  {line}" for line in str(self.refused).splitlines()]
+        else:
+            decimal = self.log_path_norm / math.log(10)
+            lines.append(f"path norm 10^{decimal:.4g} (p = 2)")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON, which has no infinities: they become None."""
+        norm = self.log_path_norm
+        return {
+            "parameters": self.parameters,
+            "leaves": [
+                {"name": name, "shape": list(shape), "dtype": dtype, "size": math.prod(shape)}
+                for name, shape, dtype in self.leaves
+            ],
+            "group": {
+                "dimension": self.dimension,
+                "layers": [
+                    {
+                        "name": layer.name,
+                        "generators": layer.generators,
+                        "examples": list(layer.examples),
+                        "incoming_over_outgoing_norm": dict(
+                            zip(("min", "median", "max"), map(_finite, layer.ratio), strict=True)
+                        ),
+                    }
+                    for layer in self.layers
+                ],
+                "unused": list(self.unused),
+                "pinned_by": [{"operation": a, "where": b} for a, b in self.pinned_by],
+            },
+            "log_path_norm": None if norm is None else _finite(norm),
+            "path_norm_refused": self.refused,
+        }
+
+
+def inspect(fn: Network, params: Params, x: Inputs) -> Report:
+    """Report on the symmetries of a network.
+
+    Args:
+        fn: any JAX-traceable `fn(params, x) -> y`.
+        params: pytree of float arrays.
+        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s; only shapes are used.
+
+    Returns:
+        A `Report`. The balance of a unit is the ratio of the norms of all weights that its
+        generator multiplies and of all that it divides; 0 or infinite if one side is all zeros.
+
+    Raises:
+        InvalidInput: for integer, NaN or missing params, or x without a batch axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import networks
+        >>> from jaxinv.inspection import inspect
+        >>> w = {"Dense_0": {"kernel": jnp.array([[3.0], [4.0]])},
+        ...      "Dense_1": {"kernel": jnp.array([[2.0]])}}
+        >>> print(inspect(networks.mlp, w, jnp.ones((1, 2))))
+        3 parameters
+          Dense_0/kernel         2  float32[2, 1]
+          Dense_1/kernel         1  float32[1, 1]
+        rescaling group of dimension 1
+          1 scale the outputs of Dense_0/kernel
+            incoming/outgoing norm of a unit: 2.5 to 2.5, median 2.5
+            Dense_0/kernel → Dense_1/kernel
+        path norm 10^1 (p = 2)
+    """
+    group = rescaling_group(fn, params, x)
+    leaves = jax.tree.leaves(params)
+    names = [name or "params" for name in _checks.leaf_names(params, "")]
+    ratios = unit_balance(group, params)
+    layer_of, generator_names = np.array(group.layers), group.names
+    layers = []
+    for layer in dict.fromkeys(group.layers):
+        members = np.flatnonzero(layer_of == layer)
+        examples = tuple(generator_names[j] for j in members[:_MOST_NAMES])
+        ordered = np.sort(ratios[members])
+        # The middle value rather than the mean of two, which of 0 and infinity is none.
+        spread = (float(ordered[0]), float(ordered[len(ordered) // 2]), float(ordered[-1]))
+        layers.append(Layer(layer, len(members), examples, spread))
+    norm, refused = None, None
+    try:
+        norm = float(log_path_norm(fn, params, x))
+    except UnsupportedOperation as error:
+        refused = str(error)
+    return Report(
+        leaves=tuple(
+            (name, tuple(jnp.shape(leaf)), str(leaf.dtype))
+            for name, leaf in zip(names, leaves, strict=True)
+        ),
+        parameters=sum(int(leaf.size) for leaf in leaves),
+        dimension=group.dim,
+        layers=tuple(layers),
+        unused=group.unused,
+        pinned_by=group.pinned_by,
+        log_path_norm=norm,
+        refused=refused,
+    )
+
+
+def unit_balance(group: RescalingGroup, params: Params) -> np.ndarray:
+    """Ratio of the norms of the weights that each generator multiplies and divides, (dim,).
+
+    (Σ_{B_ej>0} B_ej w_e² / Σ_{B_ej<0} |B_ej| w_e²)^{1/2}: 1 everywhere at the member of smallest
+    norm of a feed-forward network. NaN where both sides are all zeros.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.inspection import unit_balance
+        >>> from jaxinv.rescaling import rescaling_group
+        >>> w = [jnp.full((1, 1), 8.0), jnp.full((1, 1), 2.0)]
+        >>> group = rescaling_group(lambda w, x: (x @ w[0]) @ w[1], w, jnp.ones((1, 1)))
+        >>> unit_balance(group, w).tolist()
+        [4.0]
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    dtype = _scaled.working_dtype(leaves)
+    totals = jnp.zeros(group.structure.num_classes, dtype)
+    for leaf, terms in zip(leaves, group.indices, strict=True):
+        for ids in terms:
+            totals = totals.at[ids].add(summed_to(leaf.astype(dtype) ** 2, ids.shape))
+    rows, columns, coefficients = (np.asarray(v) for v in group[:3])
+    picked = np.asarray(totals)[rows].astype(np.float64) * coefficients
+    sides = np.zeros((2, group.dim))
+    np.add.at(sides, ((coefficients < 0).astype(int), columns), np.abs(picked))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(sides[0] / sides[1])
+
+
+def load(target: str) -> tuple[Network, Params, Inputs]:
+    """Import `MODULE:NAME` and call it: `(fn, params, x)`.
+
+    Args:
+        target: `path/to/file.py:NAME`, or `package.module:NAME`, which is also looked for in the
+            current directory. NAME is a function without arguments.
+
+    Returns:
+        what the function returns.
+
+    Raises:
+        InvalidInput: saying what is wrong with the target, its module or what it returns.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "model.py"
+        >>> _ = path.write_text("def model():\\n    return (lambda w, x: x @ w), 1.0, 2.0\\n")
+        >>> load(f"{path}:model")[1:]
+        (1.0, 2.0)
+    """
+    module_name, colon, name = target.rpartition(":")
+    if not (module_name and colon and name):
+        raise InvalidInput(
+            f"{target!r} is not of the form MODULE:NAME, such as model.py:model, where model() "
+            "returns (fn, params, x)"
+        )
+    module = _import(module_name)
+    factory: Callable[[], Any] | None = getattr(module, name, None)
+    if not callable(factory):
+        raise InvalidInput(f"{module_name} has no function {name!r}; give one without arguments")
+    try:
+        found = factory()
+    except TypeError as error:
+        raise InvalidInput(
+            f"{target} must work without arguments and return (fn, params, x): {error}"
+        ) from error
+    if not (isinstance(found, tuple) and len(found) == 3 and callable(found[0])):
+        raise InvalidInput(
+            f"{target}() returned {type(found).__name__}, but must return the tuple (fn, params, x)"
+        )
+    return found
+
+
+def _import(name: str) -> Any:
+    path = Path(name)
+    if path.suffix != ".py":
+        sys.path.insert(0, "")  # as `python -m` does: a module in the current directory is found
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise InvalidInput(f"{name} cannot be imported: {error}") from error
+        finally:
+            sys.path.remove("")
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # as `python file.py` does, so that it finds its siblings
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise InvalidInput(f"{path} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

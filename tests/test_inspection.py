@@ -1,0 +1,134 @@
+"""Inspection of a network: its numbers, its refusals, and the command on a user's file."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinv import cli, networks
+from jaxinv.errors import InvalidInput
+from jaxinv.inspection import inspect, load, unit_balance
+from jaxinv.rescaling import rescaling_group
+
+MODEL = """
+import jax, jax.numpy as jnp
+
+def net(w, x):
+    h = jax.nn.relu(x @ w["in"] + w["bias"])
+    return jnp.tanh(h @ w["mid"]) @ w["out"]
+
+def model():
+    w = {"in": jnp.ones((2, 3)), "bias": jnp.zeros(3), "mid": jnp.ones((3, 4)),
+         "out": jnp.ones((4, 1))}
+    return net, w, jax.ShapeDtypeStruct((1, 2), jnp.float32)
+
+def linear():
+    return (lambda w, x: x @ w), jnp.ones((2, 2)), jnp.ones((1, 2))
+
+def needs(width):
+    return None
+
+def wrong():
+    return 3
+
+value = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text(MODEL)
+    return path
+
+
+def test_balance_is_the_ratio_of_the_norms_of_each_unit():
+    w = networks.init_mlp(jax.random.key(0), (5, 4, 3, 2), bias_std=0.5)
+    group = rescaling_group(networks.mlp, w, jnp.ones((1, 5)))
+    ratios = []
+    for i, width in enumerate((4, 3)):
+        layer, following = w[f"Dense_{i}"], w[f"Dense_{i + 1}"]
+        for j in range(width):
+            incoming = np.append(layer["kernel"][:, j], layer["bias"][j])
+            ratios.append(np.linalg.norm(incoming) / np.linalg.norm(following["kernel"][j]))
+    np.testing.assert_allclose(unit_balance(group, w), ratios, rtol=1e-5)
+
+
+def test_a_dead_unit_has_no_finite_ratio_and_json_says_null():
+    w = [jnp.ones((1, 2)), jnp.array([[0.0], [1.0]])]
+    report = inspect(lambda w, x: jax.nn.relu(x @ w[0]) @ w[1], w, jnp.ones((1, 1)))
+    assert report.layers[0].ratio == (1.0, np.inf, np.inf)
+    text = json.dumps(report.as_dict(), allow_nan=False)
+    ratio = json.loads(text)["group"]["layers"][0]["incoming_over_outgoing_norm"]
+    assert ratio == {"min": 1.0, "median": None, "max": None}
+
+
+def test_the_text_says_what_was_pinned_and_refused_and_where(file, capsys):
+    assert cli.main(["inspect", f"{file}:model"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("25 parameters\n") and "float32[3, 4]" in printed
+    assert "rescaling group of dimension 3" in printed and "3 scale the outputs of in" in printed
+    assert "in out 0 → mid in 0" in printed
+    # Incoming (1, 1, 0), outgoing four ones.
+    assert "incoming/outgoing norm of a unit: 0.707 to 0.707" in printed
+    assert "pinned by tanh at" in printed and "model.py:6" in printed
+    assert "path norm refused:\n  `tanh` of values that depend on x" in printed
+
+
+def test_json_holds_the_same(file, capsys):
+    assert cli.main(["inspect", f"{file}:model", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["parameters"] == 25 and content["group"]["dimension"] == 3
+    assert content["leaves"][2] == {
+        "name": "mid",
+        "shape": [3, 4],
+        "dtype": "float32",
+        "size": 12,
+    }
+    assert content["group"]["layers"][0]["generators"] == 3
+    assert content["group"]["pinned_by"][0]["operation"] == "tanh"
+    assert content["log_path_norm"] is None and "tanh" in content["path_norm_refused"]
+
+
+def test_a_network_without_hidden_units_has_a_path_norm(file, capsys):
+    assert cli.main(["inspect", f"{file}:linear", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["group"]["dimension"] == 0 and content["path_norm_refused"] is None
+    assert content["log_path_norm"] == pytest.approx(np.log(2))
+    assert content["leaves"][0]["name"] == "params"
+
+
+def test_a_module_in_the_current_directory_is_found(file, monkeypatch):
+    file.rename(file.with_name("inspected_model.py"))
+    monkeypatch.chdir(file.parent)
+    assert load("inspected_model:linear")[1].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("needs", "must work without arguments"),
+        ("wrong", "returned int, but must return the tuple"),
+        ("value", "has no function 'value'"),
+        ("absent", "has no function 'absent'"),
+    ],
+)
+def test_a_wrong_target_is_one_line(file, name, message, capsys):
+    assert cli.main(["inspect", f"{file}:{name}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("jaxinv: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("model.py", "not of the form MODULE:NAME"),
+        ("no/such/file.py:f", "no such file"),
+        ("no_such_module_anywhere:f", "cannot be imported"),
+    ],
+)
+def test_a_target_that_cannot_be_imported_is_refused(target, message):
+    with pytest.raises(InvalidInput, match=message):
+        load(target)
