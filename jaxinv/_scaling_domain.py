@@ -22,7 +22,7 @@ from jaxinv import (
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value
 from jaxinv._scaling_system import System
-from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Scale
+from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Peek, Scale
 
 # A parameter is taken apart into at most so many slices (`stacked[i]`); others go elementwise.
 _MOST_PARTS = 1024
@@ -62,6 +62,9 @@ class ScalingDomain:
             value = value.decided()
         if isinstance(value, Nudged):
             return value.pin()
+        if isinstance(value, Peek):
+            self.seen(value.looked)
+            return Scale(value.shape)
         return value if isinstance(value, Scale) else scaling.constant(value)
 
     def undecided_or_scale(self, value: Any) -> Any:
@@ -71,9 +74,15 @@ class ScalingDomain:
     def free(self, eqn: Equation, *operands: Any, output: int = 0) -> Scale:
         """A result that depends on its operands, but not on their scale."""
         for value in operands:
-            for _, ids in self.scale(value).form:
-                self.system.mark_read(ids)
+            self.seen(self.scale(value).form)
         return Scale(eqn.outputs[output].shape)
+
+    def seen(self, form: Form) -> Form:
+        """Note that a result depends on values of these scales, in a way that the signs of the
+        exponents on the parameters will not show (see `_scaling_group`)."""
+        for _, ids in form:
+            self.system.mark_read(ids)
+        return form
 
     # --- equations ---
 
@@ -174,22 +183,4 @@ def gather_parts(domain: ScalingDomain, leaf: Leaf) -> None:
     forms = [domain.scale(Fresh(piece, piece.shape)).form for piece in pieces]
     lengths = [piece.shape[axis] for piece in pieces]
     leaf.parts = None
-    view.assign(side_by_side(domain.system, forms, lengths, axis))
-
-
-def side_by_side(system: System, forms: Sequence[Form], lengths: Sequence[int], axis: int) -> Form:
-    """Forms concatenated along an axis."""
-    total, ends = sum(lengths), np.cumsum(lengths)
-
-    def put(i: int) -> Any:
-        def place(ids: np.ndarray) -> np.ndarray:
-            target = list(ids.shape)
-            target[axis] = lengths[i]
-            widths = [(0, 0)] * ids.ndim
-            widths[axis] = (int(ends[i] - lengths[i]), int(total - ends[i]))
-            return np.pad(np.broadcast_to(ids, target), widths)
-
-        return place
-
-    forms = [scaling.tidy(system, form) for form in forms]
-    return scaling.tidy(system, scaling.blend([(put(i), f) for i, f in enumerate(forms)]))
+    view.assign(scaling.side_by_side(domain.system, forms, lengths, axis))

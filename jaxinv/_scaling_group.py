@@ -116,9 +116,10 @@ def _generators(
 ) -> tuple[np.ndarray, list[np.ndarray | None]]:
     """A basis of the group: free unknowns that move live parameters, and independently.
 
-    Also returns, per leaf, which elements are dead. A generator that only multiplies (divides
-    nothing), and at whose unknowns no operation looks, belongs to a unit that is computed and then
-    dropped: the function does not depend on the weights that it multiplies. Without those, units
+    Also returns, per leaf, which elements are dead. Whatever reads a value into a product with
+    parameters divides those parameters by its scale; other ways to depend on it are marked as
+    `seen`. So a generator that only multiplies parameters, and is not seen, belongs to a unit that
+    is computed and then dropped: the function does not depend on its weights. Without those, units
     that feed only them may be dead in turn.
     """
     dead: list[np.ndarray | None] = [None] * len(indices)

@@ -123,7 +123,7 @@ def _update_slice(domain: Any, eqn: Equation, operand: Any, update: Any, *index:
     return Scale(shape, joined.form)
 
 
-@rule("scatter", "scatter_add", "scatter_min", "scatter_max")
+@rule("scatter", "scatter_add", "scatter_sub", "scatter_min", "scatter_max")
 def _scatter(domain: Any, eqn: Equation, operand: Any, index: Any, update: Any) -> Any:
     """Written elements share the scale of what they are written over, along the indexed axes."""
     if isinstance(index, Value):

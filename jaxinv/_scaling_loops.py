@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Body, Equation, Value, is_concrete
-from jaxinv._scaling_values import Fresh, Scale, Step, relaid
+from jaxinv._scaling_rules import without_axis
+from jaxinv._scaling_values import Fresh, Scale, relaid
 
 
 def _at(domain: Any, value: Any, t: int) -> Any:
@@ -47,8 +48,7 @@ def _signature(domain: Any, values: Sequence[Any]) -> list:
         scale = domain.scale(value)
         form = scaling.tidy(domain.system, scale.form)
         wild = None if scale.wild is None else (scale.wild.shape, scale.wild.tobytes())
-        terms = sorted((c, ids.shape, ids.tobytes()) for c, ids in form)
-        out.append((terms, wild))
+        out.append((scaling.signature(form), wild))
     return out
 
 
@@ -73,7 +73,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
     order = range(length - 1, -1, -1) if reverse else range(length)
     for t in order:
         slices = [
-            _at(domain, value, t) if split is None else _without_axis(split[t])
+            _at(domain, value, t) if split is None else _keyed(without_axis(split[t], 0))
             for value, split in zip(xs, pieces, strict=True)
         ]
         start = _signature(domain, carry), _signature(domain, slices)
@@ -101,14 +101,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
     return [*carry, *stacked]
 
 
-def _without_axis(piece: Any) -> Any:
-    step = Step(lambda f: relaid(f, lambda a: a[0]), lambda f: relaid(f, lambda a: a[None]))
-    return _keyed(piece.through(piece.shape[1:], step))
-
-
 def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scale:
-    from jaxinv._scaling_domain import side_by_side
-
     if any(v.shape != tuple(shape[1:]) for v in values):
         return _keyed(Scale(shape))  # not asked for, so not worked out
     forms = [scaling.tidy(domain.system, v.form) for v in values]
@@ -117,7 +110,7 @@ def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scal
         wild = None if values[0].wild is None else values[0].wild[None]
         return Scale(shape, relaid(forms[0], lambda a: a[None]), wild)
     lifted = [relaid(f, lambda a: a[None]) for f in forms]
-    form = side_by_side(domain.system, lifted, [1] * len(forms), 0)
+    form = scaling.side_by_side(domain.system, lifted, [1] * len(forms), 0)
     none = np.zeros((1,) * (len(shape) - 1), bool)
     wilds = [none if v.wild is None else v.wild for v in values]
     full = np.broadcast_shapes(*(w.shape for w in wilds))

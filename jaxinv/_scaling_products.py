@@ -164,8 +164,7 @@ def _contract(domain: Any, a: Any, w: Any) -> Scale:
             kernel = domain.with_dead(np.broadcast_to(dead, w.shape), kernel)
         w.assign(kernel)
     else:
-        for _, ids in (*form, *w.form):  # they may cancel, as in Σ_k h_k / h_k
-            system.mark_read(ids)
+        domain.seen((*form, *w.form))  # they may cancel, as in Σ_k h_k / h_k
         keep = None
         if dead.any() or w.wild is not None:
             keep = ~(dead | (False if w.wild is None else w.wild))

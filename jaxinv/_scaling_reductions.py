@@ -27,6 +27,15 @@ def _reduce(domain: Any, eqn: Equation, value: Any) -> Any:
     return _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
 
 
+@rule("fft")
+def _fft(domain: Any, eqn: Equation, value: Any) -> Any:
+    """Every output sums all elements along the transformed axes."""
+    rank = len(eqn.inputs[0].shape)
+    axes = range(rank - len(eqn.params["fft_lengths"]), rank)
+    levelled = domain.level(value, axes)
+    return Scale(eqn.outputs[0].shape, levelled.form)
+
+
 @rule("argmax", "argmin")
 def _arg(domain: Any, eqn: Equation, value: Any) -> Any:
     return domain.free(eqn, domain.level(value, eqn.params["axes"]))

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
-from jaxinv._scaling_values import Form, Fresh, Nudged, Scale, Step, relaid, times
+from jaxinv._scaling_values import Form, Fresh, Nudged, Peek, Scale, Step, relaid, times
 
 RULES, rule = rule_table()
 
@@ -33,15 +33,19 @@ def _power(exponent: Fraction | int) -> Callable:
             value = domain.without_epsilon(eqn, value)
         value = domain.refresh(value)
         if isinstance(value, Fresh):
-            step = Step(lambda f: times(f, factor), lambda f: times(f, 1 / factor))
+            step = Step(
+                lambda f: times(f, factor),
+                lambda f: times(domain.seen(f) if factor < 0 else f, 1 / factor),
+            )
             return value.through(value.shape, step)
         value = domain.scale(value)
-        return Scale(value.shape, times(value.form, factor), value.wild)
+        form = domain.seen(value.form) if factor < 0 else value.form
+        return Scale(value.shape, times(form, factor), value.wild)
 
     return apply
 
 
-rule("neg", "abs", "reduce_precision", "real")(_power(1))
+rule("neg", "abs", "reduce_precision", "real", "imag", "conj")(_power(1))
 rule("square")(_power(2))
 rule("sqrt")(_power(Fraction(1, 2)))
 rule("rsqrt")(_power(Fraction(-1, 2)))
@@ -83,7 +87,7 @@ def _degree_zero(domain: Any, eqn: Equation, value: Any) -> Any:
 # --- sums and choices: operands of one scale ---
 
 
-@rule("add", "sub", "add_any", "max", "min", "atan2", "nextafter")
+@rule("add", "sub", "add_any", "max", "min", "rem", "complex", "atan2")
 def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     left, right = domain.refresh(left), domain.refresh(right)
     shape = eqn.outputs[0].shape
@@ -118,24 +122,31 @@ def _is_epsilon(value: Any) -> bool:
 
 @rule("eq", "ne", "gt", "ge", "lt", "le")
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    return domain.free(eqn, domain.joined(eqn, left, right))
+    return Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
 
 
-@rule("and", "or", "xor", "not", "reduce_and", "reduce_or", "reduce_xor")
+@rule("not", "and", "or", "xor", "reduce_and", "reduce_or", "reduce_xor")
 def _logic(domain: Any, eqn: Equation, *inputs: Any) -> Any:
     """Truth values have scale 0 already; integers are pinned where they are made."""
-    return domain.free(eqn)
+    if eqn.name == "not" and isinstance(inputs[0], Peek):
+        return Peek(inputs[0].shape, inputs[0].looked)
+    return domain.free(eqn, *inputs)
 
 
 @rule("select_n")
 def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
-    if isinstance(which, Value):
+    if isinstance(which, Value) and not isinstance(which, Peek):
         domain.pin(eqn, which)
     elif is_concrete(which):
         return _chosen(domain, eqn, np.asarray(which), cases)
     result = domain.scale(cases[0])
     for case in cases[1:]:
         result = domain.joined(eqn, result, case)
+    if isinstance(which, Peek):
+        seen = scaling.signature(scaling.tidy(domain.system, result.form))
+        looked = scaling.signature(scaling.tidy(domain.system, which.looked))
+        if any(term not in seen for term in looked):
+            domain.seen(which.looked)
     return result
 
 
@@ -179,13 +190,14 @@ def _product(sign: int) -> Callable:
                 if view is not None:
                     return view
         a, b = domain.scale(left), domain.scale(right)
+        if sign < 0:
+            domain.seen(b.form)
         rank = len(shape)
         fa, fb = (relaid(v.form, lambda ids: scaling.lifted(ids, rank)) for v in (a, b))
         wild = [scaling.lifted(v.wild, rank) for v in (a, b) if v.wild is not None]
         form = scaling.tidy(domain.system, (*fa, *times(fb, sign)))
         if len(form) < len(fa) + len(fb):  # scales cancel: x / ‖x‖ sees x, at any scale
-            for _, ids in (*fa, *fb):
-                domain.system.mark_read(ids)
+            domain.seen((*fa, *fb))
         return Scale(shape, form, wild[0] | wild[-1] if wild else None)
 
     return apply
@@ -219,37 +231,31 @@ def _multiplied(
     if fresh.shape != shape and np.prod(fresh.shape) != 1:
         return None
     form = relaid(other.form, lambda ids: scaling.lifted(ids, rank))
+    if factor < 0 or shift > 0:
+        domain.seen(form)
     compact = fresh.compact if fresh.shape == shape else (1,) * rank
     if any(m < n for _, ids in form for m, n in zip(compact, ids.shape, strict=True)):
         return None
     if other.wild is not None and (other.all_wild or fresh.spread or fresh.wild is not None):
         return None
     old_rank = len(fresh.shape)
-
-    def flat(f: Form) -> Form:
-        return f if old_rank == rank else relaid(f, lambda ids: ids.reshape((1,) * old_rank))
-
-    if other.wild is None:
-        step = Step(
-            lambda f: (*times(relaid(f, lambda i: scaling.lifted(i, rank)), factor),
-                       *times(form, -shift)),
-            lambda f: flat(times((*f, *times(form, shift)), factor)),
-        )  # fmt: skip
-        return fresh.through(shape, step, compact)
     # Elements that are multiplied by a constant 0 are dead here: any scale, each its own.
-    wild = scaling.lifted(other.wild, rank)
+    dead = None if other.wild is None else scaling.lifted(other.wild, rank)
+
+    def push(f: Form) -> Form:
+        raised = relaid(f, lambda ids: scaling.lifted(ids, rank))
+        return (*times(raised, factor), *times(form, -shift))
 
     def pull(f: Form) -> Form:
+        if factor < 0:
+            domain.seen(f)
         f = times((*f, *times(form, shift)), factor)
-        return flat(domain.with_dead(np.broadcast_to(wild, shape), f))
+        if dead is not None:
+            f = domain.with_dead(np.broadcast_to(dead, shape), f)
+        return f if old_rank == rank else relaid(f, lambda ids: ids.reshape((1,) * old_rank))
 
-    step = Step(
-        lambda f: (*times(relaid(f, lambda i: scaling.lifted(i, rank)), factor),
-                   *times(form, -shift)),
-        pull,
-    )  # fmt: skip
-    view = fresh.through(shape, step, compact)
-    view.wild = wild
+    view = fresh.through(shape, Step(push, pull), compact)
+    view.wild = fresh.wild if dead is None else dead
     return view
 
 
@@ -367,34 +373,58 @@ def _tile(domain: Any, eqn: Equation, value: Any) -> Any:
     return _layout(move)(domain, eqn, domain.scale(value))
 
 
-@rule("split")
+@rule("split", "unstack")
 def _split(domain: Any, eqn: Equation, value: Any) -> Any:
-    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    axis: int = eqn.params["axis"]
+    sizes: Sequence[int] = eqn.params.get("sizes", ())
+    if eqn.name == "unstack":
+        sizes = [1] * eqn.inputs[0].shape[axis]
     value = domain.refresh(value)
+    parts = domain.parts(value, axis, sizes) if isinstance(value, Fresh) else None
+    if parts is None:
+        whole = domain.scale(value)
+        starts = np.cumsum([0, *sizes])
+
+        def cut(a: np.ndarray, i: int) -> np.ndarray:
+            return a if a.shape[axis] == 1 else np.take(a, range(starts[i], starts[i + 1]), axis)
+
+        parts = [
+            Scale(
+                [n if a == axis else m for a, m in enumerate(whole.shape)],
+                relaid(whole.form, lambda ids, i=i: cut(ids, i)),  # type: ignore[misc]
+                None if whole.wild is None else cut(whole.wild, i),
+            )
+            for i, n in enumerate(sizes)
+        ]
+    return [without_axis(part, axis) for part in parts] if eqn.name == "unstack" else parts
+
+
+def without_axis(value: Any, axis: int) -> Any:
+    """A value with one axis of length one taken out."""
+    shape = tuple(n for a, n in enumerate(value.shape) if a != axis)
+    step = Step(
+        lambda f: relaid(f, lambda ids: ids.squeeze(axis)),
+        lambda f: relaid(f, lambda ids: np.expand_dims(ids, axis)),
+    )
     if isinstance(value, Fresh):
-        parts = domain.parts(value, axis, sizes)
-        if parts is not None:
-            return parts
-    value = domain.scale(value)
-    starts = np.cumsum([0, *sizes])
-
-    def cut(a: np.ndarray, i: int) -> np.ndarray:
-        return a if a.shape[axis] == 1 else np.take(a, range(starts[i], starts[i + 1]), axis)
-
-    return [
-        Scale(
-            aval.shape,
-            relaid(value.form, lambda ids, i=i: cut(ids, i)),  # type: ignore[misc]
-            None if value.wild is None else cut(value.wild, i),
-        )
-        for i, aval in enumerate(eqn.outputs)
-    ]
+        return value.through(shape, step)
+    wild = None if value.wild is None else value.wild.squeeze(axis)
+    return Scale(shape, step.push(value.form), wild)
 
 
-@rule("concatenate")
+def _with_axis(value: Scale, axis: int) -> Scale:
+    shape = (*value.shape[:axis], 1, *value.shape[axis:])
+    wild = None if value.wild is None else np.expand_dims(value.wild, axis)
+    return Scale(shape, relaid(value.form, lambda ids: np.expand_dims(ids, axis)), wild)
+
+
+@rule("concatenate", "stack")
 def _concatenate(domain: Any, eqn: Equation, *inputs: Any) -> Any:
-    axis, shape = eqn.params["dimension"], eqn.outputs[0].shape
+    axis: int = eqn.params["axis" if eqn.name == "stack" else "dimension"]
+    shape = eqn.outputs[0].shape
     scales = [domain.scale(v) for v in inputs]
+    if eqn.name == "stack":
+        scales = [_with_axis(s, axis) for s in scales]
     ends = np.cumsum([s.shape[axis] for s in scales])
 
     def place(array: np.ndarray, i: int, length: int) -> np.ndarray:

@@ -118,6 +118,18 @@ class Nudged(Value):
         self.base, self.epsilon, self.pin = base, epsilon, pin
 
 
+class Peek(Value):
+    """A truth value that depends on values of scales `looked`, but not on their scale.
+
+    Only a gate that picks between multiples of those same values leaves no other trace of it.
+    """
+
+    __slots__ = ("shape", "looked")
+
+    def __init__(self, shape: Sequence[int], looked: Form):
+        self.shape, self.looked = tuple(shape), looked
+
+
 def constant(value: Any) -> Scale:
     """A constant has scale 0, its zeros and infinities any; one known only at run time has 0."""
     shape = np.shape(value)
@@ -200,6 +212,11 @@ def tidy(system: System, form: Form) -> Form:
             key = (ids.shape, ids.tobytes())
             terms[key] = Term(c + terms[key].coefficient if key in terms else c, ids)
     return tuple(t for t in terms.values() if t.coefficient)
+
+
+def signature(form: Form) -> list[tuple]:
+    """What two tidy forms have in common exactly if they are the same."""
+    return sorted((c, ids.shape, ids.tobytes()) for c, ids in form)
 
 
 def weight(form: Form) -> tuple[int, int]:
@@ -305,7 +322,9 @@ def join(system: System, a: Scale, b: Scale, shape: Sequence[int]) -> Scale:
     wa, wb = no if wa is None else wa, no if wb is None else wb
     vanish(system, minus(fa, fb), ~(wa | wb))
     fa, fb = tidy(system, fa), tidy(system, fb)
-    form = blend([masked(wa & ~wb, fb), masked(~(wa & ~wb), fa)]) if fa != fb else fa
+    form = fa
+    if signature(fa) != signature(fb):
+        form = blend([masked(wa & ~wb, fb), masked(~(wa & ~wb), fa)])
     return Scale(shape, tidy(system, form), wa & wb)
 
 
@@ -331,3 +350,21 @@ def level(system: System, value: Scale, axes: Sequence[int]) -> Scale:
     common = variables(system.new(remaining))
     vanish(system, minus(tuple(varying), common), None if wild is None else ~wild)
     return Scale(shape, tidy(system, (*rest, *common)), gone)
+
+
+def side_by_side(system: System, forms: Sequence[Form], lengths: Sequence[int], axis: int) -> Form:
+    """Forms concatenated along an axis."""
+    total, ends = sum(lengths), np.cumsum(lengths)
+
+    def put(i: int) -> Any:
+        def place(ids: np.ndarray) -> np.ndarray:
+            target = list(ids.shape)
+            target[axis] = lengths[i]
+            widths = [(0, 0)] * ids.ndim
+            widths[axis] = (int(ends[i] - lengths[i]), int(total - ends[i]))
+            return np.pad(np.broadcast_to(ids, target), widths)
+
+        return place
+
+    forms = [tidy(system, form) for form in forms]
+    return tidy(system, blend([(put(i), f) for i, f in enumerate(forms)]))
