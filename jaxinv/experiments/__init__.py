@@ -29,4 +29,8 @@ EXPERIMENTS = {
         "jaxinv.experiments.invariance",
         "Every optimizer of optax, Path-SGD and SGD in a gauge: is it invariant? A measured table",
     ),
+    "parametrizations": Experiment(
+        "jaxinv.experiments.parametrizations",
+        "One network trained unconstrained, constrained and normalised, with ReLU and sigmoid",
+    ),
 }

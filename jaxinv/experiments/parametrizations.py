@@ -1,0 +1,261 @@
+"""One network trained in three parametrisations, with ReLU and with sigmoid.
+
+- unconstrained: w is free;
+- constrained: the incoming weights of every hidden unit have norm one, by
+  projection after every step and the tangent part of the gradient before it;
+- normalised: v is free, and the network uses v/‖v‖ for every hidden unit.
+
+The projection divides a unit's incoming weights by their norm and multiplies
+its outgoing weights by it. For ReLU this changes no function, so that all three
+train the same set of functions from one start. A sigmoid network has no
+rescalings (its group has dimension 0): there the same projection leads to
+another function, and the constrained and normalised versions are other
+classes of functions. Both statements are measured.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinv.errors import InvalidInput
+from jaxinv.experiments import datasets
+from jaxinv.experiments.options import directory, option, positive_float, positive_int, widths
+from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.invariance import function_invariance_error
+from jaxinv.networks import init_mlp, mlp
+from jaxinv.reparam import project_to_unit_norm, tangent_gradient, unit_norm, weight_normalize
+from jaxinv.rescaling import RescalingGroup, rescaling_group
+from jaxinv.typing import Network, Params
+
+FIGURE = "curves.png"
+ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
+PARAMETRIZATIONS = ("unconstrained", "constrained", "normalised")
+# Far above float32 rounding of a few layers, far below a change anyone would see.
+_SAME = 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, on what, for how long."""
+
+    data: Path | None = option(
+        None,
+        "directory with the four .gz files of MNIST or Fashion-MNIST "
+        "(default: the digits bundled with scikit-learn)",
+        parse=directory,
+        metavar="DIR",
+    )
+    out: Path = option(
+        Path("jaxinv-results/parametrizations"),
+        f"directory for {FIGURE} and results.json",
+        parse=directory,
+        metavar="DIR",
+    )
+    hidden: tuple[int, ...] = option(
+        (64, 64), "widths of the hidden layers", parse=widths, metavar="N,N,..."
+    )
+    epochs: int = option(20, "passes over the training set", parse=positive_int, metavar="N")
+    batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
+    lr: float = option(0.1, "learning rate of SGD", parse=positive_float, metavar="RATE")
+
+
+class Curves(NamedTuple):
+    """One parametrisation of one network."""
+
+    step_loss: np.ndarray  # (steps,): the loss of each minibatch
+    test_error: np.ndarray  # (epochs + 1,): in percent, start included
+    final_loss: float  # of the whole training set
+    # Relative, on the test set: |f − f of the unconstrained network| at the start.
+    start_difference: float
+
+
+class Comparison(NamedTuple):
+    """All parametrisations of the network with one activation."""
+
+    group_dimension: int
+    # Relative change of the trained unconstrained function by projecting its weights.
+    projection_change: float
+    curves: dict[str, Curves]  # [parametrisation]
+
+    @property
+    def same_class(self) -> bool:
+        """Whether projection keeps the function, as measured at the start and at the end."""
+        starts = [curves.start_difference for curves in self.curves.values()]
+        return float(np.max([self.projection_change, *starts])) < _SAME
+
+
+class Result(NamedTuple):
+    """What :func:`run` computes."""
+
+    config: Config
+    dataset: str
+    networks: dict[str, Comparison]  # [activation]
+
+
+def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+    """Train every parametrisation on the same minibatches.
+
+    Args:
+        config: what to train.
+        progress: called after each training.
+
+    Returns:
+        the :class:`Result`.
+
+    Raises:
+        DataError: if ``config.data`` cannot be read.
+        InvalidInput: if the batch is larger than the training set.
+    """
+    data = datasets.load(config.data)
+    if config.batch_size > len(data.x_train):
+        raise InvalidInput(
+            f"a batch of {config.batch_size} is larger than the training set "
+            f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
+        )
+    data = datasets.Dataset(data.name, *map(jnp.asarray, data[1:5]), data.num_classes)
+    sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
+    start = init_mlp(jax.random.key(0), sizes)
+    # Which weights lead into which unit is the same for every activation.
+    units = rescaling_group(mlp, start, data.x_test)
+    projected = unit_norm(units, start).params
+    networks = {}
+    for i, (name, activation) in enumerate(ACTIVATIONS.items()):
+        fn = partial(mlp, activation=activation)
+        curves = {}
+        for j, (kind, (network, params, optimizer)) in enumerate(
+            _versions(fn, units, start, projected, config.lr).items()
+        ):
+            difference = _difference(fn, start, network, params, data)
+            trained, losses, errors = _train(network, params, optimizer, data, config)
+            final = float(_evaluate(network, trained, data.x_train, data.y_train)[0])
+            curves[kind] = Curves(losses, errors, final, difference)
+            if kind == "unconstrained":
+                moved = unit_norm(units, trained).params
+                change = _difference(fn, trained, fn, moved, data)
+            progress((3 * i + j + 1) / (3 * len(ACTIVATIONS)), f"{name}, {kind}")
+        own = rescaling_group(fn, start, data.x_test).dim
+        networks[name] = Comparison(own, change, curves)
+    return Result(config, data.name, networks)
+
+
+def _versions(
+    fn: Network, units: RescalingGroup, start: Params, projected: Params, rate: float
+) -> dict[str, tuple[Network, Params, Any]]:
+    sgd = optax.sgd(rate)
+    constrained = optax.chain(tangent_gradient(units), sgd, project_to_unit_norm(units))
+    rows = (
+        (fn, start, sgd),
+        (fn, projected, constrained),
+        (weight_normalize(fn, units).fn, projected, sgd),
+    )
+    return dict(zip(PARAMETRIZATIONS, rows, strict=True))
+
+
+def _difference(
+    fn: Network, params: Params, other_fn: Network, other: Params, data: datasets.Dataset
+) -> float:
+    """Compare two networks on the test set: the largest difference over the largest output."""
+    outputs = fn(params, data.x_test), other_fn(other, data.x_test)
+    error = function_invariance_error(lambda y, x: y, *outputs, data.x_test)
+    return float(error.relative)
+
+
+def _train(
+    fn: Network, params: Params, optimizer: Any, data: datasets.Dataset, config: Config
+) -> tuple[Params, np.ndarray, np.ndarray]:
+    n = len(data.x_train)
+    steps = n // config.batch_size
+
+    @jax.jit
+    def epoch(params: Params, state: Any, x: jax.Array, y: jax.Array, order: jax.Array) -> Any:
+        def step(carry: Any, rows: jax.Array) -> Any:
+            params, state = carry
+
+            def loss(params: Params) -> jax.Array:
+                logits = fn(params, x[rows])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
+
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, state), order)
+
+    state, losses = optimizer.init(params), []
+    errors = [_evaluate(fn, params, data.x_test, data.y_test)[1]]
+    for i in range(config.epochs):
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(1), i), n)
+        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+        (params, state), loss = epoch(params, state, data.x_train, data.y_train, order)
+        losses.append(loss)
+        errors.append(_evaluate(fn, params, data.x_test, data.y_test)[1])
+    return params, np.concatenate(losses), 100 * np.array(errors)
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluate(fn: Network, params: Params, x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
+    """Compute the mean cross-entropy and the error rate; NaN where logits are not finite."""
+    logits = fn(params, x)
+    wrong = (logits.argmax(axis=-1) != y).astype(logits.dtype)
+    wrong = jnp.where(jnp.isfinite(logits).all(axis=-1), wrong, jnp.nan)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), wrong.mean()
+
+
+def table(result: Result) -> Table:
+    """Summarise ``result``, and say for each activation whether the functions are the same."""
+    config, rows, verdicts = result.config, [], []
+    for name, network in result.networks.items():
+        for kind, curves in network.curves.items():
+            cells = [f"{curves.final_loss:.3g}", f"{curves.test_error[-1]:.2f}"]
+            rows.append([name, kind, *cells, f"{curves.start_difference:.1e}"])
+        verdict = "the same functions" if network.same_class else "other classes of functions"
+        verdicts.append(
+            f"{name}: {network.group_dimension} rescalings; constrained and normalised: {verdict} "
+            f"(projecting the trained network changes it by {network.projection_change:.1e})"
+        )
+    title = (
+        f"{result.dataset}, hidden layers {'-'.join(map(str, config.hidden))}, "
+        f"batch {config.batch_size}, {config.epochs} epochs, SGD at {config.lr:g}\n"
+    )
+    columns = ["activation", "parametrisation", "final\nloss", "test\nerror %"]
+    columns += ["function\nΔ at start"]
+    return Table(title + "\n".join(verdicts), columns, rows)
+
+
+def record(result: Result) -> dict[str, Any]:
+    """Return all numbers of ``result`` for ``results.json``."""
+    return {
+        "dataset": result.dataset,
+        "networks": {
+            name: {
+                "group_dimension": network.group_dimension,
+                "projection_change": network.projection_change,
+                "same_class": network.same_class,
+                "curves": {kind: curves._asdict() for kind, curves in network.curves.items()},
+            }
+            for name, network in result.networks.items()
+        },
+    }
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw training loss and test error of every parametrisation, a row for each activation."""
+    figure_module = require("matplotlib.figure", "cli")
+    figure = figure_module.Figure(figsize=(10, 7), layout="constrained")
+    grid = figure.subplots(len(result.networks), 2, squeeze=False)
+    epochs = result.config.epochs
+    for (left, right), (name, network) in zip(grid, result.networks.items(), strict=True):
+        for kind, curves in network.curves.items():
+            steps = np.linspace(0, epochs, len(curves.step_loss), endpoint=False)
+            left.plot(steps, curves.step_loss, label=kind, linewidth=1)
+            right.plot(np.arange(epochs + 1), curves.test_error, label=kind)
+        left.set(yscale="log", ylabel="training loss", xlabel="epoch", title=name)
+        right.set(ylabel="test error (%)", xlabel="epoch", title=name)
+        right.legend()
+    figure.savefig(path, dpi=150)
