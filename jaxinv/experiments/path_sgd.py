@@ -64,6 +64,9 @@ OPTIMIZERS = {
 }
 
 
+_rate = partial(option, None, parse=positive_float, metavar="RATE")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What to train, on what, for how long."""
@@ -90,18 +93,10 @@ class Config:
     epochs: int = option(20, "passes over the training set", parse=positive_int, metavar="N")
     batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
     seeds: int = option(1, "repetitions, trained side by side", parse=positive_int, metavar="K")
-    lr_sgd: float | None = option(
-        None, "learning rate of SGD", parse=positive_float, metavar="RATE"
-    )
-    lr_adagrad: float | None = option(
-        None, "learning rate of AdaGrad", parse=positive_float, metavar="RATE"
-    )
-    lr_adam: float | None = option(
-        None, "learning rate of Adam", parse=positive_float, metavar="RATE"
-    )
-    lr_path_sgd: float | None = option(
-        None, "learning rate of Path-SGD", parse=positive_float, metavar="RATE"
-    )
+    lr_sgd: float | None = _rate("learning rate of SGD")
+    lr_adagrad: float | None = _rate("learning rate of AdaGrad")
+    lr_adam: float | None = _rate("learning rate of Adam")
+    lr_path_sgd: float | None = _rate("learning rate of Path-SGD")
     tune: bool = option(
         False,
         "choose each learning rate that is not given: of "
