@@ -118,7 +118,8 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
             f"a batch of {config.batch_size} is larger than the training set "
             f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
         )
-    data = datasets.Dataset(data.name, *map(jnp.asarray, data[1:5]), data.num_classes)
+    x_train, y_train, x_test, y_test = map(jnp.asarray, data[1:5])
+    data = data._replace(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
     start = init_mlp(jax.random.key(0), sizes)
     # Which weights lead into which unit is the same for every activation.
