@@ -229,15 +229,19 @@ def verdict(errors: Errors, kind: str) -> str:
 
     A rescaling is linear in θ, so an invariant algorithm stays on both
     trajectories; under a curved reparametrisation steps agree to first order
-    only, hence the first step decides.
+    only, hence the first step decides. An error of exactly 0 is that of an
+    optimizer which does not move in its first step, such as rprop, and says
+    nothing: then the trajectory decides there too.
 
     >>> verdict(Errors(1e-15, 1e-14, 1e-14), "rescaling")
     'invariant to rounding'
     >>> verdict(Errors(1e-15, 0.5, 0.1), "rescaling")
     'not invariant'
+    >>> verdict(Errors(0.0, 0.2, 0.2), "general")
+    'not invariant'
     """
     largest = errors.first_step
-    if kind == "rescaling":
+    if kind == "rescaling" or errors.first_step == 0:
         # Unlike max, NaN (a run that diverged) counts as the largest.
         largest = float(np.max([errors.first_step, errors.trajectory]))
     return "invariant to rounding" if largest <= ROUNDING else "not invariant"

@@ -107,6 +107,15 @@ def test_a_run_that_diverged_is_not_called_invariant():
     assert invariance.verdict(Errors(1e-16, 1e-3, 1e-3), "general") == "invariant to rounding"
 
 
+def test_standing_still_in_the_first_step_is_not_called_invariant():
+    """The first step of optax.rprop is 0 on both sides, so its error is 0 whatever it does next."""
+    params = {"w": jnp.array([1.0, -2.0])}
+    tx = optax.rprop(0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not jnp.any(updates["w"])
+    assert invariance.verdict(Errors(0.0, 0.23, 0.16), "general") == "not invariant"
+
+
 def test_table_and_plot_survive_divergence_and_exact_zeros(tmp_path):
     errors = {"sgd": {"rescaling": Errors(np.nan, np.nan, np.nan), "general": Errors(0, 0, 0)}}
     result = Result(Config(), "made-up", 3, errors)
