@@ -183,4 +183,5 @@ def gather_parts(domain: ScalingDomain, leaf: Leaf) -> None:
     forms = [domain.scale(Fresh(piece, piece.shape)).form for piece in pieces]
     lengths = [piece.shape[axis] for piece in pieces]
     leaf.parts = None
+    leaf.inverse = any(piece.inverse for piece in pieces)
     view.assign(scaling.side_by_side(domain.system, forms, lengths, axis))

@@ -66,7 +66,9 @@ def assembled(
         for form in forms
     ]
     _, seen, _, _ = solution.of(system.read())
-    columns, dead = _generators(indices, _Matrix(rows, free, numerator, denominator), total, seen)
+    inverse = [leaf.inverse for leaf in leaves]
+    matrix = _Matrix(rows, free, numerator, denominator)
+    columns, dead = _generators(indices, inverse, matrix, total, seen)
     for leaf, mask in zip(leaves, dead, strict=True):
         if mask is not None:
             size = int(np.prod(leaf.shape))
@@ -112,27 +114,33 @@ class _Matrix(NamedTuple):
 
 
 def _generators(
-    indices: list[tuple[np.ndarray, ...]], matrix: _Matrix, num_classes: int, seen: np.ndarray
+    indices: list[tuple[np.ndarray, ...]],
+    inverse: list[bool],
+    matrix: _Matrix,
+    num_classes: int,
+    seen: np.ndarray,
 ) -> tuple[np.ndarray, list[np.ndarray | None]]:
     """A basis of the group: free unknowns that move live parameters, and independently.
 
     Also returns, per leaf, which elements are dead. Whatever reads a value into a product with
-    parameters divides those parameters by its scale; other ways to depend on it are marked as
-    `seen`. So a generator that only multiplies parameters, and is not seen, belongs to a unit that
-    is computed and then dropped: the function does not depend on its weights. Without those, units
-    that feed only them may be dead in turn.
+    parameters divides those parameters by its scale (or multiplies them, where they are divided
+    by); other ways to depend on it are marked as `seen`. So a generator that only multiplies
+    parameters, and is not seen, belongs to a unit that is computed and then dropped: the function
+    does not depend on its weights. Without those, units that feed only them may be dead in turn.
     """
     dead: list[np.ndarray | None] = [None] * len(indices)
     while True:
         columns = _basis(indices, matrix, dead)
         keep = np.isin(matrix.free, columns)
         row, free, sign = matrix.row[keep], matrix.free[keep], np.sign(matrix.numerator[keep])
-        live = np.zeros(num_classes, bool)
-        for terms, mask in zip(indices, dead, strict=True):
+        live = np.zeros((2, num_classes), bool)
+        for terms, mask, divides in zip(indices, dead, inverse, strict=True):
             for ids in terms:
-                live[ids if mask is None else np.broadcast_to(ids, mask.shape)[~mask]] = True
-        shown = live[row]
-        both = np.intersect1d(free[shown & (sign > 0)], free[shown & (sign < 0)])
+                shown = ids if mask is None else np.broadcast_to(ids, mask.shape)[~mask]
+                live[int(divides), shown] = True
+        up = live[0, row] & (sign > 0) | live[1, row] & (sign < 0)
+        down = live[0, row] & (sign < 0) | live[1, row] & (sign > 0)
+        both = np.intersect1d(free[up], free[down])
         dropped = np.setdiff1d(columns, np.concatenate([both, seen]))
         if not dropped.size:
             return columns, dead

@@ -33,11 +33,13 @@ def _power(exponent: Fraction | int) -> Callable:
             value = domain.without_epsilon(eqn, value)
         value = domain.refresh(value)
         if isinstance(value, Fresh):
-            step = Step(
-                lambda f: times(f, factor),
-                lambda f: times(domain.seen(f) if factor < 0 else f, 1 / factor),
-            )
-            return value.through(value.shape, step)
+            leaf = value.leaf
+
+            def pull(f: Form) -> Form:
+                leaf.inverse ^= factor < 0
+                return times(f, 1 / factor)
+
+            return value.through(value.shape, Step(lambda f: times(f, factor), pull))
         value = domain.scale(value)
         form = domain.seen(value.form) if factor < 0 else value.form
         return Scale(value.shape, times(form, factor), value.wild)
@@ -231,7 +233,7 @@ def _multiplied(
     if fresh.shape != shape and np.prod(fresh.shape) != 1:
         return None
     form = relaid(other.form, lambda ids: scaling.lifted(ids, rank))
-    if factor < 0 or shift > 0:
+    if shift > 0:
         domain.seen(form)
     compact = fresh.compact if fresh.shape == shape else (1,) * rank
     if any(m < n for _, ids in form for m, n in zip(compact, ids.shape, strict=True)):
@@ -247,8 +249,7 @@ def _multiplied(
         return (*times(raised, factor), *times(form, -shift))
 
     def pull(f: Form) -> Form:
-        if factor < 0:
-            domain.seen(f)
+        fresh.leaf.inverse ^= factor < 0
         f = times((*f, *times(form, shift)), factor)
         if dead is not None:
             f = domain.with_dead(np.broadcast_to(dead, shape), f)

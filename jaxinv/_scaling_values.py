@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._jaxpr import Value, is_concrete
@@ -49,12 +51,13 @@ class Scale(Value):
 class Leaf:
     """One leaf of params. Its form is None until its first use decides it."""
 
-    __slots__ = ("name", "shape", "form", "parts")
+    __slots__ = ("name", "shape", "form", "parts", "inverse")
 
     def __init__(self, name: str, shape: Sequence[int]):
         self.name, self.shape = name, tuple(shape)
         self.form: Form | None = None
         self.parts: Any = None  # (view, axis, leaves) where it was taken apart along an axis
+        self.inverse = False  # whether its first use divides by it
 
 
 class Step(NamedTuple):
@@ -135,13 +138,13 @@ def constant(value: Any) -> Scale:
     shape = np.shape(value)
     if not is_concrete(value):
         return Scale(shape)
-    try:
-        array = np.asarray(value)
-        if array.dtype == bool or not np.issubdtype(array.dtype, np.number):
-            return Scale(shape)
-        return Scale(shape, (), (array == 0) | ~np.isfinite(array))
-    except TypeError:  # PRNG keys and other extended types
-        return Scale(shape)
+    dtype = jnp.result_type(value)
+    if jnp.issubdtype(dtype, jnp.bool_) or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return Scale(shape)  # truth values and PRNG keys
+    array = np.asarray(value)
+    if jnp.issubdtype(dtype, jnp.floating):
+        array = array.astype(np.float64)  # NumPy has no isfinite for the 8- and 16-bit floats
+    return Scale(shape, (), (array == 0) | ~np.isfinite(array))
 
 
 # --- arrays that broadcast ------------------------------------------------------------

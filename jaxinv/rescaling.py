@@ -182,9 +182,9 @@ def _moved(group: RescalingGroup, leaves: list[Any], u: Array, base: float | Non
     if exact:
         u = u.astype(jnp.int32)
     else:
+        # In the precision of the weights, or factors that should cancel would not.
         arrays = [jnp.asarray(leaf) for leaf in leaves if not is_masked(leaf)]
-        floating = jnp.issubdtype(u.dtype, jnp.floating)
-        dtype = u.dtype if floating else _scaled.working_dtype(arrays)
+        dtype = _scaled.working_dtype([*arrays, u])
         u = u.astype(dtype) * jnp.asarray(1.0 if base is None else np.log(base), dtype)
     moved: list[Any] = []
     scales = jax.tree.leaves(log_scales(group, u))

@@ -17,6 +17,7 @@ LEVELS = [
     {"bayes", "learning_coefficient", "capacity", "invariance"},
     {"reparam", "fisher", "ranks", "symmetries"},
     {"gauges"},
+    {"_orbit_minimum", "_units"},
     {"paths", "data_paths", "rescaling", "jacobians"},
     {"_scaling_action"},
     {"_scaling_group", "_scaling_states"},

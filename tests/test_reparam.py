@@ -20,7 +20,6 @@ from jaxinv.reparam import (
     incoming_norms,
     project_to_unit_norm,
     tangent_gradient,
-    unit_norm,
     weight_normalize,
 )
 from jaxinv.rescaling import random_rescaling, rescaling_group
@@ -83,51 +82,6 @@ def test_incoming_norms_are_those_of_the_units(problem, x64):
     _, params, _, _, group, norms = problem
     found = jax.jit(lambda w: incoming_norms(group, w))(params)
     np.testing.assert_allclose(np.sort(found), np.sort(norms(params)), rtol=1e-14)
-
-
-def test_in_feed_forward_networks_the_gauge_is_that_of_all_incoming_weights(x64):
-    _, init, shape, _ = NETWORKS["dense"]
-    params = jax.jit(init)(jax.random.key(3))
-    group = rescaling_group(mlp, params, jnp.zeros(shape))
-    ours, other = jax.jit(lambda w: (unit_norm(group, w), normalize(group, w)))(params)
-    assert ours.converged
-    np.testing.assert_allclose(ours.u, other.u, rtol=1e-12)
-
-
-def recurrent(w, x):
-    h = jnp.zeros((x.shape[0], 3), x.dtype)
-    for t in range(3):
-        h = jax.nn.relu(x[:, t] @ w["xh"] + h @ w["hh"] + w["b"])
-    return h @ w["out"]
-
-
-def stacked(w, x):
-    def layer(h, kernel):
-        return jax.nn.relu(h @ kernel), None
-
-    return jax.lax.scan(layer, x @ w["in"], w["kernels"])[0] @ w["out"]
-
-
-def test_units_that_feed_themselves_and_layers_in_one_array_have_unit_norms(x64):
-    rng = np.random.default_rng(0)
-
-    def draw(**shapes):
-        return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
-
-    w = draw(xh=(2, 3), hh=(3, 3), b=(3,), out=(3, 1))
-    group = rescaling_group(recurrent, w, jnp.ones((1, 3, 2)))
-    moved = jax.jit(lambda w: unit_norm(group, w))(w)
-    assert moved.converged
-    np.testing.assert_allclose(
-        unit_norms({"xh": moved.params["xh"], "b": moved.params["b"]}), 1, rtol=1e-14
-    )
-    w = {**draw(kernels=(4, 3, 3), out=(3, 1)), "in": draw(k=(2, 3))["k"]}
-    group = rescaling_group(stacked, w, jnp.ones((1, 2)))
-    assert group.dim == 15
-    moved = jax.jit(lambda w: unit_norm(group, w))(w)
-    assert moved.converged
-    for layer in [moved.params["in"], *moved.params["kernels"]]:
-        np.testing.assert_allclose(unit_norms({"kernel": layer}), 1, rtol=1e-14)
 
 
 # --- normalised -----------------------------------------------------------------------
@@ -243,7 +197,7 @@ def test_constrained_training_keeps_norms_and_the_function_of_each_step(problem,
 
     @jax.jit
     def train(w):
-        w = unit_norm(group, w).params
+        w = normalize(group, w).params
         return jax.lax.scan(step, (w, tx.init(w), free.init(w)), length=50)[1]
 
     path, wanted, errors, losses = train(params)
@@ -298,7 +252,7 @@ def test_in_float32_norms_are_kept_to_its_rounding():
 # --- gauge-fixed ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gauge", [unit_norm, balance], ids=["unit norm", "balance"])
+@pytest.mark.parametrize("gauge", [normalize, balance], ids=["unit norm", "balance"])
 def test_sgd_in_a_gauge_is_invariant_under_rescalings(problem, gauge, x64):
     fn, params, x, loss, group, _ = problem
     u = random_rescaling(group, jax.random.key(2), dtype=jnp.float64)
@@ -306,7 +260,7 @@ def test_sgd_in_a_gauge_is_invariant_under_rescalings(problem, gauge, x64):
     error = equivariance_error(tx, loss, params, by_rescaling(group, u), 5, fn=fn, x=x)
     assert error.loss[-1] < error.loss[0]
     # A gauge found by iteration is as exact as its tolerance.
-    bound = 1e-12 if gauge is unit_norm else 1e-8
+    bound = 1e-12 if gauge is normalize else 1e-8
     assert error.first_step < bound and error.function.max() < 10 * bound
 
 
@@ -315,7 +269,7 @@ def test_in_the_gauge_itself_the_steps_are_those_of_the_inner_optimizer(problem,
 
     @jax.jit
     def steps(w):
-        w = unit_norm(group, w).params
+        w = normalize(group, w).params
         tx, inner = in_gauge(optax.sgd(0.05), group), optax.sgd(0.05)
         g = jax.grad(loss)(w)
         return tx.update(g, tx.init(w), w)[0], inner.update(g, inner.init(w), w)[0]

@@ -27,9 +27,10 @@ from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets
 from jaxinv.experiments.options import directory, option, positive_float, positive_int, widths
 from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.gauges import normalize
 from jaxinv.invariance import function_invariance_error
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.reparam import project_to_unit_norm, tangent_gradient, unit_norm, weight_normalize
+from jaxinv.reparam import project_to_unit_norm, tangent_gradient, weight_normalize
 from jaxinv.rescaling import RescalingGroup, rescaling_group
 from jaxinv.typing import Network, Params
 
@@ -124,7 +125,7 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
     start = init_mlp(jax.random.key(0), sizes)
     # Which weights lead into which unit is the same for every activation.
     units = rescaling_group(mlp, start, data.x_test)
-    projected = unit_norm(units, start).params
+    projected = normalize(units, start).params
     networks = {}
     for i, (name, activation) in enumerate(ACTIVATIONS.items()):
         fn = partial(mlp, activation=activation)
@@ -137,7 +138,7 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
             final = float(_evaluate(network, trained, data.x_train, data.y_train)[0])
             curves[kind] = Curves(losses, errors, final, difference)
             if kind == "unconstrained":
-                moved = unit_norm(units, trained).params
+                moved = normalize(units, trained).params
                 change = _difference(fn, trained, fn, moved, data)
             progress((3 * i + j + 1) / (3 * len(ACTIVATIONS)), f"{name}, {kind}")
         own = rescaling_group(fn, start, data.x_test).dim

@@ -1,0 +1,262 @@
+"""Minima over an orbit of P·log Σ_e a_e exp((Bu)_e) − c·u: a convex function of u.
+
+Majorisation from afar, all units at once and never uphill, then Newton's method with conjugate
+gradients. Sums are kept by their logarithms, so that no distance from the minimum overflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv.rescaling import RescalingGroup, class_scales, summed_to
+from jaxinv.typing import Array
+
+# Majorisation is cheap and safe far from the optimum; Newton finishes. The switch is at this
+# relative imbalance of a unit, or after so many sweeps.
+_NEWTON_BELOW = 0.1
+_MOST_SWEEPS = 60
+_MOST_NEWTON_STEPS = 60
+_MOST_CG_STEPS = 200
+_MOST_HALVINGS = 30
+
+
+# --- sums over the weights of a unit --------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """Positive numbers per parameter, by their logarithms: a_e exp((Bu)_e) without overflow."""
+
+    logs: list[Array]
+
+    def moved(self, group: RescalingGroup, u: Array) -> list[Array]:
+        """log a_e + (Bu)_e."""
+        s = class_scales(group, u)
+        return [
+            sum((s[ids] for ids in terms), a)
+            for a, terms in zip(self.logs, group.indices, strict=True)
+        ]
+
+
+def class_sums(group: RescalingGroup, leaves: Sequence[Array]) -> Array:
+    """Σ over the parameters of every class, (num_classes,)."""
+    totals = jnp.zeros(group.structure.num_classes, leaves[0].dtype)
+    for leaf, terms in zip(leaves, group.indices, strict=True):
+        for ids in terms:
+            totals = totals.at[ids].add(summed_to(leaf, ids.shape))
+    return totals
+
+
+def onto(group: RescalingGroup, totals: Array) -> Array:
+    """Σ over the classes of every generator of coefficient · total, (dim,)."""
+    c = jnp.asarray(group.coefficients).astype(totals.dtype)
+    return jnp.zeros(group.dim, totals.dtype).at[group.columns].add(c * totals[group.rows])
+
+
+def _log_add(into: Array, parts: Sequence[tuple[Any, Array]]) -> Array:
+    """log(exp(into) + Σ exp(part) at the ids that come with it): no overflow, no underflow."""
+    top = into
+    for ids, part in parts:
+        top = top.at[ids].max(_reduced(jnp.max, part, ids.shape))
+    shift = jnp.where(top > -jnp.inf, top, 0)
+    total = jnp.exp(into - shift)
+    for ids, part in parts:
+        total = total.at[ids].add(_reduced(jnp.sum, jnp.exp(part - shift[ids]), ids.shape))
+    return shift + jnp.log(total)
+
+
+def _reduced(operation: Any, array: Array, shape: tuple[int, ...]) -> Array:
+    axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
+    return operation(array, axes, keepdims=True) if axes else array
+
+
+def total(leaves: Sequence[Array]) -> Array:
+    return sum((jnp.sum(leaf) for leaf in leaves[1:]), jnp.sum(leaves[0]))
+
+
+# --- minimising P·log Σ_e a_e exp((Bu)_e) − c·u ----------------------------------------
+
+
+class _Point(NamedTuple):
+    u: Array
+    log_sum: Array  # log Σ_e a_e exp((Bu)_e)
+    shares: list[Array]  # π_e = a_e exp((Bu)_e) / Σ
+
+
+class Problem(NamedTuple):
+    group: RescalingGroup
+    weights: Weights
+    multiplier: Any  # P
+    linear: Array  # c
+    terms: Any  # number of classes that meet in one parameter, at most
+
+    def start(self, u: Array) -> _Point:
+        top = jnp.stack([jnp.max(a) for a in self.weights.logs]).max()
+        return self.point(u, top)[0]
+
+    def point(self, u: Array, shift: Array) -> tuple[_Point, Array]:
+        """The point u and its value; `shift` is about the logarithm of the sum."""
+        parts = [jnp.exp(a - shift) for a in self.weights.moved(self.group, u)]
+        mass = total(parts)
+        log_sum = shift + jnp.log(mass)
+        value = self.multiplier * log_sum - jnp.vdot(self.linear, u)
+        return _Point(u, log_sum, [part / mass for part in parts]), value
+
+    def forces(self, point: _Point) -> tuple[Array, Array]:
+        """log P·Σ_e |B_ej| π_e over the parameters that generator j multiplies, and divides.
+
+        A unit's own share of the sum may be below the range of floats: hence logarithms.
+        """
+        group, logs = self.group, self.weights.moved(self.group, point.u)
+        of_class = jnp.full(group.structure.num_classes, -jnp.inf, logs[0].dtype)
+        pairs = zip(logs, group.indices, strict=True)
+        of_class = _log_add(of_class, [(ids, a) for a, terms in pairs for ids in terms])
+        nothing = jnp.full(group.dim, -jnp.inf, of_class.dtype)
+        c = jnp.asarray(group.coefficients).astype(of_class.dtype)
+        scale = jnp.log(self.multiplier) - point.log_sum
+        up, down = (
+            _log_add(nothing, [(group.columns, jnp.log(jnp.maximum(b, 0)) + of_class[group.rows])])
+            for b in (c, -c)
+        )
+        return up + scale, down + scale
+
+    def curvature(self, point: _Point, v: Array) -> Array:
+        """P·(BᵀΠB − (Bᵀπ)(Bᵀπ)ᵀ) v."""
+        s = class_scales(self.group, v)
+        moved = []
+        for share, terms in zip(point.shares, self.group.indices, strict=True):
+            moved.append(share * sum((s[ids] for ids in terms), jnp.zeros((), share.dtype)))
+        mean = onto(self.group, class_sums(self.group, point.shares))
+        product = onto(self.group, class_sums(self.group, moved))
+        return self.multiplier * (product - mean * jnp.vdot(mean, v))
+
+
+@jax.jit  # else every call would compile its loops anew
+def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
+    """(u, value, steps, error): majorisation from afar, then Newton with conjugate gradients."""
+    start = problem.start(jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype))
+    up, down = problem.forces(start)
+    c = problem.linear
+    # A generator whose sum has no minimum along it (a unit without incoming or without outgoing
+    # weights) stays where it is.
+    active = ((up > -jnp.inf) | (c < 0)) & ((down > -jnp.inf) | (c > 0))
+
+    def relative(up: Array, down: Array) -> tuple[Array, Array, Array]:
+        """Both forces and c, over the largest of the three."""
+        top = jnp.maximum(jnp.maximum(up, down), jnp.log(abs(c)))
+        top = jnp.where(active, top, 0)
+        return jnp.exp(up - top), jnp.exp(down - top), c * jnp.exp(-top)
+
+    def error_of(up: Array, down: Array) -> Array:
+        up, down, c = relative(up, down)
+        size = jnp.where(active, up + down + abs(c), 1)
+        return jnp.max(jnp.where(active, abs(up - down - c) / size, 0), initial=0.0)
+
+    def sweep(state: tuple) -> tuple:
+        """Every unit at its minimum of an upper bound that separates the units.
+
+        exp(Σ_j B_j δ_j) <= Σ_j (|B_j|/s) exp(s·sign(B_j)·δ_j) + 1 − Σ_j|B_j|/s for Σ|B_j| <= s, so
+        up·exp(sδ) − down·exp(−sδ) = c: no step size, and never uphill.
+        """
+        point, steps, _ = state
+        log_up, log_down = problem.forces(point)
+        # With z = exp(sδ)·√(up/down) it reads √(up·down)·(z − 1/z) = c. As forces may differ by
+        # more than floats hold, all of it is solved in logarithms.
+        middle, half = (log_up + log_down) / 2, (log_down - log_up) / 2
+        both = (log_up > -jnp.inf) & (log_down > -jnp.inf)
+        log_c = jnp.log(abs(c))
+        far = log_c - jnp.where(both, middle, 0)
+        turn = jnp.where(far > 30, far, jnp.arcsinh(jnp.exp(jnp.minimum(far, 30)) / 2))
+        alone = jnp.where(c > 0, log_c - log_up, log_down - log_c)
+        delta = jnp.where(both, half + jnp.sign(c) * turn, alone)
+        delta = jnp.where(active, delta, 0) / problem.terms
+        point, _ = problem.point(point.u + delta, point.log_sum)
+        return point, steps + 1, error_of(*problem.forces(point))
+
+    def far(state: tuple) -> Array:
+        _, steps, error = state
+        return (error > _NEWTON_BELOW) & (steps < _MOST_SWEEPS)
+
+    point, sweeps, error = lax.while_loop(
+        far, sweep, (start, jnp.zeros((), jnp.int32), error_of(up, down))
+    )
+
+    def newton(state: tuple) -> tuple:
+        point, steps, error, _ = state
+        up, down = map(jnp.exp, problem.forces(point))
+        gradient = jnp.where(active, up - down - c, 0)
+        preconditioner = jnp.where(active & (up + down > 0), up + down, 1)
+        direction = _conjugate_gradients(
+            lambda v: jnp.where(active, problem.curvature(point, v), 0),
+            -gradient,
+            preconditioner,
+            jnp.minimum(error, 0.1),
+        )
+        value = problem.multiplier * point.log_sum - jnp.vdot(c, point.u)
+        slope = jnp.vdot(gradient, direction)
+
+        def attempt(size: Array) -> tuple[_Point, Array]:
+            return problem.point(point.u + size * direction, point.log_sum)
+
+        def uphill(state: tuple) -> Array:
+            size, _, new = state
+            # Rounding of the value hides decreases this small; the gradient decides those.
+            blur = 4 * jnp.finfo(value.dtype).eps * abs(value)
+            return ~(new <= value + 1e-4 * size * slope + blur) & (size > 0.5**_MOST_HALVINGS)
+
+        def halve(state: tuple) -> tuple:
+            size = state[0] / 2
+            return (size, *attempt(size))
+
+        one = jnp.ones((), value.dtype)
+        _, after, new = lax.while_loop(uphill, halve, (one, *attempt(one)))
+        after_error = error_of(*problem.forces(after))
+        better = jnp.isfinite(new) & ((after_error < error) | (new < value))
+        chosen = jax.tree.map(lambda a, b: jnp.where(better, a, b), after, point)
+        return chosen, steps + 1, jnp.where(better, after_error, error), ~better
+
+    def unfinished(state: tuple) -> Array:
+        _, steps, error, stuck = state
+        return (error > tol) & ~stuck & (steps < sweeps + _MOST_NEWTON_STEPS)
+
+    point, steps, error, _ = lax.while_loop(
+        unfinished, newton, (point, sweeps, error, jnp.zeros((), bool))
+    )
+    value = problem.multiplier * point.log_sum - jnp.vdot(c, point.u)
+    return point.u, value, steps, error
+
+
+def _conjugate_gradients(product: Any, b: Array, diagonal: Array, tol: Array) -> Array:
+    """Approximate solution of H x = b, to ‖r‖ <= tol·‖b‖ in the norm of 1/diagonal."""
+    target = tol**2 * jnp.vdot(b, b / diagonal)
+
+    def unfinished(state: tuple) -> Array:
+        _, _, _, rho, steps = state
+        return (rho > target) & (steps < _MOST_CG_STEPS)
+
+    def step(state: tuple) -> tuple:
+        x, r, p, rho, steps = state
+        q = product(p)
+        curvature = jnp.vdot(p, q)
+        fine = curvature > 0
+        alpha = jnp.where(fine, rho / jnp.where(fine, curvature, 1), 0)
+        x, r = x + alpha * p, r - alpha * q
+        new = jnp.where(fine, jnp.vdot(r, r / diagonal), 0)
+        return x, r, r / diagonal + new / rho * p, new, steps + 1
+
+    p = b / diagonal
+    state = (jnp.zeros_like(b), b, p, jnp.vdot(b, p), jnp.zeros((), jnp.int32))
+    return lax.while_loop(unfinished, step, state)[0]
+
+
+def most_terms(group: RescalingGroup) -> int:
+    """Σ_j |B_ej| of a parameter, at most."""
+    largest = np.zeros(group.structure.num_classes)
+    np.add.at(largest, np.asarray(group.rows), np.abs(np.asarray(group.coefficients)))
+    sums = [sum(float(largest[np.asarray(ids)].max()) for ids in t) for t in group.indices if t]
+    return int(max(sums, default=1))
