@@ -221,7 +221,7 @@ rule("dot_general", "conv_general_dilated")(_bilinear)
 
 def _streamed(domain: Any, eqn: Equation, left: Any, right: Any, operands: list[Scaled]) -> Any:
     """A matrix-vector product that reads a large matrix once; None where this is not one."""
-    if eqn.name != "dot_general" or domain.p % 1:
+    if eqn.name != "dot_general" or domain.p not in (1, 2):
         return None
     swapped = not isinstance(left, Paths)
     weight, length = (left, operands[0]) if swapped else (right, operands[1])

@@ -44,6 +44,16 @@ def _unit_of(x: Any) -> Any:
     return lax.select(unit > 0, unit, lax.full_like(unit, 1))
 
 
+def _common_unit(x: Any) -> Any:
+    """The largest power of four up to the largest of numbers x >= 0.
+
+    Of four, so that the square roots of what it divides still differ by powers of two exactly.
+    """
+    unit = _unit_of(_largest(x))
+    odd = (_exponent_of(unit) & 1).astype(x.dtype)
+    return unit * (1 - odd / 2)
+
+
 def _exponent_of(unit: Any) -> Any:
     """log2 of powers of two, as int32."""
     integer, bits, bias = _layout(unit.dtype)
@@ -96,8 +106,8 @@ def times(exponent: Any, factor: float, dtype: Any) -> tuple[Any, Any]:
 
 @jax.jit
 def normalize(s: Scaled) -> Scaled:
-    """The same numbers with the largest |mantissa| in [1, 2)."""
-    unit = _unit_of(_largest(abs(lax.stop_gradient(s.mantissa))))
+    """The same numbers with the largest |mantissa| in [1, 4)."""
+    unit = _common_unit(abs(lax.stop_gradient(s.mantissa)))
     return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, _exponent_of(unit)))
 
 
@@ -131,7 +141,7 @@ def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
 def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
     x = abs(value.astype(dtype))
     seen = x[tuple(slice(None, None, max(1, n // 16)) for n in x.shape)] if sample else x
-    unit = _unit_of(_largest(lax.stop_gradient(seen)))
+    unit = _common_unit(lax.stop_gradient(seen))
     x = x * (1 / unit)
     k = _exponent_of(unit)
     exponent, fraction = times(k, p, x.dtype)

@@ -1,8 +1,8 @@
-"""Matrix-vector products with |W|^p that read W once and never store |W|^p.
+"""Matrix-vector products with |W|^p, p = 1 or 2, that read W once and never store |W|^p.
 
-On a batch of one, a dense layer's path sums are bound by memory traffic. Storing |W|^p would triple
-it; here each block of rows is raised to the power p while it is in cache. This is what makes a step
-of Path-SGD cost a few per cent more than a step of SGD, instead of a few tens.
+On a batch of one, a dense layer's path sums are bound by memory traffic, and storing |W|^p would
+triple it. XLA's CPU backend fuses a sum of squares into the read of W, but not a product W²·v. So
+Σ_i W_ij² v_i is spelled Σ_i (W_ij √v_i)²; for p = 1 nothing need be drawn out of the root.
 """
 
 from __future__ import annotations
@@ -14,89 +14,58 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows are taken in blocks of about this many elements: 256 KiB of float32 stay in a core's cache.
-_BLOCK = 1 << 16
 # Below this size the plain product is as fast, and compiles to fewer kernels.
 SMALLEST = 1 << 16
 
 
-def _power(block: Any, p: int, scale: Any, dtype: Any) -> Any:
-    x = block.astype(dtype) * scale
-    return abs(x) if p == 1 else lax.integer_pow(x, p) if p % 2 == 0 else abs(x) ** p
+def _product(matrix: Any, vector: Any, p: int, scale: Any, axis: int) -> Any:
+    """Σ_k vector_k · |matrix·scale|^p over `axis` of the matrix, for a vector >= 0.
 
-
-def _blocks(matrix: Any) -> tuple[int, int]:
-    """(number of whole blocks, rows in each)."""
-    step = max(1, _BLOCK // matrix.shape[1])
-    return matrix.shape[0] // step, step
-
-
-def _rows_times(matrix: Any, vector: Any, p: int, scale: Any) -> Any:
-    """|W|^p v: one number per row."""
-
-    def whole(matrix: Any, vector: Any) -> Any:
-        return _power(matrix, p, scale, vector.dtype) @ vector
-
-    def in_blocks(matrix: Any, vector: Any) -> Any:
-        blocks, step = _blocks(matrix)
-        if blocks == 0:
-            return whole(matrix, vector)
-
-        def one(_: None, i: Any) -> tuple[None, Any]:
-            return None, whole(lax.dynamic_slice_in_dim(matrix, i * step, step), vector)
-
-        rows = lax.scan(one, None, jnp.arange(blocks))[1].reshape(-1)
-        return jnp.concatenate([rows, whole(matrix[blocks * step :], vector)])
-
-    return lax.platform_dependent(matrix, vector, cpu=in_blocks, default=whole)
-
-
-def _times_rows(matrix: Any, vector: Any, p: int, scale: Any) -> Any:
-    """v |W|^p: one number per column."""
-
-    def whole(matrix: Any, vector: Any) -> Any:
-        return vector @ _power(matrix, p, scale, vector.dtype)
-
-    def in_blocks(matrix: Any, vector: Any) -> Any:
-        blocks, step = _blocks(matrix)
-        total = whole(matrix[blocks * step :], vector[blocks * step :])
-        if blocks == 0:
-            return total
-
-        def add(total: Any, i: Any) -> tuple[Any, None]:
-            block = lax.dynamic_slice_in_dim(matrix, i * step, step)
-            return total + whole(block, lax.dynamic_slice_in_dim(vector, i * step, step)), None
-
-        return lax.scan(add, total, jnp.arange(blocks))[0]
-
-    return lax.platform_dependent(matrix, vector, cpu=in_blocks, default=whole)
+    The square root is correctly rounded: vectors that differ by powers of four give sums that do.
+    """
+    root = (jnp.sqrt(vector) if p == 2 else vector) * scale
+    # Without the barrier XLA would work the root out again for each element of the matrix.
+    root = lax.expand_dims(lax.optimization_barrier(root), (1 - axis,))
+    weighted = matrix.astype(vector.dtype) * root
+    return jnp.sum(lax.square(weighted) if p == 2 else abs(weighted), axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def contract(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: int) -> Any:
-    """Σ_k vector_k · |matrix·scale|^p, contracted over `axis` of the matrix.
+    """Σ_k vector_k · |matrix·scale|^p, contracted over `axis` of the matrix; vector >= 0.
 
     `length` must equal |matrix·scale|^p / unit, with (scale, unit) = `scales` powers of two. It is
     never read: it receives the gradient. The gradient with respect to `matrix` is all in it.
+    Cotangents must be >= 0 too, as those of path sums are; a negative one gives NaN.
     """
     del length
-    scale, _ = scales
-    product = _times_rows if axis == 0 else _rows_times
-    return product(matrix, vector, p, scale)
+    return _product(matrix, vector, p, scales[0], axis)
 
 
 def _forward(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: int) -> Any:
-    return contract(vector, length, matrix, scales, p, axis), (vector, matrix, scales)
+    perturbed = vector.perturbed  # not so where it comes from the network's input alone
+    vector, length, matrix, scales = jax.tree.map(
+        lambda v: v.value, (vector, length, matrix, scales), is_leaf=lambda v: hasattr(v, "value")
+    )
+    return contract(vector, length, matrix, scales, p, axis), (
+        vector,
+        matrix,
+        scales,
+        () if perturbed else None,
+    )
 
 
 def _backward(p: int, axis: int, kept: Any, cotangent: Any) -> Any:
-    vector, matrix, scales = kept
-    scale, unit = scales
-    product = _rows_times if axis == 0 else _times_rows
+    vector, matrix, (scale, unit), needed = kept
+    of_vector = jnp.zeros_like(vector)
+    if needed is not None:
+        of_vector = _product(matrix, cotangent, p, scale, 1 - axis)
+        # An update in place of the matrix needs rows and columns only. If it could come before this
+        # last read, XLA would copy the matrix first: so make it depend on what was read.
+        unit = jnp.where(jnp.isnan(of_vector[0]), jnp.nan, unit)
     rows, columns = (vector, cotangent) if axis == 0 else (cotangent, vector)
     of_length = (rows * unit)[:, None] * columns
-    zeros = jnp.zeros_like(matrix), jax.tree.map(jnp.zeros_like, scales)
-    return product(matrix, cotangent, p, scale), of_length, *zeros
+    return of_vector, of_length, jnp.zeros_like(matrix), (jnp.zeros_like(scale),) * 2
 
 
-contract.defvjp(_forward, _backward)
+contract.defvjp(_forward, _backward, symbolic_zeros=True)
