@@ -1,12 +1,14 @@
 """jaxinv: the invariances of neural networks, in pure functional JAX."""
 
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
+from jaxinv.freedom import degrees_of_freedom, saturating_inputs
 from jaxinv.gauges import balance, distance_mod_rescaling, normalize, path_condition
 from jaxinv.invariance import (
     equivariance_error,
     function_invariance_error,
     gradient_orthogonality,
 )
+from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent_kernel
 from jaxinv.paths import (
     log_path_kappa,
     log_path_norm,
@@ -14,6 +16,7 @@ from jaxinv.paths import (
     path_norm,
     unit_path_norms,
 )
+from jaxinv.ranks import jacobian_rank, jacobian_spectrum
 from jaxinv.reparam import project_to_unit_norm, weight_normalize
 from jaxinv.rescaling import (
     random_rescaling,
@@ -33,11 +36,17 @@ __all__ = [
     "JaxinvError",
     "UnsupportedOperation",
     "balance",
+    "degrees_of_freedom",
     "discover",
     "distance_mod_rescaling",
     "equivariance_error",
     "function_invariance_error",
     "gradient_orthogonality",
+    "jacobian",
+    "jacobian_gram",
+    "jacobian_operator",
+    "jacobian_rank",
+    "jacobian_spectrum",
     "log_path_kappa",
     "log_path_norm",
     "normalize",
@@ -51,8 +60,10 @@ __all__ = [
     "rescale_gradient",
     "rescale_state",
     "rescaling_group",
+    "saturating_inputs",
     "scale_by_path_kappa",
     "share_params",
+    "tangent_kernel",
     "tangent_vectors",
     "unit_path_norms",
     "weight_normalize",

@@ -1,0 +1,102 @@
+"""What is known of the null space of a Jacobian, and how well the Jacobian itself is.
+
+Two things bound a rank without any decision on small numbers: parameters on which nothing depends,
+whose columns are exactly zero, and rescalings that the program of `fn` is known to have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinv.errors import UnsupportedOperation
+from jaxinv.jacobians import fold_rows, jacobian_operator
+from jaxinv.rescaling import rescaling_group, tangent_vectors
+from jaxinv.typing import Array, Inputs, Network, Params
+
+_PROBES = 4
+# The rank of the generators is worked out up to this many; more are not used as a bound.
+_MOST_GENERATORS = 4096
+_EXACT = lax.Precision.HIGHEST
+
+
+def in_precision(dtype: Any) -> Any:
+    return jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext()
+
+
+def as_dtype(tree: Any, dtype: Any) -> Any:
+    def one(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, tree)
+
+
+class Known(NamedTuple):
+    """Ambiguities that need no decision."""
+
+    dead: Array  # (d,) bool: columns of J that are exactly zero
+    tangents: Array  # (d, k): rescalings, zero on dead parameters, columns of norm one or zero
+    span: Array  # int32: its dimension
+
+
+def _generators(fn: Network, params: Params, x: Inputs) -> Any:
+    """The group, or None for a network that it does not cover."""
+    try:
+        group = rescaling_group(fn, params, x)
+    except UnsupportedOperation:
+        return None
+    return group if 0 < group.dim <= _MOST_GENERATORS else None
+
+
+def known_ambiguities(fn: Network, params: Params, x: Inputs, size: Array) -> Known:
+    """`size` is Σ|J| over rows, per column."""
+    dead, dtype = size == 0, size.dtype
+    group = _generators(fn, params, x)
+    none = jnp.zeros((dead.size, 0), dtype)
+    if group is None:
+        return Known(dead, none, jnp.zeros((), jnp.int32))
+    T = tangent_vectors(group, params, dense=True).astype(dtype)
+    T = jnp.where(dead[:, None], 0, T)
+    norm = jnp.linalg.norm(T, axis=0)
+    T = T / jnp.where(norm > 0, norm, 1)
+    # Sparse columns of norm one: their Gram matrix is well conditioned unless weights vanish.
+    values = jnp.linalg.eigvalsh(jnp.matmul(T.T, T, precision=_EXACT))
+    count = jnp.sum(values > jnp.sqrt(jnp.finfo(dtype).eps)).astype(jnp.int32)
+    return Known(dead, T, count)
+
+
+def column_sizes(fn: Network, params: Params, x: Inputs, d: int, dtype: Any, chunk: int) -> Array:
+    start = jnp.zeros(d, dtype)
+    return fold_rows(fn, params, x, start, lambda s, rows: s + abs(rows).sum(0), chunk=chunk)
+
+
+def error_of_jacobian(fn: Network, params: Params, x: Inputs, J: Array | None, dtype: Any) -> Array:
+    """About ‖computed J − J‖: reverse mode against forward mode on random directions.
+
+    For Gaussian v, E‖ΔJ v‖² = ‖ΔJ‖²_F, which bounds ‖ΔJ‖². Without J at hand the products with J
+    and Jᵀ are compared: ⟨c, J v⟩ both ways.
+    """
+    operator = jacobian_operator(fn, params, x)
+    rows, d = operator.shape
+    keys = jax.random.split(jax.random.key(0), _PROBES)
+
+    def normal(key: Array, size: int) -> Array:
+        # Drawn in float32: 64 random bits cannot be had inside a jit that was entered without.
+        return jax.random.normal(key, (size,), jnp.float32).astype(dtype)
+
+    def probe(key: Array) -> Array:
+        first, second = jax.random.split(key)
+        v = normal(first, d)
+        Jv = operator.matvec(v)
+        if J is not None:
+            return jnp.linalg.norm(jnp.matmul(J, v, precision=_EXACT) - Jv)
+        c = normal(second, rows)
+        return abs(jnp.vdot(c, Jv) - jnp.vdot(operator.rmatvec(c), v))
+
+    found = lax.map(probe, keys)
+    return 2 * jnp.sqrt(jnp.mean(found**2))

@@ -1,0 +1,258 @@
+"""Degrees of freedom: what becomes of every parameter of a network.
+
+number of parameters d = rank of the Jacobian + rescalings + dead + hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv._checks import leaf_names
+from jaxinv._rank_evidence import as_dtype, column_sizes, in_precision, known_ambiguities
+from jaxinv.errors import InvalidInput
+from jaxinv.jacobians import jacobian, shapes_of, unflatten
+from jaxinv.ranks import Method, Rank, jacobian_rank
+from jaxinv.typing import Array, Inputs, Network, Params
+
+
+class DegreesOfFreedom(NamedTuple):
+    """d = rank + rescaling + dead + hidden.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import degrees_of_freedom, networks
+        >>> w = networks.init_mlp(jax.random.key(0), (3, 4, 2), bias=False)
+        >>> x = jax.random.normal(jax.random.key(1), (40, 3)).at[:, 2].set(0)
+        >>> print(degrees_of_freedom(networks.mlp, w, x))
+        20 parameters = 12 degrees of freedom + 4 rescalings + 4 dead + 0 hidden (certain)
+        dead: Dense_0/kernel[2, :]
+    """
+
+    parameters: Array  # int32: d
+    rank: Array  # int32
+    rescaling: Array  # int32: known rescalings that move parameters which are not dead
+    dead: Array  # int32: parameters that change no output on these inputs
+    hidden: Array  # int32: what remains unexplained
+    certain: Array  # bool
+    evidence: Rank
+    dead_mask: Params  # like params, bool
+    basis: Array | None  # (hidden, d): orthonormal, orthogonal to the rescalings and the dead
+
+    def __str__(self) -> str:
+        """The sum, and the names of dead parameters."""
+        word = "certain" if self.certain else "NOT CERTAIN"
+        lines = [
+            f"{self.parameters} parameters = {self.rank} degrees of freedom + "
+            f"{self.rescaling} rescalings + {self.dead} dead + {self.hidden} hidden ({word})"
+        ]
+        lines += [f"dead: {name}" for name in dead_names(self.dead_mask)]
+        return "\n".join(lines)
+
+
+def dead_names(mask: Params) -> list[str]:
+    """Names of the elements that are True in a pytree of bools, whole slices as one.
+
+    Args:
+        mask: as `DegreesOfFreedom.dead_mask`.
+
+    Returns:
+        Names such as `Dense_0/kernel[5, :]` (all weights of input 5) and `Dense_0/bias[3]`.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxinv.freedom import dead_names
+        >>> dead_names({"w": np.array([[True, True], [False, True]]), "b": np.array([True, True])})
+        ['b', 'w[0, :]', 'w[:, 1]']
+    """
+    found: list[str] = []
+    for name, leaf in zip(leaf_names(mask, ""), jax.tree.leaves(mask), strict=True):
+        left = np.array(leaf)
+        if left.all():
+            found.append(name)
+            continue
+        whole = left.copy()
+        for axis in range(left.ndim if left.ndim > 1 else 0):
+            others = tuple(a for a in range(left.ndim) if a != axis)
+            for i in np.flatnonzero(whole.all(axis=others)):
+                place = [":"] * left.ndim
+                place[axis] = str(i)
+                found.append(f"{name}[{', '.join(place)}]")
+                left[tuple(slice(None) if a != axis else i for a in range(left.ndim))] = False
+        found += [f"{name}[{', '.join(map(str, index))}]" for index in np.argwhere(left)]
+    return found
+
+
+def degrees_of_freedom(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    method: Method = "auto",
+    rtol: float | None = None,
+    dtype: Any = np.float64,
+    chunk: int | None = None,
+    basis: bool = False,
+) -> DegreesOfFreedom:
+    """Split the number of parameters: d = rank + rescaling + dead + hidden.
+
+    Rescalings are those of `jaxinv.rescaling_group`. A parameter is dead if it changes no output
+    on these inputs (a pixel that is always 0, a unit that never fires): its column of J is exactly
+    zero. A rescaling of dead parameters alone counts as dead. Hidden is the rest of the null space:
+    other symmetries, and directions that these inputs do not show (see `saturating_inputs`).
+
+    Args:
+        fn, params, x, method, rtol, dtype, chunk: as for `jacobian_rank`.
+        basis: also return an orthonormal basis of the hidden directions (by a full SVD of J,
+            outside `jit`).
+
+    Returns:
+        A `DegreesOfFreedom`.
+
+    Raises:
+        InvalidInput: as for `jacobian_rank`.
+
+    Example:
+        >>> import jax
+        >>> from jaxinv import degrees_of_freedom, networks
+        >>> w = networks.init_mlp(jax.random.key(0), (3, 4, 2), bias_std=0.1)
+        >>> x = jax.random.normal(jax.random.key(1), (40, 3))
+        >>> print(degrees_of_freedom(networks.mlp, w, x))
+        26 parameters = 22 degrees of freedom + 4 rescalings + 0 dead + 0 hidden (certain)
+    """
+    evidence = jacobian_rank(fn, params, x, method=method, rtol=rtol, dtype=dtype, chunk=chunk)
+    dtype = jnp.dtype(dtype)
+    with in_precision(dtype):
+        weights, inputs = as_dtype(params, dtype), as_dtype(x, dtype)
+        dead, count = _split(weights, inputs, fn, dtype, chunk)
+        mask = jax.tree.map(lambda a: a > 0, unflatten(dead.astype(dtype), weights))
+        found = None
+        if basis:
+            found = _hidden_basis(weights, inputs, fn, dtype, evidence)
+    d = jnp.asarray(dead.size, jnp.int32)
+    num_dead = dead.sum().astype(jnp.int32)
+    hidden = d - num_dead - count - evidence.rank
+    return DegreesOfFreedom(
+        d, evidence.rank, count, num_dead, hidden, evidence.certain, evidence, mask, found
+    )
+
+
+@partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
+def _split(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
+) -> tuple[Array, Array]:
+    d = shapes_of(fn, params, x).parameters
+    sizes = column_sizes(fn, params, x, d, dtype, chunk or 64)
+    known = known_ambiguities(fn, params, x, sizes)
+    return known.dead, known.span
+
+
+def _hidden_basis(params: Params, x: Inputs, fn: Network, dtype: Any, evidence: Rank) -> Array:
+    J = jacobian(fn, params, x)
+    known = known_ambiguities(fn, params, x, abs(J).sum(0))
+    _, _, Vt = jnp.linalg.svd(J, full_matrices=True)
+    null = Vt[int(evidence.rank) :]
+    dead = jnp.eye(J.shape[1], dtype=dtype)[:, np.asarray(known.dead)]
+    explained = jnp.concatenate([known.tangents, dead], 1)
+    # What is left of the null space after the explained directions are projected out.
+    U, s, _ = jnp.linalg.svd(explained, full_matrices=False)
+    U = U[:, np.asarray(s) > np.sqrt(np.finfo(dtype).eps)]
+    rest = null - jnp.matmul(jnp.matmul(null, U), U.T)
+    _, t, V = jnp.linalg.svd(rest, full_matrices=False)
+    return V[np.asarray(t) > 0.5]
+
+
+class Saturation(NamedTuple):
+    """Inputs on which the rank no longer depends, and how it got there.
+
+    Example:
+        >>> import jax
+        >>> from jaxinv import networks, saturating_inputs
+        >>> w = networks.init_mlp(jax.random.key(0), (2, 3, 1), bias=False)
+        >>> found = saturating_inputs(networks.mlp, w, jax.ShapeDtypeStruct((1, 2), "float32"))
+        >>> found.ranks[-1], found.saturated
+        (6, True)
+    """
+
+    x: Inputs
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    saturated: bool  # the last doubling changed nothing, or the proven bound is reached
+
+
+def saturating_inputs(
+    fn: Network,
+    params: Params,
+    x: Inputs | Callable[[Array, int], Inputs],
+    *,
+    key: Array | None = None,
+    max_examples: int = 1 << 16,
+    dtype: Any = np.float64,
+) -> Saturation:
+    """Enough inputs that the rank of the Jacobian no longer depends on them.
+
+    Starts with d/out examples and doubles them until the rank stays the same, or reaches a bound
+    that is proven.
+
+    Args:
+        fn, params: as for `jacobian_rank`.
+        x: a function (key, n) -> n inputs; or arrays, of which growing parts are taken; or
+            `jax.ShapeDtypeStruct`s, for standard normal inputs of that shape.
+        key: for drawing; `jax.random.key(0)` by default.
+        max_examples: give up here (`saturated` is then False).
+        dtype: of the computation.
+
+    Returns:
+        A `Saturation`.
+
+    Raises:
+        InvalidInput: as for `jacobian_rank`, or for integer inputs given by their shape alone.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import networks, saturating_inputs
+        >>> w = networks.init_mlp(jax.random.key(0), (2, 3, 1), bias=False)
+        >>> saturating_inputs(networks.mlp, w, jnp.ones((100, 2))).ranks  # one input, repeated
+        (1, 1)
+    """
+    draw, most = _drawing(x, max_examples)
+    key = jax.random.key(0) if key is None else key
+    d = sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params))
+    one = jax.eval_shape(fn, params, draw(key, 1))
+    out = sum(int(np.prod(y.shape[1:])) for y in jax.tree.leaves(one))
+    size, sizes, ranks = min(-(-d // max(out, 1)), most), [], []
+    while True:
+        found = jacobian_rank(fn, params, draw(key, size), dtype=dtype)
+        sizes.append(size)
+        ranks.append(int(found.rank))
+        proven = bool(found.certain) and found.rank == found.upper < min(d, size * out)
+        done = proven or (len(ranks) > 1 and ranks[-1] == ranks[-2]) or ranks[-1] == d
+        if done or size >= most:
+            return Saturation(draw(key, size), tuple(sizes), tuple(ranks), bool(done))
+        size = min(2 * size, most)
+
+
+def _drawing(x: Any, most: int) -> tuple[Callable[[Array, int], Inputs], int]:
+    if callable(x):
+        return x, most
+    leaves = jax.tree.leaves(x)
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        length = min(jnp.shape(leaf)[0] for leaf in leaves)
+        return lambda key, n: jax.tree.map(lambda a: a[:n], x), min(most, length)
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+        raise InvalidInput("x has integer inputs given by their shape; pass values or a function.")
+
+    def draw(key: Array, n: int) -> Inputs:
+        keys = jax.random.split(key, len(leaves))
+        drawn = [
+            jax.random.normal(k, (n, *leaf.shape[1:]), leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(x), drawn)
+
+    return draw, most

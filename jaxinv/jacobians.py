@@ -1,0 +1,464 @@
+"""The Jacobian of a network's outputs in its parameters, and the products that avoid holding it.
+
+J has a row per example and output element and a column per parameter, (n·out, d), in the order of
+`jax.tree.leaves(params)`. `jacobian_gram` is JᵀJ and `tangent_kernel` JJᵀ; both are accumulated
+over chunks of examples. `jacobian_operator` multiplies with J and Jᵀ and stores neither.
+
+If no output depends on another example of the batch, rows are computed example by example. Networks
+for which one does (batch norm in training mode) are differentiated whole.
+
+| | flops (a multiply-add is 2) | memory, in numbers |
+|---|---|---|
+| `jacobian`, reverse | 4·n·out·d | n·out·d |
+| `jacobian`, forward | 4·n·d² | n·out·d |
+| `jacobian_gram` | 2·n·out·d² | d² + chunk·out·d |
+| `tangent_kernel` | 2·(n·out)²·d; factored layers less | (n·out)² + chunk·out·d; ditto |
+| `jacobian_operator` | 4·n·d per product | activations of n examples |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv import _kernel_factors, _scaled
+from jaxinv._checks import check_params, leaf_names
+from jaxinv._examples import check_examples_apart
+from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+
+_EXACT = lax.Precision.HIGHEST
+
+
+# --- the network as a map of vectors --------------------------------------------------
+
+
+class _Shapes(NamedTuple):
+    """Sizes of a problem, known before anything is computed."""
+
+    examples: int
+    outputs: int  # per example
+    parameters: int
+    apart: bool  # no output depends on another example
+    dtype: Any
+
+    @property
+    def rows(self) -> int:
+        return self.examples * self.outputs
+
+
+def flatten(tree: PyTree, dtype: Any) -> Array:
+    """The leaves as one vector."""
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
+
+
+def unflatten(vector: Array, like: PyTree) -> PyTree:
+    """A vector as a pytree with the shapes and dtypes of another."""
+    leaves, tree = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    parts = jnp.split(vector, ends)
+    return jax.tree.unflatten(
+        tree, [p.reshape(a.shape).astype(a.dtype) for p, a in zip(parts, leaves, strict=True)]
+    )
+
+
+def outputs_of(fn: Network, params: Params, x: Inputs, dtype: Any) -> Array:
+    """fn(params, x) as (n, out)."""
+    leaves = jax.tree.leaves(fn(params, x))
+    return jnp.concatenate([y.reshape(y.shape[0], -1).astype(dtype) for y in leaves], 1)
+
+
+def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
+    """Check the arguments and read off the sizes of the Jacobian."""
+    check_params(params)
+    leaves = jax.tree.leaves(x)
+    sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in leaves}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        shapes = dict(zip(leaf_names(x, "x"), map(jnp.shape, leaves), strict=True))
+        raise InvalidInput(
+            f"x must hold arrays with one common leading batch axis of length >= 1, not {shapes}."
+        )
+    (examples,) = sizes
+    out = jax.eval_shape(fn, params, x)
+    ys = jax.tree.leaves(out)
+    for name, y in zip(leaf_names(out, "fn(params, x)"), ys, strict=True):
+        if y.shape[:1] != (examples,) or not jnp.issubdtype(y.dtype, jnp.floating):
+            raise InvalidInput(
+                f"{name} has shape {y.shape} and dtype {y.dtype}. A Jacobian needs real "
+                f"floating-point outputs with the leading batch axis of x ({examples})."
+            )
+    if not ys:
+        raise InvalidInput("fn(params, x) returns no arrays, so there is no Jacobian.")
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    try:
+        check_examples_apart(fn, params, one)
+        apart = all(y.shape[:1] == (1,) for y in jax.tree.leaves(jax.eval_shape(fn, params, one)))
+    except (UnsupportedOperation, TypeError):
+        apart = False
+    weights = jax.tree.leaves(params)
+    return _Shapes(
+        int(examples or 0),
+        sum(int(np.prod(y.shape[1:])) for y in ys),
+        sum(int(np.prod(jnp.shape(leaf))) for leaf in weights),
+        apart,
+        _scaled.working_dtype([*weights, *ys]),
+    )
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise InvalidInput(f"chunk must be at least 1, not {chunk}.")
+
+
+# --- rows -----------------------------------------------------------------------------
+
+
+def _rows_of_one(fn: Network, params: Params, example: Inputs, dtype: Any) -> Array:
+    """(out, d) of one example, by reverse mode."""
+    x = jax.tree.map(lambda a: a[None], example)
+    y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, dtype)[0], params)
+    (rows,) = jax.vmap(pull)(jnp.eye(y.size, dtype=dtype))
+    return jax.vmap(lambda row: flatten(row, dtype))(rows)
+
+
+def _rows_whole(fn: Network, params: Params, x: Inputs, shapes: _Shapes, chunk: int) -> Array:
+    """(n·out, d) of a network that mixes examples."""
+    y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, shapes.dtype).ravel(), params)
+
+    def row(i: Array) -> Array:
+        (g,) = pull(jnp.zeros_like(y).at[i].set(1))
+        return flatten(g, shapes.dtype)
+
+    return lax.map(row, jnp.arange(shapes.rows), batch_size=chunk)
+
+
+def _columns(fn: Network, params: Params, x: Inputs, shapes: _Shapes, chunk: int) -> Array:
+    """(n·out, d), by forward mode."""
+
+    def column(i: Array) -> Array:
+        one_hot = jnp.zeros(shapes.parameters, shapes.dtype).at[i].set(1)
+        tangent = unflatten(one_hot, params)
+        f = lambda w: outputs_of(fn, w, x, shapes.dtype).ravel()  # noqa: E731
+        return jax.jvp(f, (params,), (tangent,))[1]
+
+    return lax.map(column, jnp.arange(shapes.parameters), batch_size=chunk).T
+
+
+def jacobian(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    mode: Literal["auto", "fwd", "rev"] = "auto",
+    chunk: int = 64,
+) -> Array:
+    """J = ∂fn(params, x)/∂params as one matrix.
+
+    Args:
+        fn: any differentiable `fn(params, x) -> y`; x and y may be pytrees.
+        params: pytree of float arrays, d numbers in all.
+        x: inputs with a leading batch axis of length n.
+        mode: "fwd" is `jax.jacfwd` (a pass per parameter), "rev" `jax.jacrev` (a pass per output
+            element of each example). "auto" takes reverse mode where it needs fewer passes.
+        chunk: this many examples (reverse) or parameters (forward) at a time.
+
+    Returns:
+        (n·out, d): rows ordered by example, then output element; columns as
+        `jax.flatten_util.ravel_pytree(params)`. float64 if a parameter or output is, else float32.
+
+    Raises:
+        InvalidInput: for bad parameters, inputs without a common batch axis, or outputs that are
+            not real floats with that batch axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import jacobian
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
+        >>> print(jacobian(lambda w, x: (x @ w[0]) @ w[1], w, jnp.array([[1.0], [5.0]])))
+        [[ 3.  2.]
+         [15. 10.]]
+    """
+    if mode not in ("auto", "fwd", "rev"):
+        raise InvalidInput(f"mode must be 'auto', 'fwd' or 'rev', not {mode!r}.")
+    _check_chunk(chunk)
+    shapes = shapes_of(fn, params, x)
+    passes = shapes.outputs if shapes.apart else shapes.rows
+    if mode == "fwd" or (mode == "auto" and passes > shapes.parameters):
+        return _columns(fn, params, x, shapes, chunk)
+    if not shapes.apart:
+        return _rows_whole(fn, params, x, shapes, chunk)
+    rows = lax.map(lambda e: _rows_of_one(fn, params, e, shapes.dtype), x, batch_size=chunk)
+    return rows.reshape(shapes.rows, shapes.parameters)
+
+
+# --- products -------------------------------------------------------------------------
+
+
+def fold_rows(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    start: Any,
+    add: Callable[[Any, Array], Any],
+    *,
+    chunk: int = 64,
+) -> Any:
+    """Fold `add(state, rows)` over the rows of J, at most chunk·out of them at a time.
+
+    Args:
+        fn, params, x: as for `jacobian`.
+        start: the first state, a pytree of arrays.
+        add: takes the state and (k, d) rows, returns the next state.
+        chunk: examples at a time.
+
+    Returns:
+        The last state.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.jacobians import fold_rows
+        >>> x = jnp.ones((5, 2))
+        >>> fold_rows(lambda w, x: x @ w, jnp.ones((2, 1)), x, jnp.zeros(()),
+        ...           lambda total, rows: total + rows.sum(), chunk=2).item()
+        10.0
+    """
+    _check_chunk(chunk)
+    shapes = shapes_of(fn, params, x)
+    if not shapes.apart:
+        return add(start, _rows_whole(fn, params, x, shapes, chunk))
+    chunk = min(chunk, shapes.examples)
+
+    def rows(x: Inputs) -> Array:
+        found = jax.vmap(lambda e: _rows_of_one(fn, params, e, shapes.dtype))(x)
+        return found.reshape(-1, shapes.parameters)
+
+    whole = shapes.examples // chunk * chunk
+    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, chunk, *a.shape[1:]), x)
+    state, _ = lax.scan(lambda s, x: (add(s, rows(x)), None), start, chunks)
+    if whole < shapes.examples:
+        state = add(state, rows(jax.tree.map(lambda a: a[whole:], x)))
+    return state
+
+
+def jacobian_gram(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    chunk: int = 64,
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str | None = None,
+) -> Array:
+    """JᵀJ, accumulated over chunks of examples; J is never held.
+
+    Args:
+        fn, params, x: as for `jacobian`.
+        chunk: examples at a time.
+        mesh: devices (of one or many processes) over which the examples are spread. Each adds up
+            its own rows and one `psum` adds up the devices.
+        axis: the axis of the mesh that counts the examples; its first one by default.
+
+    Returns:
+        (d, d), symmetric positive semi-definite, the same on all devices.
+
+    Raises:
+        InvalidInput: as for `jacobian`; with a mesh also for networks that mix examples.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import jacobian_gram
+        >>> print(jacobian_gram(lambda w, x: x @ w, jnp.ones((2, 1)), jnp.array([[1.0, 2.0]])))
+        [[1. 2.]
+         [2. 4.]]
+    """
+
+    def gram(params: Params, x: Inputs, weights: Array | None = None) -> Array:
+        shapes = shapes_of(fn, params, x)
+        zero = jnp.zeros((shapes.parameters, shapes.parameters), shapes.dtype)
+
+        def add(total: Array, rows: Array) -> Array:
+            return total + jnp.matmul(rows.T, rows, precision=_EXACT)
+
+        if weights is None:
+            return fold_rows(fn, params, x, zero, add, chunk=chunk)
+        # Examples that only fill up a device count 0.
+        inside = {"x": x, "weight": weights}
+
+        def weighted(w: Params, inside: dict) -> Array:
+            return inside["weight"][:, None] * outputs_of(fn, w, inside["x"], shapes.dtype)
+
+        return fold_rows(weighted, params, inside, zero, add, chunk=chunk)
+
+    if mesh is None:
+        return gram(params, x)
+    axis = axis or mesh.axis_names[0]
+    # Where arrays lie is left to XLA here, whatever the mesh says of its axes.
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+    shapes = shapes_of(fn, params, x)
+    if not shapes.apart:
+        raise InvalidInput(
+            "the outputs for one example depend on others (batch norm in training mode?), so the "
+            "examples cannot be spread over devices. Call jacobian_gram without a mesh."
+        )
+    devices = mesh.shape[axis]
+    missing = -shapes.examples % devices
+    weights = jnp.concatenate(
+        [jnp.ones(shapes.examples, shapes.dtype), jnp.zeros(missing, shapes.dtype)]
+    )
+    if missing:
+        x = jax.tree.map(lambda a: jnp.concatenate([a, jnp.repeat(a[:1], missing, 0)]), x)
+    here, spread = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(axis)
+
+    def local(params: Params, x: Inputs, weights: Array) -> Array:
+        return lax.psum(gram(params, x, weights), axis)
+
+    # The rows of a device are its own, though they are gradients in parameters that all share:
+    # without the check nothing is summed over the devices but the result.
+    shared = jax.shard_map(
+        local, mesh=mesh, in_specs=(here, spread, spread), out_specs=here, check_vma=False
+    )
+    return jax.jit(shared)(params, x, weights)
+
+
+def tangent_kernel(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    x2: Inputs | None = None,
+    *,
+    chunk: int = 32,
+    factored: bool = True,
+) -> Array:
+    """The empirical neural tangent kernel J(x) J(x2)ᵀ, by blocks of chunk × chunk examples.
+
+    The part of a kernel W that enters as h·W only is Σ_positions ⟨h, h'⟩⟨δ, δ'⟩, with δ the
+    gradient of an output in the product: a Gram matrix of activations times one of gradients. For
+    dense layers and for convolutions with few positions that is far less than products of rows of
+    J, which then never exist. All other parameters take the plain product.
+
+    Args:
+        fn, params, x: as for `jacobian`.
+        x2: further inputs like x, m of them; x itself by default.
+        chunk: examples at a time on either side.
+        factored: False takes the plain product for all parameters.
+
+    Returns:
+        (n·out, m·out).
+
+    Raises:
+        InvalidInput: as for `jacobian`.
+
+    References:
+        Jacot, Gabriel, Hongler, "Neural tangent kernel", NeurIPS 2018 (arXiv:1806.07572), §3; the
+        factored form: Novak, Sohl-Dickstein, Schoenholz, "Fast finite width neural tangent kernel",
+        ICML 2022 (arXiv:2206.08720), §3.3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import tangent_kernel
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> print(tangent_kernel(lambda w, x: x @ w, jnp.ones((2, 1)), x))
+        [[ 5. 11.]
+         [11. 25.]]
+    """
+    _check_chunk(chunk)
+    shapes = shapes_of(fn, params, x)
+    other = x if x2 is None else x2
+    if not shapes.apart:
+        left = jacobian(fn, params, x, chunk=chunk)
+        right = left if x2 is None else jacobian(fn, params, x2, chunk=chunk)
+        return jnp.matmul(left, right.T, precision=_EXACT)
+    rows, columns = shapes.rows, shapes_of(fn, params, other).rows
+
+    def one(w: Params, example: Inputs) -> Array:
+        x = jax.tree.map(lambda a: a[None], example)
+        return outputs_of(fn, w, x, shapes.dtype)[0]
+
+    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
+    factors = _kernel_factors.factors_of(one, params, example, shapes.dtype, factored)
+    chunk = min(chunk, factors.most_examples)
+    left, right = _in_chunks(x, chunk), _in_chunks(other, chunk)
+
+    def strip(a: Inputs) -> Array:
+        features = factors.of(params, a)
+        blocks = lax.map(lambda b: factors.block(features, factors.of(params, b)), right)
+        return jnp.concatenate(list(blocks), 1) if blocks.shape[0] == 1 else _joined(blocks)
+
+    blocks = lax.map(strip, left)
+    return blocks.reshape(-1, blocks.shape[-1])[:rows, :columns]
+
+
+def _joined(blocks: Array) -> Array:
+    """(k, r, c) blocks side by side: (r, k·c)."""
+    return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1)
+
+
+def _in_chunks(x: Inputs, chunk: int) -> Inputs:
+    """(k, chunk, ...), filled up with copies of the first example."""
+
+    def split(a: Array) -> Array:
+        missing = -a.shape[0] % chunk
+        filled = jnp.concatenate([a, jnp.repeat(a[:1], missing, 0)]) if missing else a
+        return filled.reshape(-1, chunk, *a.shape[1:])
+
+    return jax.tree.map(split, x)
+
+
+class JacobianOperator(NamedTuple):
+    """Products with J and Jᵀ; neither is stored.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.jacobians import jacobian_operator
+        >>> J = jacobian_operator(lambda w, x: x @ w, jnp.ones((2, 1)), jnp.array([[1.0, 2.0]]))
+        >>> J.shape, J.matvec(jnp.array([1.0, 1.0])).tolist(), J.rmatvec(jnp.ones(1)).tolist()
+        ((1, 2), [3.0], [1.0, 2.0])
+    """
+
+    matvec: Callable[[Array], Array]  # (d,) -> (n·out,)
+    rmatvec: Callable[[Array], Array]  # (n·out,) -> (d,)
+    shape: tuple[int, int]
+
+
+def jacobian_operator(fn: Network, params: Params, x: Inputs) -> JacobianOperator:
+    """J as a linear operator on vectors, for Lanczos, CG and other matrix-free methods.
+
+    Args:
+        fn, params, x: as for `jacobian`.
+
+    Returns:
+        A `JacobianOperator`. The network is linearised once; a product with J or Jᵀ costs about
+        one pass over the batch. Its functions jit, vmap, and fit packages such as matfree.
+
+    Raises:
+        InvalidInput: as for `jacobian`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import jacobian, jacobian_operator, networks
+        >>> w, x = networks.init_mlp(jax.random.key(0), (3, 4, 2)), jnp.ones((5, 3))
+        >>> J = jacobian_operator(networks.mlp, w, x)
+        >>> v = jnp.ones(J.shape[1])
+        >>> bool(jnp.allclose(J.matvec(v), jacobian(networks.mlp, w, x) @ v, rtol=1e-4))
+        True
+    """
+    shapes = shapes_of(fn, params, x)
+
+    def f(w: Params) -> Array:
+        return outputs_of(fn, w, x, shapes.dtype).ravel()
+
+    _, push = jax.linearize(f, params)
+    pull = jax.linear_transpose(push, params)
+
+    def matvec(v: Array) -> Array:
+        return push(unflatten(v, params))
+
+    def rmatvec(c: Array) -> Array:
+        return flatten(pull(c)[0], shapes.dtype)
+
+    return JacobianOperator(matvec, rmatvec, (shapes.rows, shapes.parameters))

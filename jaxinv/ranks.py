@@ -1,0 +1,352 @@
+"""Degrees of freedom: the rank of the Jacobian, and how far it can be trusted.
+
+    number of parameters d = rank + rescalings + dead + hidden
+
+A rank read off computed singular values is a decision. Every singular value is known up to an error
+ε: rounding in computing J (measured, as the difference of reverse and forward mode on random
+directions) plus that of the method. By Weyl's inequality a computed σ_r > ε proves rank ≥ r. No
+computation with rounding proves that a singular value *is* zero; rank ≤ r is proven by theory: the
+rescalings known from the program of `fn` and columns that are exactly zero. A rank is `certain` if
+both bounds meet, or, in float64 alone, if nothing lies in three decades between what is and what
+is not zero.
+
+Everything is computed in float64 inside, by a scope: no global option changes, also inside your own
+`jit` with 64-bit types off.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv._rank_evidence import (
+    as_dtype,
+    column_sizes,
+    error_of_jacobian,
+    in_precision,
+    known_ambiguities,
+)
+from jaxinv.errors import InvalidInput
+from jaxinv.jacobians import (
+    fold_rows,
+    jacobian,
+    jacobian_gram,
+    shapes_of,
+    tangent_kernel,
+)
+from jaxinv.typing import Array, Inputs, Network, Params
+
+Method = Literal["auto", "svd", "tsqr", "gram", "certificate"]
+METHODS = ("auto", "svd", "tsqr", "gram", "certificate")
+# float64 takes a rank without proof of its upper bound if σ_r stands out by this factor.
+_CERTAIN_GAP = 1e3
+_EXACT = lax.Precision.HIGHEST
+
+
+class Rank(NamedTuple):
+    """The rank of a Jacobian and what it rests on; all fields are arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import jacobian_rank
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
+        >>> print(jacobian_rank(lambda w, x: (x @ w[0]) @ w[1], w, jnp.ones((4, 1))))
+        rank 1 (certain): 1 proven from below, at most 1; ...
+    """
+
+    rank: Array  # int32: singular values above the tolerance; -1 if a certificate failed
+    lower: Array  # int32: proven lower bound, up to rounding
+    upper: Array  # int32: proven upper bound: min(rows, d − known ambiguities)
+    certain: Array  # bool
+    tolerance: Array  # float: singular values up to this count as zero
+    error: Array  # float: bound on the error of the computed singular values
+    largest: Array  # float: σ_1
+    smallest: Array  # float: σ_rank; of a certificate the largest value that it excludes
+    gap: Array  # float: σ_rank / σ_{rank+1}; inf where there is no further one
+
+    def __str__(self) -> str:
+        """The rank, its bounds and its gap."""
+        if jnp.ndim(self.rank):
+            return f"ranks {self.rank} ({int(self.certain.sum())} of {self.rank.size} certain)"
+        if self.rank < 0:
+            return f"rank not certified: at most {self.upper}"
+        word = "certain" if self.certain else "NOT CERTAIN"
+        return (
+            f"rank {self.rank} ({word}): {self.lower} proven from below, at most {self.upper}; "
+            f"σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, gap {self.gap:.1e}, "
+            f"error {self.error:.1e}"
+        )
+
+
+# --- precision and options ---------------------------------------------------------
+
+
+def _checked(method: str, dtype: Any) -> Any:
+    if method not in METHODS:
+        raise InvalidInput(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.float64):
+        raise InvalidInput(f"dtype must be float32 or float64, not {dtype}.")
+    return dtype
+
+
+# --- spectra --------------------------------------------------------------------------
+
+
+def _dense(J: Array) -> Array:
+    return jnp.linalg.svd(J, compute_uv=False)
+
+
+def _streamed(fn: Network, params: Params, x: Inputs, size: int, dtype: Any, chunk: int) -> Array:
+    """Singular values of the triangle that QR of chunk after chunk leaves."""
+
+    def add(triangle: Array, rows: Array) -> Array:
+        return jnp.linalg.qr(jnp.concatenate([triangle, rows]), mode="r")
+
+    triangle = fold_rows(fn, params, x, jnp.zeros((size, size), dtype), add, chunk=chunk)
+    return _dense(triangle)
+
+
+def _from_gram(gram: Array) -> Array:
+    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1], 0))
+
+
+def _tsqr_chunk(shapes: Any) -> int:
+    """A chunk with as many rows as J has columns: QR then costs the least in all."""
+    return max(1, -(-shapes.parameters // shapes.outputs))
+
+
+@partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk"))
+def _spectrum(
+    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None
+) -> Array:
+    """min(rows, d) singular values, descending."""
+    shapes = shapes_of(fn, params, x)
+    if method == "tsqr":
+        values = _streamed(fn, params, x, shapes.parameters, dtype, chunk or _tsqr_chunk(shapes))[
+            : min(shapes.rows, shapes.parameters)
+        ]
+    elif method == "gram":
+        if shapes.rows < shapes.parameters:
+            values = _from_gram(tangent_kernel(fn, params, x, chunk=chunk or 32))
+        else:
+            values = _from_gram(jacobian_gram(fn, params, x, chunk=chunk or 64))
+    else:
+        values = _dense(jacobian(fn, params, x, chunk=chunk or 64))
+    return values
+
+
+def jacobian_spectrum(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    method: Literal["svd", "tsqr", "gram"] = "svd",
+    dtype: Any = np.float64,
+    chunk: int | None = None,
+) -> Array:
+    """The singular values of J = ∂fn(params, x)/∂params, descending.
+
+    Args:
+        fn, params, x: as for `jaxinv.jacobian`.
+        method: "svd" holds J (LAPACK on a CPU); "tsqr" streams it through QR of chunks and holds
+            d² numbers; "gram" takes the roots of the eigenvalues of JᵀJ or JJᵀ, whichever is
+            smaller: fast, but values below √(machine epsilon) of the largest are lost.
+        dtype: float64 (computed in a scope of its own) or float32.
+        chunk: examples at a time.
+
+    Returns:
+        (min(n·out, d),).
+
+    Raises:
+        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import jacobian_spectrum
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
+        >>> s = jacobian_spectrum(lambda w, x: (x @ w[0]) @ w[1], w, jnp.ones((4, 1)))
+        >>> print(s.round(4))  # rows (3, 2), four times
+        [7.2111 0.    ]
+    """
+    dtype = _checked(method, dtype)
+    if method not in ("svd", "tsqr", "gram"):
+        raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
+    with in_precision(dtype):
+        shapes_of(fn, params, x)
+        return _spectrum(as_dtype(params, dtype), as_dtype(x, dtype), fn, method, dtype, chunk)
+
+
+# --- ranks ----------------------------------------------------------------------------
+
+
+def _decide(
+    values: Array, rows: int, upper: Array, error: Array, rtol: float | None, double: bool
+) -> Rank:
+    largest = values[0]
+    tolerance = error if rtol is None else rtol * largest
+    rank = jnp.sum(values > tolerance).astype(jnp.int32)
+    lower = jnp.sum(values > error).astype(jnp.int32)
+    padded = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
+    smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], largest)
+    following = padded[rank]
+    gap = jnp.where(following > 0, smallest / jnp.where(following > 0, following, 1), jnp.inf)
+    # A value just above a bound that is itself an estimate proves nothing: ask for a decade more.
+    firm = jnp.sum(values > 10 * error).astype(jnp.int32)
+    certain = (firm == rank) & (rank == upper)
+    if double:
+        stands_out = smallest > _CERTAIN_GAP * jnp.maximum(error, following)
+        certain = certain | ((firm == rank) & stands_out & (following <= error))
+    certain = certain & jnp.isfinite(largest) & (rank <= upper)
+    return Rank(rank, lower, upper, certain, tolerance, error, largest, smallest, gap)
+
+
+@partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk", "rtol"))
+def _rank_by_spectrum(
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    method: str,
+    dtype: Any,
+    chunk: int | None,
+    rtol: float | None,
+) -> Rank:
+    shapes = shapes_of(fn, params, x)
+    d, small = shapes.parameters, min(shapes.rows, shapes.parameters)
+    J = None
+    if method == "svd":
+        J = jacobian(fn, params, x, chunk=chunk or 64)
+        values, sizes = _dense(J), abs(J).sum(0)
+    else:
+        values = _spectrum(params, x, fn, method, dtype, chunk)
+        sizes = column_sizes(fn, params, x, d, dtype, chunk or 64)
+    known = known_ambiguities(fn, params, x, sizes)
+    upper = jnp.minimum(d - known.dead.sum() - known.span, small).astype(jnp.int32)
+    eps = jnp.finfo(dtype).eps
+    rounding = max(shapes.rows, d) * eps * values[0]
+    if method == "gram":
+        # λ is good to max(rows, d)·eps·λ_1, so σ to its square root.
+        rounding = jnp.sqrt(max(shapes.rows, d) * eps) * values[0]
+    error = rounding + error_of_jacobian(fn, params, x, J, dtype)
+    return _decide(values, shapes.rows, upper, error, rtol, dtype == jnp.float64)
+
+
+@partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
+def _rank_by_certificate(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
+) -> Rank:
+    """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D⁻² the diagonal.
+
+    If JᵀJ plus a matrix of rank k is positive definite, then rank J ≥ d − k; and rank J ≤ d − k by
+    theory. D does not change the rank, and conditions the matrix.
+    """
+    shapes = shapes_of(fn, params, x)
+    d, eps = shapes.parameters, jnp.finfo(dtype).eps
+    gram = jacobian_gram(fn, params, x, chunk=chunk or 64)
+    diagonal = jnp.diagonal(gram)
+    known = known_ambiguities(fn, params, x, diagonal)
+    scale = jnp.where(known.dead, 1, jnp.sqrt(jnp.where(known.dead, 1, diagonal)))
+    A = gram / scale[:, None] / scale
+    # JT = 0, so (JD)(D⁻¹T) = 0: the rescalings of the scaled columns.
+    T = known.tangents * scale[:, None]
+    norm = jnp.linalg.norm(T, axis=0)
+    T = T / jnp.where(norm > 0, norm, 1)
+    A = A + jnp.matmul(T, T.T, precision=_EXACT) + jnp.diag(known.dead.astype(dtype))
+    # Success on A − μ proves A > 0 for μ above what forming A and factoring it can be wrong by:
+    # sums of `rows` and of d products, relative to the diagonal, whose sum is the trace.
+    measured = error_of_jacobian(fn, params, x, None, dtype) / jnp.sqrt(jnp.sum(diagonal))
+    trace = jnp.trace(A)
+    mu = trace * (eps * (d + 2 + np.sqrt(shapes.rows)) + 2 * measured)
+    L = jnp.linalg.cholesky(A - mu * jnp.eye(d, dtype=dtype))
+    proven = jnp.isfinite(L).all()
+    upper = (d - known.dead.sum() - known.span).astype(jnp.int32)
+    upper = jnp.minimum(upper, shapes.rows)
+    proven = proven & (upper == d - known.dead.sum() - known.span)
+    nothing = jnp.full((), jnp.nan, dtype)
+    return Rank(
+        jnp.where(proven, upper, -1),
+        jnp.where(proven, upper, 0),
+        upper,
+        proven,
+        jnp.zeros((), dtype),
+        jnp.sqrt(mu) * jnp.max(scale),
+        nothing,
+        jnp.sqrt(mu) * jnp.max(scale),
+        nothing,
+    )
+
+
+def jacobian_rank(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    method: Method = "auto",
+    rtol: float | None = None,
+    dtype: Any = np.float64,
+    chunk: int | None = None,
+) -> Rank:
+    """The rank of J = ∂fn(params, x)/∂params: the degrees of freedom of the function on x.
+
+    Args:
+        fn, params, x: as for `jaxinv.jacobian`. `fn` is run in the precision `dtype`, so it must
+            not cast to less (if it does, the measured error shows it).
+        method: "svd", "tsqr", "gram" as for `jacobian_spectrum`. "certificate" proves the rank
+            d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
+            and gives -1 where it cannot. "auto" tries the certificate, then the SVD.
+        rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
+        dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
+            equals a bound known from theory.
+        chunk: examples at a time.
+
+    Returns:
+        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`.
+
+    Raises:
+        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import jacobian_rank, networks
+        >>> w = networks.init_mlp(jax.random.key(0), (2, 3, 1), bias=False)
+        >>> x = jax.random.normal(jax.random.key(1), (50, 2))
+        >>> found = jacobian_rank(networks.mlp, w, x)  # 9 parameters, 3 rescalings
+        >>> int(found.rank), bool(found.certain)
+        (6, True)
+    """
+    dtype = _checked(method, dtype)
+    if rtol is not None and not rtol >= 0:
+        raise InvalidInput(f"rtol must be >= 0, not {rtol}.")
+    with in_precision(dtype):
+        shapes = shapes_of(fn, params, x)
+        params, x = as_dtype(params, dtype), as_dtype(x, dtype)
+        if method == "certificate":
+            return _rank_by_certificate(params, x, fn, dtype, chunk)
+        if method != "auto":
+            return _rank_by_spectrum(params, x, fn, method, dtype, chunk, rtol)
+        return _automatic(params, x, fn, dtype, chunk, rtol, shapes)
+
+
+def _automatic(
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    dtype: Any,
+    chunk: int | None,
+    rtol: float | None,
+    shapes: Any,
+) -> Rank:
+    """The certificate where it can succeed and is worth it, else the SVD."""
+    if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
+        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol)
+    found = _rank_by_certificate(params, x, fn, dtype, chunk)
+    return lax.cond(
+        found.certain,
+        lambda: found,
+        lambda: _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol),
+    )
