@@ -135,7 +135,7 @@ def degrees_of_freedom(
         if basis:
             found = _hidden_basis(weights, inputs, fn, dtype, evidence)
     d = jnp.asarray(dead.size, jnp.int32)
-    num_dead = dead.sum().astype(jnp.int32)
+    num_dead = dead.sum(dtype=jnp.int32)
     hidden = d - num_dead - count - evidence.rank
     return DegreesOfFreedom(
         d, evidence.rank, count, num_dead, hidden, evidence.certain, evidence, mask, found

@@ -452,8 +452,12 @@ def jacobian_operator(fn: Network, params: Params, x: Inputs) -> JacobianOperato
     def f(w: Params) -> Array:
         return outputs_of(fn, w, x, shapes.dtype).ravel()
 
+    y, pull = jax.vjp(f, params)
     _, push = jax.linearize(f, params)
-    pull = jax.linear_transpose(push, params)
+    if "custom_lin" in str(jax.make_jaxpr(push)(params)):
+        # A custom_vjp has no forward mode, but its reverse mode is linear.
+        transposed = jax.linear_transpose(lambda c: pull(c)[0], y)
+        push = lambda tangent: transposed(tangent)[0]  # noqa: E731
 
     def matvec(v: Array) -> Array:
         return push(unflatten(v, params))

@@ -178,8 +178,9 @@ def jacobian_spectrum(
     if method not in ("svd", "tsqr", "gram"):
         raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
     with in_precision(dtype):
+        params, x = as_dtype(params, dtype), as_dtype(x, dtype)
         shapes_of(fn, params, x)
-        return _spectrum(as_dtype(params, dtype), as_dtype(x, dtype), fn, method, dtype, chunk)
+        return _spectrum(params, x, fn, method, dtype, chunk)
 
 
 # --- ranks ----------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def _rank_by_spectrum(
         values = _spectrum(params, x, fn, method, dtype, chunk)
         sizes = column_sizes(fn, params, x, d, dtype, chunk or 64)
     known = known_ambiguities(fn, params, x, sizes)
-    upper = jnp.minimum(d - known.dead.sum() - known.span, small).astype(jnp.int32)
+    upper = jnp.minimum(d - known.num_dead - known.span, small).astype(jnp.int32)
     eps = jnp.finfo(dtype).eps
     rounding = max(shapes.rows, d) * eps * values[0]
     if method == "gram":
@@ -264,9 +265,9 @@ def _rank_by_certificate(
     mu = trace * (eps * (d + 2 + np.sqrt(shapes.rows)) + 2 * measured)
     L = jnp.linalg.cholesky(A - mu * jnp.eye(d, dtype=dtype))
     proven = jnp.isfinite(L).all()
-    upper = (d - known.dead.sum() - known.span).astype(jnp.int32)
+    upper = (d - known.num_dead - known.span).astype(jnp.int32)
     upper = jnp.minimum(upper, shapes.rows)
-    proven = proven & (upper == d - known.dead.sum() - known.span)
+    proven = proven & (upper == d - known.num_dead - known.span)
     nothing = jnp.full((), jnp.nan, dtype)
     return Rank(
         jnp.where(proven, upper, -1),
@@ -323,8 +324,8 @@ def jacobian_rank(
     if rtol is not None and not rtol >= 0:
         raise InvalidInput(f"rtol must be >= 0, not {rtol}.")
     with in_precision(dtype):
-        shapes = shapes_of(fn, params, x)
         params, x = as_dtype(params, dtype), as_dtype(x, dtype)
+        shapes = shapes_of(fn, params, x)
         if method == "certificate":
             return _rank_by_certificate(params, x, fn, dtype, chunk)
         if method != "auto":
