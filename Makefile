@@ -16,7 +16,7 @@ help:
 	@echo "make demo    train SGD, AdaGrad, Adam and Path-SGD from both starts (digits, about a minute)"
 	@echo "make test    run the tests and the doctests (PYTEST_ARGS='-m slow' for the long ones)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   step time of Path-SGD against SGD; cost of kappa on ResNet-18/50"
+	@echo "make bench   step time of Path-SGD; cost of kappa on ResNet-18/50; ranks"
 	@echo "make clean   remove the environment, caches and build output"
 
 $(VENV)/.stamp-python:
@@ -47,6 +47,7 @@ lint: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-cli
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/kappa_resnet.py
+	$(BIN)/python benchmarks/ranks.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis jaxinv-results

@@ -6,10 +6,8 @@ whose columns are exactly zero, and rescalings that the program of `fn` is known
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,18 +20,6 @@ _PROBES = 4
 # The rank of the generators is worked out up to this many; more are not used as a bound.
 _MOST_GENERATORS = 4096
 _EXACT = lax.Precision.HIGHEST
-
-
-def in_precision(dtype: Any) -> Any:
-    return jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext()
-
-
-def as_dtype(tree: Any, dtype: Any) -> Any:
-    def one(leaf: Any) -> Any:
-        leaf = jnp.asarray(leaf)
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(one, tree)
 
 
 class Known(NamedTuple):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._checks import leaf_names
-from jaxinv._rank_evidence import as_dtype, column_sizes, in_precision, known_ambiguities
+from jaxinv._precision import call_in
+from jaxinv._rank_evidence import column_sizes, known_ambiguities
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import jacobian, shapes_of, unflatten
 from jaxinv.ranks import Method, Rank, jacobian_rank
@@ -46,6 +47,8 @@ class DegreesOfFreedom(NamedTuple):
 
     def __str__(self) -> str:
         """The sum, and the names of dead parameters."""
+        if isinstance(self.rank, jax.core.Tracer) or jnp.ndim(self.rank):
+            return repr(self)
         word = "certain" if self.certain else "NOT CERTAIN"
         lines = [
             f"{self.parameters} parameters = {self.rank} degrees of freedom + "
@@ -127,13 +130,13 @@ def degrees_of_freedom(
     """
     evidence = jacobian_rank(fn, params, x, method=method, rtol=rtol, dtype=dtype, chunk=chunk)
     dtype = jnp.dtype(dtype)
-    with in_precision(dtype):
-        weights, inputs = as_dtype(params, dtype), as_dtype(x, dtype)
-        dead, count = _split(weights, inputs, fn, dtype, chunk)
-        mask = jax.tree.map(lambda a: a > 0, unflatten(dead.astype(dtype), weights))
-        found = None
-        if basis:
-            found = _hidden_basis(weights, inputs, fn, dtype, evidence)
+    split = partial(_split, fn=fn, dtype=dtype, chunk=chunk)
+    dead, count = call_in(dtype, split, params, x)
+    mask = unflatten(dead, jax.tree.map(lambda a: jnp.zeros(jnp.shape(a), bool), params))
+    found = None
+    if basis:
+        hidden_basis = partial(_hidden_basis, fn=fn, dtype=dtype, rank=int(evidence.rank))
+        found = call_in(dtype, hidden_basis, params, x)
     d = jnp.asarray(dead.size, jnp.int32)
     num_dead = dead.sum(dtype=jnp.int32)
     hidden = d - num_dead - count - evidence.rank
@@ -152,11 +155,11 @@ def _split(
     return known.dead, known.span
 
 
-def _hidden_basis(params: Params, x: Inputs, fn: Network, dtype: Any, evidence: Rank) -> Array:
+def _hidden_basis(params: Params, x: Inputs, fn: Network, dtype: Any, rank: int) -> Array:
     J = jacobian(fn, params, x)
     known = known_ambiguities(fn, params, x, abs(J).sum(0))
     _, _, Vt = jnp.linalg.svd(J, full_matrices=True)
-    null = Vt[int(evidence.rank) :]
+    null = Vt[rank:]
     dead = jnp.eye(J.shape[1], dtype=dtype)[:, np.asarray(known.dead)]
     explained = jnp.concatenate([known.tangents, dead], 1)
     # What is left of the null space after the explained directions are projected out.

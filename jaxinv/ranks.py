@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv._checks import check_params
+from jaxinv._precision import call_in
 from jaxinv._rank_evidence import (
-    as_dtype,
     column_sizes,
     error_of_jacobian,
-    in_precision,
     known_ambiguities,
 )
 from jaxinv.errors import InvalidInput
@@ -71,6 +71,8 @@ class Rank(NamedTuple):
 
     def __str__(self) -> str:
         """The rank, its bounds and its gap."""
+        if not isinstance(self.rank, jax.Array) or isinstance(self.rank, jax.core.Tracer):
+            return repr(self)
         if jnp.ndim(self.rank):
             return f"ranks {self.rank} ({int(self.certain.sum())} of {self.rank.size} certain)"
         if self.rank < 0:
@@ -177,10 +179,13 @@ def jacobian_spectrum(
     dtype = _checked(method, dtype)
     if method not in ("svd", "tsqr", "gram"):
         raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
-    with in_precision(dtype):
-        params, x = as_dtype(params, dtype), as_dtype(x, dtype)
+    check_params(params)
+
+    def spectrum(params: Params, x: Inputs) -> Array:
         shapes_of(fn, params, x)
         return _spectrum(params, x, fn, method, dtype, chunk)
+
+    return call_in(dtype, spectrum, params, x)
 
 
 # --- ranks ----------------------------------------------------------------------------
@@ -323,14 +328,17 @@ def jacobian_rank(
     dtype = _checked(method, dtype)
     if rtol is not None and not rtol >= 0:
         raise InvalidInput(f"rtol must be >= 0, not {rtol}.")
-    with in_precision(dtype):
-        params, x = as_dtype(params, dtype), as_dtype(x, dtype)
+    check_params(params)
+
+    def rank(params: Params, x: Inputs) -> Rank:
         shapes = shapes_of(fn, params, x)
         if method == "certificate":
             return _rank_by_certificate(params, x, fn, dtype, chunk)
         if method != "auto":
             return _rank_by_spectrum(params, x, fn, method, dtype, chunk, rtol)
         return _automatic(params, x, fn, dtype, chunk, rtol, shapes)
+
+    return call_in(dtype, rank, params, x)
 
 
 def _automatic(

@@ -336,6 +336,33 @@ def test_rank_and_spectrum_from_a_gram_matrix_over_two_processes(tmp_path):
     assert values[rank] < 1e-6 * values[0] and rank == 22
 
 
+def test_every_order_of_jit_and_vmap_gives_the_rank_of_each_member():
+    """Also vmap of a jitted function, whose 64-bit program is already traced."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    members = jax.vmap(lambda k: networks.init_mlp(k, (3, 4, 2), bias_std=0.5))(keys)
+    x = jax.random.normal(jax.random.key(1), (2, 60, 3))
+
+    def rank(w, x):
+        return jacobian_rank(networks.mlp, w, x, method="auto")
+
+    alone = [rank(jax.tree.map(lambda a, i=i: a[i], members), x[1]) for i in range(6)]
+    want = [int(found.rank) for found in alone]
+    single = jax.jit(rank)
+    for many in (
+        jax.vmap(rank, (0, None)),
+        jax.jit(jax.vmap(rank, (0, None))),
+        jax.vmap(single, (0, None)),
+    ):
+        found = many(members, x[1])
+        assert found.rank.tolist() == want
+        np.testing.assert_allclose(found.smallest, [a.smallest for a in alone], rtol=1e-9)
+    grid = jax.jit(jax.vmap(jax.vmap(single, (0, None)), (None, 0)))(members, x)
+    assert grid.rank.shape == (2, 6) and grid.rank[1].tolist() == want
+    spectra = jax.vmap(jax.jit(lambda w: jacobian_spectrum(networks.mlp, w, x[1])))(members)
+    assert spectra.dtype == np.float64
+    np.testing.assert_allclose(spectra[:, 0], [a.largest for a in alone], rtol=1e-12)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

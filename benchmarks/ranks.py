@@ -1,0 +1,107 @@
+"""What the ways to a rank cost next to each other.
+
+    python benchmarks/ranks.py
+
+* the certificate against the SVD, on 64-64-64-10 (8970 parameters), same answer;
+* an ensemble of 256 networks in one vmapped call against a loop over the jitted function;
+* memory of the tangent kernel against holding J, on 784-1024-1024-10 with 512 inputs, as the
+  compiler plans it;
+* `balance` of a network of 2.6 million parameters, compiled.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _measure import RESULTS, interleaved_seconds, publish, spelled, timed
+
+from jaxinv import balance, jacobian, jacobian_rank, networks, rescaling_group, tangent_kernel
+from jaxinv.experiments.report import Table
+
+
+def certificate(sizes=(64, 64, 64, 10), examples=1000, repeats=1):
+    """Seconds of both methods, compiled beforehand on other numbers of the same shapes."""
+    params = networks.init_mlp(jax.random.key(0), sizes)
+    x = jax.random.normal(jax.random.key(1), (examples, sizes[0]))
+    methods = ("certificate", "svd")
+    functions = {m: lambda m=m: jacobian_rank(networks.mlp, params, x, method=m) for m in methods}
+    answers = {m: int(f().rank) for m, f in functions.items()}
+    seconds = {m: np.array([timed(f)[0] for _ in range(repeats)]) for m, f in functions.items()}
+    return answers, seconds
+
+
+def ensemble(members=256, sizes=(8, 16, 16, 4), examples=120, repeats=3):
+    keys = jax.random.split(jax.random.key(0), members)
+    params = jax.vmap(lambda k: networks.init_mlp(k, sizes, bias_std=0.1))(keys)
+    x = jax.random.normal(jax.random.key(1), (examples, sizes[0]))
+
+    @jax.jit
+    def single(w):
+        return jacobian_rank(networks.mlp, w, x, method="svd")
+
+    batched = jax.jit(jax.vmap(single))
+    apart = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(members)]
+    functions = {"vmap": lambda: batched(params), "loop": lambda: [single(w) for w in apart]}
+    same = np.array_equal(batched(params).rank, [int(single(w).rank) for w in apart])
+    return same, interleaved_seconds(functions, repeats)
+
+
+def kernel_memory(sizes=(784, 1024, 1024, 10), examples=512):
+    """Bytes of results and temporaries of both programs; neither is run."""
+    params = networks.init_mlp(jax.random.key(0), sizes)
+    x = jax.ShapeDtypeStruct((examples, sizes[0]), jnp.float32)
+
+    def planned(function):
+        memory = jax.jit(function).lower(params, x).compile().memory_analysis()
+        return memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+    return {
+        "kernel": planned(lambda w, x: tangent_kernel(networks.mlp, w, x)),
+        "J": planned(lambda w, x: jacobian(networks.mlp, w, x)),
+    }
+
+
+def balancing(sizes=(784, 1024, 1024, 720, 10), repeats=5):
+    params = networks.init_mlp(jax.random.key(0), sizes)
+    group = rescaling_group(networks.mlp, params, jnp.zeros((1, sizes[0])))
+    seconds = interleaved_seconds({"balance": lambda: balance(group, params)}, repeats)["balance"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params)), seconds
+
+
+def _seconds(values) -> str:
+    return f"{spelled(values)} s"
+
+
+def _rank(answers) -> str:
+    return ", ".join(f"{method}: rank {rank}" for method, rank in answers.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the results")
+    arguments = parser.parse_args()
+    answers, methods = certificate()
+    same, loops = ensemble()
+    memory = kernel_memory()
+    count, balanced = balancing()
+    faster = (methods["svd"] / methods["certificate"]).mean()
+    shorter = np.median(loops["loop"] / loops["vmap"])
+    smaller = memory["J"] / memory["kernel"]
+    rows = [
+        ["64-64-64-10, 1000 inputs: certificate", _seconds(methods["certificate"]), _rank(answers)],
+        ["the same: svd", _seconds(methods["svd"]), f"{faster:.1f} times the certificate"],
+        ["256 networks 8-16-16-4: one vmapped call", _seconds(loops["vmap"]), f"equal: {same}"],
+        ["the same: loop over the jitted call", _seconds(loops["loop"]), f"{shorter:.2f} times"],
+        ["784-1024-1024-10, 512 inputs: kernel", f"{memory['kernel'] / 1e9:.3g} GB", "planned"],
+        ["the same: J", f"{memory['J'] / 1e9:.3g} GB", f"planned; {smaller:.0f} times"],
+        [f"balance of {count} parameters", _seconds(balanced), ""],
+    ]
+    table = Table("Ranks: median (interquartile range)", ["what", "cost", ""], rows)
+    numbers = {"answers": answers, "seconds": {**methods, **loops, "balance": balanced}}
+    publish("ranks", table, {**numbers, "bytes": memory}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
