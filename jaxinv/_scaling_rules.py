@@ -20,7 +20,7 @@ RULES, rule = rule_table()
 
 # A constant up to this size that is added inside a normalisation counts as its epsilon (the usual
 # ones go from 1e-12 to 1e-3).
-LARGEST_EPSILON = 1e-3
+LARGEST_EPSILON = float(np.nextafter(np.float32(1e-3), np.float32(1)))  # 1e-3 in any float
 
 
 # --- powers: elementwise, the exponent times a number ---

@@ -161,7 +161,7 @@ def gradient_orthogonality(
 
     References:
         Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), §2.1, for the rescalings;
-        Kunin et al., "Neural mechanics", ICLR 2021 (arXiv:2012.04728), §3, for the theorem.
+        Kunin et al., "Neural mechanics", ICLR 2021 (arXiv:2012.04728), for the theorem.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -343,9 +343,9 @@ def equivariance_error(
             without `fn`.
 
     References:
-        Amari, "Natural gradient works efficiently in learning", Neural Computation 10, 1998, §2;
+        Amari, "Natural gradient works efficiently in learning", Neural Computation 10, 1998;
         Martens, "New insights and perspectives on the natural gradient method", JMLR 21, 2020
-        (arXiv:1412.1193), §12, for the definition of an invariant algorithm.
+        (arXiv:1412.1193), for the definition of an invariant algorithm.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax

@@ -354,9 +354,9 @@ def tangent_kernel(
         InvalidInput: as for `jacobian`.
 
     References:
-        Jacot, Gabriel, Hongler, "Neural tangent kernel", NeurIPS 2018 (arXiv:1806.07572), §3; the
+        Jacot, Gabriel, Hongler, "Neural tangent kernel", NeurIPS 2018 (arXiv:1806.07572); the
         factored form: Novak, Sohl-Dickstein, Schoenholz, "Fast finite width neural tangent kernel",
-        ICML 2022 (arXiv:2206.08720), §3.3.
+        ICML 2022 (arXiv:2206.08720).
 
     Example:
         >>> import jax.numpy as jnp

@@ -141,7 +141,7 @@ def discover(
     References:
         Ziyin, "Symmetry induces structure and constraint of learning", ICML 2024
         (arXiv:2309.16932), and Zhao et al., "Symmetries, flat minima, and the conserved quantities
-        of gradient flow", ICLR 2023 (arXiv:2210.17216), §3, for these kinds of symmetry.
+        of gradient flow", ICLR 2023 (arXiv:2210.17216), for these kinds of symmetry.
 
     Example:
         >>> import jax, jax.numpy as jnp

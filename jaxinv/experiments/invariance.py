@@ -2,7 +2,7 @@
 
 An algorithm is invariant under a reparametrisation w = w(θ) if stepping in w
 and stepping in θ are the same step, Δw = (∂w/∂θ)Δθ (Amari 1998; Martens,
-arXiv:1412.1193, §12). Every optimizer of optax that needs nothing but gradients
+arXiv:1412.1193). Every optimizer of optax that needs nothing but gradients
 and parameters, Path-SGD, and SGD in the normalised gauge take a step on a ReLU
 network on digits under
 
