@@ -11,6 +11,7 @@ over units. All of it jits and vmaps over an ensemble; the iterations have no re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax import lax
 
 from jaxinv import _scaled
 from jaxinv._orbit_minimum import Problem, Weights, class_sums, minimize, most_terms, onto, total
-from jaxinv._units import units_of
+from jaxinv._units import Units, units_of
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling import (
     RescalingGroup,
@@ -224,7 +225,18 @@ def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge
     """
     if not norm > 0:
         raise InvalidInput(f"norm must be positive, not {norm}.")
-    units, weights = units_of(group), _logs(checked_leaves(group, params, "params"), norm)
+    weights = _logs(checked_leaves(group, params, "params"), norm)
+    v, steps, error = _unit_norms(group, weights, *units_of(group))
+    u, converged = v / norm, error <= default_tolerance(v.dtype)
+    return Gauge(rescale(group, params, u), u, error, steps, error, converged)
+
+
+@partial(jax.jit, static_argnames=("dim", "depth"))
+def _unit_norms(
+    group: RescalingGroup, weights: Weights, leaves: Any, dim: int, depth: int
+) -> tuple[Array, Array, Array]:
+    """v with Σ_{e into j} a_e exp((Bv)_e) = 1 for all j, by substitution layer after layer."""
+    units = Units(leaves, dim, depth)
 
     def sums(v: Array) -> Array:
         found = units.sums([jnp.exp(a) for a in weights.moved(group, v)])
@@ -237,18 +249,15 @@ def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge
 
     # Each step puts right all units whose sources are right, so `depth` steps do it; rounding of
     # long sums may stay above the tolerance.
-    v = jnp.zeros(group.dim, weights.logs[0].dtype)
+    v = jnp.zeros(dim, weights.logs[0].dtype)
     tol = 16 * float(jnp.finfo(v.dtype).eps)
 
     def unfinished(state: tuple) -> Array:
         _, found, steps = state
-        return (jnp.max(abs(found - 1), initial=0.0) > tol) & (steps < units.depth + 2)
+        return (jnp.max(abs(found - 1), initial=0.0) > tol) & (steps < depth + 2)
 
-    state = (v, sums(v), jnp.zeros((), jnp.int32))
-    v, found, steps = lax.while_loop(unfinished, step, state)
-    error, u = jnp.max(abs(found - 1), initial=0.0), v / norm
-    converged = error <= default_tolerance(v.dtype)
-    return Gauge(rescale(group, params, u), u, error, steps, error, converged)
+    v, found, steps = lax.while_loop(unfinished, step, (v, sums(v), jnp.zeros((), jnp.int32)))
+    return v, steps, jnp.max(abs(found - 1), initial=0.0)
 
 
 def distance_mod_rescaling(group: RescalingGroup, a: Params, b: Params) -> Array:

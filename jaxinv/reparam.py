@@ -217,7 +217,8 @@ def tangent_gradient(group: RescalingGroup) -> optax.GradientTransformationExtra
             missing or do not fit the group.
 
     References:
-        Absil, Mahony, Sepulchre, "Optimization algorithms on matrix manifolds", 2008 (projection onto the tangent space of a sphere).
+        Absil, Mahony, Sepulchre, "Optimization algorithms on matrix manifolds", 2008 (the tangent
+        space of a sphere).
 
     Example:
         >>> import jax.numpy as jnp

@@ -87,7 +87,7 @@ class ResNet(nn.Module):
     """A residual network of any depth.
 
     A stem, one stage of blocks per entry of ``stage_sizes`` (64, 128, 256, ...
-    features, each stage after the first halving the image), a mean over all
+    features by default, each stage after the first halving the image), a mean over all
     positions and a dense read-out. The stem is a 7×7 convolution of stride 2
     with a 3×3 max pool of stride 2, or, for ``small_inputs`` such as 32×32
     images, a 3×3 convolution of stride 1 without pooling.
@@ -97,6 +97,7 @@ class ResNet(nn.Module):
         small_inputs: which stem.
         stage_sizes: blocks per stage.
         block: :class:`BasicBlock` or :class:`BottleneckBlock`.
+        features: of the stem and the first stage.
 
     >>> import jax, jax.numpy as jnp
     >>> tiny = ResNet(3, small_inputs=True, stage_sizes=(1,))
@@ -109,6 +110,7 @@ class ResNet(nn.Module):
     small_inputs: bool = False
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     block: Callable[..., Any] = BasicBlock
+    features: int = 64
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -119,14 +121,14 @@ class ResNet(nn.Module):
             train: whether batch norm uses the statistics of ``x`` (and updates
                 ``batch_stats``, which must then be mutable) or the running ones.
         """
-        x = _conv(64, 3)(x) if self.small_inputs else _conv(64, 7, 2)(x)
+        x = _conv(self.features, 3)(x) if self.small_inputs else _conv(self.features, 7, 2)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         if not self.small_inputs:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for i, num_blocks in enumerate(self.stage_sizes):
             for j in range(num_blocks):
                 stride = 2 if i > 0 and j == 0 else 1
-                x = self.block(64 * 2**i, stride=stride)(x, train)
+                x = self.block(self.features * 2**i, stride=stride)(x, train)
         return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
 
 

@@ -83,10 +83,10 @@ def test_path_condition_reaches_the_known_minimum(biases, start, least, x64):
     assert objective(flat(after), moved) == pytest.approx(least, abs=1e-8)
 
 
-@settings(max_examples=5)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 1000),
-    widths=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    widths=st.sampled_from([(3,), (4, 2, 3)]),
     p=st.sampled_from([1.0, 1.5, 2.0, 3.0]),
 )
 def test_balance_is_the_minimum_that_scipy_finds(seed, widths, p):

@@ -238,6 +238,19 @@ def test_functions_with_a_reverse_rule_alone(x64):
     np.testing.assert_allclose(tangent_kernel(fn, params, x), J @ J.T, rtol=1e-11)
 
 
+def test_the_operator_serves_a_matrix_free_library(x64):
+    """The largest singular values by Golub-Kahan, from products alone."""
+    decomp, eig = pytest.importorskip("matfree.decomp"), pytest.importorskip("matfree.eig")
+    fn, shapes, x_shape = NETWORKS["dense"]
+    params, x = draw(shapes), draw({"x": (30, *x_shape)}, 1)["x"]
+    operator = jacobian_operator(fn, params, x)
+    svd = eig.svd_partial(decomp.bidiag(20, materialize=True))
+    start = jnp.linspace(0.1, 1.0, operator.shape[1])
+    _, values, _ = svd(operator.matvec, start)
+    want = jnp.linalg.svd(reference(fn, params, x), compute_uv=False)
+    np.testing.assert_allclose(values[:3], want[:3], rtol=1e-8)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

@@ -144,10 +144,10 @@ def gaussian_problem(sizes, bias_std, n):
     return params, jax.random.normal(jax.random.key(2), (n, sizes[0]))
 
 
-@pytest.mark.parametrize("bias_std", [0.0, 0.1])
-def test_3402_of_3466_proven_inside_a_jit_without_64_bits(bias_std):
+def test_3402_of_3466_proven_inside_a_jit_without_64_bits():
+    """With biases; without them it is an example in the README."""
     assert not jax.config.jax_enable_x64
-    params, x = gaussian_problem((64, 32, 32, 10), bias_std, 1000)
+    params, x = gaussian_problem((64, 32, 32, 10), 0.1, 1000)
     found = jax.jit(lambda w, x: jacobian_rank(networks.mlp, w, x))(params, x)
     assert (int(found.rank), bool(found.certain)) == (3402, True)
     assert (int(found.lower), int(found.upper)) == (3402, 3402)

@@ -564,6 +564,11 @@ def _resnet(kind, size, **options):
     return net, shapes["params"], stats, draw
 
 
+def net_stats(net, size):
+    x = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    return jax.eval_shape(lambda x: net.init(jax.random.key(0), x, False), x)["batch_stats"]
+
+
 def _frozen_resnet(*args, **options):
     net, shapes, stats, _ = _resnet(*args, **options)
     return lambda w, x: net.apply({"params": w, "batch_stats": stats}, x, False), shapes
@@ -585,6 +590,26 @@ def test_groups_of_large_networks_take_memory_of_their_units(standard_dtype_prom
     assert deep.dim == inner + 64 + sum(256 * 2**i for i in range(4))
     for group in (dense, deep):
         assert sum(np.size(leaf) for leaf in jax.tree.leaves(group)) < 16 * group.dim
+
+
+@pytest.mark.slow
+def test_a_narrow_resnet18_has_the_dimension_found_numerically(x64, standard_dtype_promotion):
+    """All its layers and skips, at a width for which every diagonal scaling can be tried."""
+    net, shapes, _, draw = _resnet(resnet.ResNet18, 8, small_inputs=True, features=1)
+    stats = jax.tree.map(lambda s: draw(s).astype(np.float64), net_stats(net, 8))
+
+    def fn(w, x):
+        return net.apply({"params": w, "batch_stats": stats}, x, False)
+
+    params = jax.tree.map(lambda s: np.zeros(s.shape), shapes)
+    group = rescaling_group(fn, params, jax.ShapeDtypeStruct((1, 8, 8, 3), np.float64))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    A, dead = derivative_rows(fn, params, (8, 8, 3), 3 * size, 1)
+    assert not dead.any() or group.unused
+    values = np.linalg.eigvalsh(A[:, ~dead].T @ A[:, ~dead])
+    found = int((values < 1e-12 * values[-1]).sum())
+    assert found == group.dim
+    assert values[found] > 1e3 * abs(values[found - 1])
 
 
 def test_powers_of_two_change_no_bit_of_a_resnet(standard_dtype_promotion):
