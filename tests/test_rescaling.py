@@ -53,7 +53,9 @@ def derivative_rows(fn, params, shape, draws, batch, tokens=None):
         return jax.grad(lambda w: jnp.vdot(output(w, x), c))(w) * w
 
     c = rng.normal(size=(draws, jax.eval_shape(output, flat, x[0]).size))
-    A = np.asarray(jax.jit(jax.vmap(row))(rng.normal(size=(draws, flat.size)), x, c))
+    w = rng.normal(size=(draws, flat.size))
+    rows = jax.jit(lambda *all: lax.map(lambda one: row(*one), all, batch_size=min(draws, 256)))
+    A = np.asarray(rows(w, x, c))
     A = A[np.isfinite(A).all(axis=1) & (A != 0).any(axis=1)]
     A = A / np.linalg.norm(A, axis=1, keepdims=True)
     return A, np.abs(A).max(axis=0, initial=0) < 1e-13

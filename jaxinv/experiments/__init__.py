@@ -33,4 +33,12 @@ EXPERIMENTS = {
         "jaxinv.experiments.parametrizations",
         "One network trained unconstrained, constrained and normalised, with ReLU and sigmoid",
     ),
+    "degrees-of-freedom": Experiment(
+        "jaxinv.experiments.degrees_of_freedom",
+        "Spectrum of the Jacobian and d = rank + rescaling + dead + hidden, on noise and on images",
+    ),
+    "discussion": Experiment(
+        "jaxinv.experiments.discussion",
+        "Is rescaling all? The rank against inputs, draws, training, depth and width",
+    ),
 }

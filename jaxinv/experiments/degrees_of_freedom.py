@@ -1,0 +1,262 @@
+"""The degrees of freedom of a ReLU network: the singular values of its Jacobian fall off a cliff.
+
+Of the d parameters, dim(group) are lost to node-wise rescaling, on any inputs. Inputs lose more:
+a pixel that is always 0 and a unit that never fires make parameters dead, and what then remains of
+the null space is hidden:
+
+    d = rank + rescaling + dead + hidden
+
+Both terms are measured on standard normal inputs and on images. The rank is that of float64, with
+its error bounds; next to it stands what NumPy's default tolerance, max(n·out, d)·ε·σ₁, makes of the
+spectrum in float64 and in float32, where it also counts away singular values that are not zero.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv._checks import leaf_names
+from jaxinv.experiments import datasets
+from jaxinv.experiments.options import directory, option, positive_int, widths
+from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.freedom import dead_names, degrees_of_freedom
+from jaxinv.networks import init_mlp, mlp
+from jaxinv.ranks import jacobian_spectrum
+from jaxinv.rescaling import rescaling_group
+from jaxinv.typing import Params
+
+FIGURE = "spectra.png"
+PRECISIONS = ("float64", "float32")
+_DIGITS = "digits"
+
+
+def spread(text: str) -> float:
+    """Parse a standard deviation, 0 included.
+
+    >>> spread("0.5")
+    0.5
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which network, on which inputs."""
+
+    data: Path | None = option(
+        None,
+        "directory with the four .gz files of MNIST or Fashion-MNIST "
+        "(default: the digits bundled with scikit-learn)",
+        parse=directory,
+        metavar="DIR",
+    )
+    out: Path = option(
+        Path("jaxinv-results/degrees-of-freedom"),
+        f"directory for {FIGURE} and results.json",
+        parse=directory,
+        metavar="DIR",
+    )
+    hidden: tuple[int, ...] = option(
+        (32, 32), "widths of the hidden layers", parse=widths, metavar="N,N,..."
+    )
+    examples: int = option(
+        1000,
+        "standard normal inputs, and images of --data (of the digits all 1437 are taken); memory "
+        "and time grow with it and with the square of the number of parameters",
+        parse=positive_int,
+        metavar="N",
+    )
+    bias_std: float = option(0.0, "standard deviation of the biases", parse=spread, metavar="STD")
+    seeds: int = option(
+        1, "networks: those of the seeds 0, ..., K - 1", parse=positive_int, metavar="K"
+    )
+
+
+class Split(NamedTuple):
+    """What becomes of every parameter of one network on one kind of inputs."""
+
+    inputs: str
+    seed: int
+    examples: int
+    rows: int  # n·out
+    parameters: int  # d
+    group_dimension: int
+    rank: int
+    rescaling: int
+    dead: int
+    hidden: int
+    certain: bool
+    smallest: float  # σ_rank
+    error: float  # bound on the error of a singular value
+    dead_names: list[str]
+    dead_by_leaf: dict[str, int]  # leaf -> number of its dead elements, if any
+    spectra: dict[str, np.ndarray]  # [precision] -> (min(rows, d),), descending
+    numpy_rank: dict[str, int]  # [precision]: singular values above NumPy's default tolerance
+
+
+class Result(NamedTuple):
+    """What :func:`run` computes."""
+
+    config: Config
+    sizes: tuple[int, ...]
+    splits: list[Split]
+
+
+def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+    """Split the parameters, d = rank + rescaling + dead + hidden, and compute the spectra.
+
+    Args:
+        config: which network, on which inputs.
+        progress: called after each spectrum and each split.
+
+    Returns:
+        the :class:`Result`, a :class:`Split` for every network and kind of inputs.
+
+    Raises:
+        DataError: if ``config.data`` cannot be read.
+
+    >>> result = run(Config(hidden=(2,), examples=200))
+    >>> normal, digits = result.splits
+    >>> normal.parameters, normal.rank, normal.rescaling, normal.dead, normal.hidden
+    (160, 158, 2, 0, 0)
+    """
+    data = datasets.load(config.data)
+    sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
+    images = data.x_train if config.data is None else data.x_train[: config.examples]
+    inputs = {
+        "standard normal": jax.random.normal(jax.random.key(1), (config.examples, sizes[0])),
+        _DIGITS if config.data is None else data.name: jnp.asarray(images),
+    }
+    splits: list[Split] = []
+    for seed in range(config.seeds):
+        params = init_mlp(jax.random.key(seed), sizes, bias_std=config.bias_std)
+        for name, x in inputs.items():
+
+            def report(part: float, what: str, name: str = name, seed: int = seed) -> None:
+                done = len(splits) + part
+                progress(done / (config.seeds * len(inputs)), f"{name}, seed {seed}: {what}")
+
+            splits.append(_split(params, x, name, seed, report))
+    return Result(config, sizes, splits)
+
+
+def _split(params: Params, x: jax.Array, name: str, seed: int, progress: Progress) -> Split:
+    found = degrees_of_freedom(mlp, params, x)
+    progress(0.4, "rank")
+    d, rows = int(found.parameters), len(x) * mlp(params, x[:1]).shape[1]
+    # QR of chunk after chunk never holds J, but d² numbers, which is more where J is flat.
+    method: Any = "tsqr" if rows >= d else "svd"
+    spectra, counts = {}, {}
+    for i, precision in enumerate(PRECISIONS):
+        s = np.asarray(jacobian_spectrum(mlp, params, x, method=method, dtype=precision))
+        spectra[precision] = s
+        counts[precision] = numpy_rank(s, rows, d)
+        progress(0.7 + 0.3 * i, f"spectrum in {precision}")
+    masks = zip(leaf_names(params, ""), jax.tree.leaves(found.dead_mask), strict=True)
+    return Split(
+        inputs=name,
+        seed=seed,
+        examples=len(x),
+        rows=rows,
+        parameters=d,
+        group_dimension=rescaling_group(mlp, params, x).dim,
+        rank=int(found.rank),
+        rescaling=int(found.rescaling),
+        dead=int(found.dead),
+        hidden=int(found.hidden),
+        certain=bool(found.certain),
+        smallest=float(spectra["float64"][int(found.rank) - 1]),
+        error=float(found.evidence.error),
+        dead_names=dead_names(found.dead_mask),
+        dead_by_leaf={leaf: int(mask.sum()) for leaf, mask in masks if mask.any()},
+        spectra=spectra,
+        numpy_rank=counts,
+    )
+
+
+def numpy_rank(values: np.ndarray, rows: int, columns: int) -> int:
+    """Count singular values as ``numpy.linalg.matrix_rank`` does by default.
+
+    The number of σ_i > max(rows, columns)·ε·σ₁, with ε of the dtype of the values.
+
+    Args:
+        values: singular values, descending.
+        rows: of the matrix.
+        columns: of the matrix.
+
+    Returns:
+        the count.
+
+    >>> A = np.diag(np.array([1.0, 1e-6, 1e-8], np.float32))
+    >>> numpy_rank(np.diag(A), 3, 3), int(np.linalg.matrix_rank(A))
+    (2, 2)
+    """
+    tolerance = values[0] * max(rows, columns) * np.finfo(values.dtype).eps
+    return int(np.sum(values > tolerance))
+
+
+def table(result: Result) -> Table:
+    """Write every sum d = rank + rescaling + dead + hidden, and where the dead parameters are."""
+    rows, notes = [], []
+    for split in result.splits:
+        terms = (split.rank, split.rescaling, split.dead, split.hidden)
+        rows.append(
+            [
+                split.inputs,
+                str(split.seed),
+                str(split.examples),
+                str(split.parameters),
+                *map(str, terms),
+                "yes" if split.certain else "no",
+                *(str(split.numpy_rank[precision]) for precision in PRECISIONS),
+            ]
+        )
+        if split.dead:
+            where = ", ".join(f"{count} in {leaf}" for leaf, count in split.dead_by_leaf.items())
+            notes.append(f"dead on {split.inputs}, seed {split.seed}: {where}")
+    title = f"{'-'.join(map(str, result.sizes))} with biases, d = rank + rescaling + dead + hidden"
+    columns = ["inputs", "seed", "n", "d", "rank", "rescaling", "dead", "hidden", "certain"]
+    columns += [f"NumPy\n{precision}" for precision in PRECISIONS]
+    return Table("\n".join([title, *notes]), columns, rows)
+
+
+def record(result: Result) -> dict[str, Any]:
+    """Return all numbers of ``result`` for ``results.json``."""
+    return {"sizes": result.sizes, "splits": [split._asdict() for split in result.splits]}
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw the spectra of the first network, in both precisions, with d − dim(group) and d."""
+    figure_module = require("matplotlib.figure", "cli")
+    splits = [split for split in result.splits if split.seed == 0]
+    figure = figure_module.Figure(figsize=(6 * len(splits), 4.6), layout="constrained")
+    for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
+        for precision, values in split.spectra.items():
+            index = np.arange(1, len(values) + 1)
+            # A computed zero has no logarithm; it is as good as the smallest number of a float64.
+            shown = np.maximum(values, np.finfo(np.float64).eps ** 2)
+            axes.plot(index, shown, label=precision, linewidth=1.2)
+            tolerance = values[0] * max(split.rows, split.parameters) * np.finfo(values.dtype).eps
+            color = axes.lines[-1].get_color()
+            axes.axhline(
+                tolerance, color=color, linestyle=":", label=f"NumPy's tolerance, {precision}"
+            )
+        d, known = split.parameters, split.parameters - split.group_dimension
+        axes.axvline(known, color="black", linestyle="--", label=f"d − dim(group) = {known}")
+        axes.axvline(d, color="black", label=f"d = {d}")
+        axes.axvline(split.rank, color="C2", linestyle="-.", label=f"rank = {split.rank}")
+        axes.set(yscale="log", xlabel="index", ylabel="singular value")
+        axes.set_title(f"{split.inputs}: {split.examples} inputs")
+        axes.legend(loc="lower left", fontsize="small")
+    figure.savefig(path, dpi=150)

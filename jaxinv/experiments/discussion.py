@@ -1,0 +1,440 @@
+"""Is node-wise rescaling all we should worry about? Six studies of the rank of the Jacobian.
+
+A ReLU network with d parameters and h hidden units has at most d − h degrees of freedom. Each study
+asks when the rank on n inputs is less, that is hidden = d − h − rank > 0 (dead parameters count
+here as hidden):
+
+- examples: how many inputs show the whole rank?
+- inputs: does it depend on the distribution of the inputs?
+- draws: how is hidden distributed over random networks?
+- training: does SGD lower the rank on its training set, the batch functional dimension?
+  Bona-Pellissier, Malgouyres & Bachoc, "Geometry-induced implicit regularization in deep ReLU
+  neural networks", 2024 (arXiv:2402.08269), report that it does.
+- shape: rank/(d − h) against depth at about fixed numbers of parameters, each larger than the last.
+- depth: how likely is hidden = 0? Grigsby, Lindsey & Rolnick, "Hidden symmetries of ReLU networks",
+  ICML 2023 (arXiv:2306.06179): ever less with depth, ever more with width.
+
+A study consists of cells. Each is written to ``results.json`` as soon as it is computed, so that an
+interrupted run goes on where it stopped.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinv.experiments import datasets, resuming
+from jaxinv.experiments.ensembles import draw, first, is_sound, parts, ranks
+from jaxinv.experiments.options import directory, option, positive_float, positive_int
+from jaxinv.experiments.report import Progress, Table, require, write_json
+from jaxinv.experiments.resuming import Cell, Cells
+from jaxinv.networks import mlp
+from jaxinv.typing import Params
+
+FIGURE = "studies.png"
+NAME = "discussion"
+_BATCH, _RATE = 100, 0.1  # of SGD
+_EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # at which training is looked at
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Parse whole numbers of 1 or more, separated by commas.
+
+    >>> whole_numbers("1,2,4")
+    (1, 2, 4)
+    """
+    return tuple(map(positive_int, text.split(",")))
+
+
+_numbers = functools.partial(option, parse=whole_numbers, metavar="N,N,...")
+_number = functools.partial(option, parse=positive_int, metavar="N")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the studies; larger ones take longer."""
+
+    data: Path | None = option(
+        None,
+        "directory with the four .gz files of MNIST or Fashion-MNIST, as further inputs "
+        "(28×28 images are averaged to 7×7); the digits of scikit-learn are always used",
+        parse=directory,
+        metavar="DIR",
+    )
+    out: Path = option(
+        Path("jaxinv-results/discussion"),
+        f"directory for {FIGURE} and results.json, from which a run goes on",
+        parse=directory,
+        metavar="DIR",
+    )
+    width: int = _number(8, "width of both hidden layers on images")
+    networks: int = _number(3, "networks on images")
+    examples: int = _number(360, "inputs of the networks on images, at most")
+    epochs: int = _number(50, "passes over the training set")
+    draws: int = _number(100, "random networks per cell of the studies draws and depth")
+    parameters: tuple[int, ...] = _numbers(
+        (250, 500, 1000), "numbers of parameters, about, of the study shape"
+    )
+    depths: tuple[int, ...] = _numbers(
+        (1, 2, 3, 4, 6), "numbers of hidden layers in the studies shape and depth"
+    )
+    layer_widths: tuple[int, ...] = _numbers((4, 8), "widths of the layers in the study depth")
+    bias_std: float = option(
+        0.1, "standard deviation of the biases", parse=positive_float, metavar="STD"
+    )
+
+
+class Result(NamedTuple):
+    """What :func:`run` computes."""
+
+    config: Config
+    studies: dict[str, Cells]  # [study][cell]
+
+
+def _normal(n: int, features: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (n, features))
+
+
+# --- studies: each returns its cells, yet to be computed ------------------------------
+
+Thunks = dict[str, Callable[[], Cell]]
+
+
+def _digits_networks(config: Config, features: int = 64) -> Params:
+    return draw(0, (features, config.width, config.width, 10), config.networks, config.bias_std)
+
+
+def _digits(config: Config) -> jax.Array:
+    return jnp.asarray(datasets.digits().x_train[: config.examples])
+
+
+def examples(config: Config) -> Thunks:
+    """Rank against the number of inputs, each set part of the next."""
+    x = {"digits": _digits(config)}
+    n = len(x["digits"])
+    x["standard normal"] = _normal(n, 64)
+    sizes = sorted({max(1, n // 2**i) for i in range(7)})  # 360, 180, ..., 5
+
+    def cell(name: str, size: int) -> Cell:
+        found = ranks(_digits_networks(config), first(x[name], size))
+        return {**found, "inputs": name, "examples": size}
+
+    return {f"{name}, {size}": functools.partial(cell, name, size) for name in x for size in sizes}
+
+
+def inputs(config: Config) -> Thunks:
+    """Rank against the distribution of the inputs.
+
+    "scales" is made to visit as many activation patterns as possible: 3·r·N(0, I) with a log-normal
+    length r of its own for each input, r = exp(2·N(0, 1)), so that inputs lie from far within the
+    biases, where these decide what fires, to far outside.
+    """
+    pictures = {"digits": _digits(config)}
+    if config.data is not None:
+        data = datasets.load(config.data)
+        pictures[f"images of {data.name}"] = jnp.asarray(_coarse(data.x_train[: config.examples]))
+    normal = _normal(config.examples, 64)
+    length = jax.random.normal(jax.random.key(2), (len(normal), 1))
+    radius = jax.random.uniform(jax.random.key(3), (len(normal), 1)) ** (1 / 64)
+    rows = pictures | {
+        "standard normal": normal,
+        "uniform in ball": radius * normal / jnp.linalg.norm(normal, axis=1, keepdims=True),
+        "scales": 3 * jnp.exp(2 * length) * normal,
+    }
+
+    def cell(x: jax.Array) -> Cell:
+        return ranks(_digits_networks(config, x.shape[1]), x)
+
+    return {name: functools.partial(cell, x) for name, x in rows.items()}
+
+
+def _coarse(x: Any) -> np.ndarray:
+    side = round(x.shape[1] ** 0.5)
+    if side**2 != x.shape[1] or side % 4 or side <= 8:
+        return np.asarray(x)
+    return np.asarray(x).reshape(-1, side // 4, 4, side // 4, 4).mean((2, 4)).reshape(len(x), -1)
+
+
+def draws(config: Config) -> Thunks:
+    """Ranks of many small networks on standard normal inputs, with zero and with random biases."""
+    sizes = (6, 8, 8, 4)  # d = 164
+
+    def cell(bias_std: float) -> Cell:
+        return ranks(draw(1, sizes, config.draws, bias_std), _normal(200, sizes[0]))
+
+    spreads = {"biases zero": 0.0, "biases random": config.bias_std}
+    return {name: functools.partial(cell, spread) for name, spread in spreads.items()}
+
+
+def training(config: Config) -> Thunks:
+    """Rank on training images, on test images and on standard normal inputs along SGD."""
+    data = datasets.digits()
+    n = min(config.examples, len(data.x_test))
+    x = {
+        "training images": jnp.asarray(data.x_train[:n]),
+        "test images": jnp.asarray(data.x_test[:n]),
+        "standard normal": _normal(n, 64),
+    }
+    epochs = [epoch for epoch in _EPOCHS if epoch < config.epochs] + [config.epochs]
+    trained: dict[int, tuple[Params, jax.Array]] = {}
+
+    def cell(epoch: int) -> Cell:
+        if not trained:  # once for all cells, and not at all if none is missing
+            trained.update(_train(_digits_networks(config), data, epochs))
+        params, losses = trained[epoch]
+        found = {name: ranks(params, rows) for name, rows in x.items()}
+        return {"epoch": epoch, "loss": losses.tolist(), "ranks": found}
+
+    return {f"epoch {epoch}": functools.partial(cell, epoch) for epoch in epochs}
+
+
+def _train(
+    params: Params, data: datasets.Dataset, epochs: list[int]
+) -> dict[int, tuple[Params, jax.Array]]:
+    """The networks, trained side by side on the same minibatches, at these epochs."""
+    x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+    sgd = optax.sgd(_RATE)
+
+    def loss(w: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(mlp(w, x), y).mean()
+
+    @jax.jit
+    def epoch(params: Params, order: jax.Array) -> Params:
+        def step(params: Params, rows: jax.Array) -> tuple[Params, None]:
+            gradient = jax.vmap(jax.grad(loss), (0, None, None))(params, x[rows], y[rows])
+            updates, _ = sgd.update(gradient, sgd.init(params))  # plain SGD has no state
+            return optax.apply_updates(params, updates), None
+
+        return jax.lax.scan(step, params, order)[0]
+
+    found, steps = {}, len(x) // _BATCH
+    for i in range(epochs[-1] + 1):
+        if i in epochs:
+            found[i] = params, jax.vmap(loss, (0, None, None))(params, x, y)
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(4), i), len(x))
+        params = epoch(params, order[: steps * _BATCH].reshape(steps, _BATCH))
+    return found
+
+
+def shape(config: Config) -> Thunks:
+    """Rank/(d − h) of networks of several depths with about the same number of parameters."""
+    features, out, count = 8, 4, max(1, config.draws // 10)
+
+    def size(depth: int, width: int) -> int:
+        return (features + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * out
+
+    def cell(depth: int, budget: int) -> Cell:
+        width = min(range(1, budget), key=lambda width: abs(size(depth, width) - budget))
+        params = draw(2, (features, *[width] * depth, out), count, config.bias_std)
+        found = ranks(params, _normal(budget, features))  # rows: four times the parameters
+        return {"budget": budget, "depth": depth, "width": width, **found}
+
+    return {
+        f"{budget} parameters, depth {depth}": functools.partial(cell, depth, budget)
+        for budget in config.parameters
+        for depth in config.depths
+    }
+
+
+def depth(config: Config) -> Thunks:
+    """How often hidden = 0, in networks with one output and layers as wide as the input.
+
+    Also on half of the inputs: what that lacks, yet more inputs would add.
+    """
+
+    def cell(width: int, depth: int) -> Cell:
+        params = draw(3, (*[width] * (depth + 1), 1), config.draws, config.bias_std)
+        d = sum(leaf[0].size for leaf in jax.tree.leaves(params))
+        x = _normal(8 * d, width)
+        # Where half of the inputs give the same rank, more inputs would hardly add to it.
+        found, half = ranks(params, x), ranks(params, first(x, 4 * d))
+        return {"width": width, "depth": depth, **found, "rank_of_half": half["rank"]}
+
+    return {
+        f"width {width}, depth {depth}": functools.partial(cell, width, depth)
+        for width in config.layer_widths
+        for depth in config.depths
+    }
+
+
+STUDIES: dict[str, Callable[[Config], Thunks]] = {
+    "examples": examples,
+    "inputs": inputs,
+    "draws": draws,
+    "training": training,
+    "shape": shape,
+    "depth": depth,
+}
+
+
+# --- running and resuming -------------------------------------------------------------
+
+
+def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+    """Compute every cell that ``config.out/results.json`` does not hold yet.
+
+    Args:
+        config: sizes of the studies.
+        progress: called before each cell.
+
+    Returns:
+        the :class:`Result`.
+
+    Raises:
+        DataError: if ``config.data`` cannot be read.
+        InvalidInput: if ``results.json`` is damaged, or of something else than this configuration.
+
+    All of it takes minutes; one cell alone:
+
+    >>> cells = STUDIES["depth"](Config(draws=4, depths=(1,), layer_widths=(2,)))
+    >>> cell = cells["width 2, depth 1"]()
+    >>> cell["d"], cell["group"], len(cell["rank"]), max(cell["rank"]) <= 9 - 2
+    (9, 2, 4, True)
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "results.json"
+    stored = resuming.stored_cells(path, NAME, config, is_sound)
+    thunks = {name: study(config) for name, study in STUDIES.items()}
+    total = sum(map(len, thunks.values()))
+    studies: dict[str, Cells] = {name: {} for name in thunks}
+    done = 0
+    for name, cells in thunks.items():
+        for key, compute in cells.items():
+            progress(done / total, f"{name}: {key}")
+            cell = stored.get(name, {}).get(key)
+            studies[name][key] = compute() if cell is None else cell
+            if cell is None:
+                merged = {other: stored.get(other, {}) | studies[other] for other in studies}
+                write_json(path, {**resuming.identity(NAME, config), "studies": merged})
+            done += 1
+    return Result(config, studies)
+
+
+# --- what is shown --------------------------------------------------------------------
+
+
+def ratio(cell: Mapping[str, Any]) -> np.ndarray:
+    """rank/(d − h) of every network of a cell.
+
+    >>> ratio({"d": 10, "group": 2, "rank": [8, 4]}).tolist()
+    [1.0, 0.5]
+    """
+    return np.array(cell["rank"]) / (cell["d"] - cell["group"])
+
+
+def hidden(cell: Mapping[str, Any]) -> np.ndarray:
+    """d − h − rank of every network of a cell.
+
+    >>> hidden({"d": 10, "group": 2, "rank": [8, 4]}).tolist()
+    [0, 4]
+    """
+    return cell["d"] - cell["group"] - np.array(cell["rank"])
+
+
+def _lines(study: str, cells: Cells) -> dict[str, tuple[list[Any], list[float]]]:
+    """The curves of a study: label -> (x, y)."""
+    lines: dict[str, tuple[list[Any], list[float]]] = {}
+
+    def add(label: str, x: Any, y: Any) -> None:
+        xs, ys = lines.setdefault(label, ([], []))
+        xs.append(x)
+        ys.append(float(y))
+
+    for name, cell in cells.items():
+        if study == "examples":
+            add(cell["inputs"], cell["examples"], ratio(cell).mean())
+        elif study == "inputs":
+            add("", name, ratio(cell).mean())
+        elif study == "draws":
+            for value in hidden(cell):
+                add(name, value, 1)
+        elif study == "training":
+            for images, found in cell["ranks"].items():
+                add(images, cell["epoch"], ratio(found).mean())
+        elif study == "shape":
+            add(f"about {cell['budget']} parameters", cell["depth"], ratio(cell).mean())
+        else:
+            half = cell | {"rank": cell["rank_of_half"]}
+            add(f"width {cell['width']}", cell["depth"], (hidden(cell) == 0).mean())
+            add(f"width {cell['width']}, half", cell["depth"], (hidden(half) == 0).mean())
+    return lines
+
+
+_ASKED = {
+    "examples": ("rank/(d − h) on n inputs", "n"),
+    "inputs": ("rank/(d − h) by distribution of inputs", ""),
+    "draws": ("hidden = d − h − rank over draws", "hidden"),
+    "training": ("rank/(d − h) along SGD", "epoch"),
+    "shape": ("rank/(d − h), fixed number of parameters", "hidden layers"),
+    "depth": ("probability of hidden = 0 (half: of the inputs)", "hidden layers"),
+}
+
+
+def _headline(study: str, cells: Cells) -> str:
+    if study == "draws":
+        found = [
+            f"{name}: {(hidden(cell) == 0).mean():.0%} none, median {np.median(hidden(cell)):g}, "
+            f"most {hidden(cell).max()}"
+            for name, cell in cells.items()
+        ]
+    elif study == "inputs":
+        found = [f"{name}: {ratio(cell).mean():.3f}" for name, cell in cells.items()]
+    else:
+        lines = _lines(study, cells).items()
+        found = []
+        for name, (x, y) in lines:
+            least = int(np.argmin(y))
+            shown = sorted({0, least, len(x) - 1})  # a curve may dip and come back
+            found.append(f"{name}: " + ", ".join(f"{y[i]:.3f} at {x[i]}" for i in shown))
+    return "\n".join(found)
+
+
+def _certain(cells: Cells) -> str:
+    found = [part for cell in cells.values() for part in parts(cell)]
+    return f"{sum(c['certain'] for c in found)}/{sum(len(c['rank']) for c in found)}"
+
+
+def table(result: Result) -> Table:
+    """Write one row for each study."""
+    rows = [
+        [study, _ASKED[study][0], _headline(study, cells), _certain(cells)]
+        for study, cells in result.studies.items()
+    ]
+    title = "Is rescaling all? d parameters, h hidden units, means over networks"
+    return Table(title, ["study", "what", "from first to last", "certain\nranks"], rows)
+
+
+def record(result: Result) -> dict[str, Any]:
+    """Return all cells of ``result`` for ``results.json``."""
+    return {"studies": result.studies}
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw a panel for each study."""
+    figure_module = require("matplotlib.figure", "cli")
+    figure = figure_module.Figure(figsize=(15, 8), layout="constrained")
+    for axes, (study, cells) in zip(
+        figure.subplots(2, 3).flat, result.studies.items(), strict=True
+    ):
+        title, label = _ASKED[study]
+        for name, (x, y) in _lines(study, cells).items():
+            if study == "draws":
+                axes.hist(x, bins=20, alpha=0.6, label=name)
+            elif study == "inputs":
+                axes.barh(x, y)
+            else:
+                axes.plot(x, y, "o--" if name.endswith("half") else "o-", label=name)
+        axes.set(title=title, xlabel=label)
+        if study == "examples":
+            axes.set_xscale("log", base=2)
+        if study == "training":
+            axes.set_xscale("symlog", linthresh=1)
+        if study != "inputs":
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,97 @@
+"""The experiment degrees-of-freedom: sums of parameters and spectra against independent facts."""
+
+import argparse
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+
+from jaxinv import cli
+from jaxinv.experiments import datasets, degrees_of_freedom
+
+HIDDEN = 4
+PARAMETERS = 64 * HIDDEN + HIDDEN + HIDDEN * 10 + 10
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    argv = ["--hidden", str(HIDDEN), "--examples", "300", "--bias-std", "0.5", "--out", str(out)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["reproduce", "degrees-of-freedom", *argv]) == 0
+    content = json.loads((out / "results.json").read_text())
+    return out, {split["inputs"]: split for split in content["splits"]}, printed.getvalue()
+
+
+def test_every_parameter_is_counted_once(small_run):
+    for split in small_run[1].values():
+        terms = [split[name] for name in ("rank", "rescaling", "dead", "hidden")]
+        assert sum(terms) == split["parameters"] == PARAMETERS
+        assert min(terms) >= 0 and split["certain"]
+        assert split["group_dimension"] == HIDDEN  # one rescaling per hidden unit
+        assert split["rank"] <= PARAMETERS - HIDDEN
+
+
+def test_normal_inputs_lose_nothing_but_the_rescalings(small_run):
+    split = small_run[1]["standard normal"]
+    found = split["rank"], split["rescaling"], split["dead"], split["hidden"]
+    assert found == (PARAMETERS - HIDDEN, HIDDEN, 0, 0)
+
+
+def test_the_weights_of_pixels_that_are_always_zero_are_dead(small_run):
+    split = small_run[1]["digits"]
+    assert split["examples"] == 1437
+    blank = np.flatnonzero((datasets.digits().x_train == 0).all(axis=0))
+    assert len(blank) == 3
+    names = {f"Dense_0/kernel[{pixel}, :]" for pixel in blank}
+    assert names <= set(split["dead_names"])
+    assert split["dead"] == sum(split["dead_by_leaf"].values()) >= HIDDEN * len(blank)
+
+
+def test_the_cliff_of_the_spectrum_is_at_the_rank(small_run):
+    for split in small_run[1].values():
+        s, r = np.array(split["spectra"]["float64"]), split["rank"]
+        assert len(s) == PARAMETERS and (np.diff(s) <= 0).all()
+        assert s[r - 1] == split["smallest"] > 1e3 * s[r]
+        assert s[r] < split["error"] < s[r - 1]
+        # float32 agrees where the values are far above its rounding.
+        np.testing.assert_allclose(split["spectra"]["float32"][:20], s[:20], rtol=1e-4)
+        assert split["numpy_rank"]["float64"] == r
+
+
+def test_numpy_rank_is_that_of_numpy():
+    random = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        A = (random.normal(size=(30, 12)) * 0.1 ** np.arange(12)).astype(dtype)
+        s = np.linalg.svd(A, compute_uv=False)
+        assert degrees_of_freedom.numpy_rank(s, 30, 12) == np.linalg.matrix_rank(A)
+
+
+def test_the_table_writes_the_sum_and_where_the_dead_are(small_run):
+    printed = " ".join(small_run[2].split())
+    split = small_run[1]["digits"]
+    dead = split["dead_by_leaf"]["Dense_0/kernel"]
+    assert f"dead on digits, seed 0: {dead} in Dense_0/kernel" in printed
+    terms = (split[name] for name in ("parameters", "rank", "rescaling", "dead", "hidden"))
+    assert f"digits 0 1437 {' '.join(map(str, terms))} yes" in printed
+
+
+def test_the_command_writes_a_figure(small_run):
+    assert (small_run[0] / "spectra.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "wide"])
+def test_a_spread_that_is_none_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a number of 0 or more"):
+        degrees_of_freedom.spread(text)
+
+
+@pytest.mark.slow
+def test_the_default_network_has_3402_degrees_of_freedom_on_normal_inputs():
+    result = degrees_of_freedom.run(degrees_of_freedom.Config())
+    normal, digits = result.splits
+    assert (normal.parameters, normal.rank, normal.rescaling) == (3466, 3402, 64)
+    assert (normal.dead, normal.hidden, normal.certain) == (0, 0, True)
+    assert digits.rank + digits.rescaling + digits.dead + digits.hidden == 3466

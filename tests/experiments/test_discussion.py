@@ -1,0 +1,180 @@
+"""The experiment discussion: ranks within their bounds, and runs that go on where they stopped."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinv import cli, networks
+from jaxinv.errors import InvalidInput
+from jaxinv.experiments import discussion
+from jaxinv.experiments.discussion import Config
+
+FLAGS = {"width": "3", "networks": "2", "examples": "40", "epochs": "2", "draws": "10"}
+FLAGS |= {"parameters": "60", "depths": "1,3", "layer-widths": "3", "bias-std": "0.5"}
+
+
+def command(out, **changed):
+    flags = [text for name, value in (FLAGS | changed).items() for text in (f"--{name}", value)]
+    return ["reproduce", "discussion", *flags, "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    # As in every test, so that these find the programs that are compiled here.
+    with jax.numpy_dtype_promotion("strict"):
+        assert cli.main(command(out)) == 0
+    return out, json.loads((out / "results.json").read_text())["studies"]
+
+
+def every_cell(studies):
+    for cells in studies.values():
+        for cell in cells.values():
+            yield from cell.get("ranks", {"": cell}).values()
+
+
+def test_no_rank_exceeds_its_bounds(small_run):
+    for cell in every_cell(small_run[1]):
+        ranks, uppers = np.array(cell["rank"]), np.array(cell["upper"])
+        assert (ranks >= 1).all() and (ranks <= uppers).all()
+        assert (uppers <= cell["d"] - cell["group"]).all()
+        assert 0 <= cell["certain"] <= len(ranks)
+
+
+def test_parameters_and_hidden_units_are_those_of_the_architecture(small_run):
+    studies = small_run[1]
+    assert {(c["d"], c["group"]) for c in studies["inputs"].values()} == {
+        (64 * 3 + 3 + 3 * 3 + 3 + 3 * 10 + 10, 6)
+    }
+    assert {(c["d"], c["group"]) for c in studies["draws"].values()} == {(164, 16)}
+    for cell in studies["depth"].values():
+        assert (cell["d"], cell["group"]) == (cell["depth"] * 12 + 4, 3 * cell["depth"])
+    for cell in studies["shape"].values():
+        assert cell["group"] == cell["width"] * cell["depth"]
+        # No other width comes closer to the budget than half of what one unit more adds.
+        assert abs(cell["d"] - 60) <= (9 + 4 + cell["depth"] * (2 * cell["width"] + 2)) / 2
+
+
+def test_the_rank_grows_with_the_inputs_and_has_at_most_a_row_for_each_output(small_run):
+    for name in ("digits", "standard normal"):
+        cells = [c for c in small_run[1]["examples"].values() if c["inputs"] == name]
+        assert [c["examples"] for c in cells] == [1, 2, 5, 10, 20, 40]
+        ranks = np.array([c["rank"] for c in cells])
+        assert (np.diff(ranks, axis=0) >= 0).all()
+        assert (ranks <= 10 * np.array([[c["examples"]] for c in cells])).all()
+        # The biases of the last layer alone give every output on its own.
+        assert (ranks[0] == 10).all()
+        # All inputs are the same as in the study of distributions.
+        assert ranks[-1].tolist() == small_run[1]["inputs"][name]["rank"]
+
+
+def test_half_of_the_inputs_show_no_more(small_run):
+    for cell in small_run[1]["depth"].values():
+        assert (np.array(cell["rank_of_half"]) <= np.array(cell["rank"])).all()
+
+
+def test_an_ensemble_has_the_ranks_that_numpy_finds_for_its_members(small_run):
+    params = discussion.draw(3, (3, 3, 1), 10, 0.5)
+    x = jax.random.normal(jax.random.key(1), (128, 3))
+    with jax.enable_x64(True):
+        w = jax.tree.map(lambda a: a.astype("float64"), params)
+        rows = jax.jit(jax.vmap(jax.jacrev(networks.mlp), (0, None)))(w, x.astype("float64"))
+    J = np.concatenate([np.reshape(leaf, (10, 128, -1)) for leaf in jax.tree.leaves(rows)], 2)
+    expected = np.linalg.matrix_rank(J).tolist()
+    assert discussion.ranks(params, x)["rank"] == expected
+    assert small_run[1]["depth"]["width 3, depth 1"]["rank"] == expected
+
+
+def test_training_starts_at_the_drawn_networks_and_lowers_the_loss(small_run):
+    cells = list(small_run[1]["training"].values())
+    assert [cell["epoch"] for cell in cells] == [0, 1, 2]
+    start = cells[0]["ranks"]["training images"]["rank"]
+    assert start == small_run[1]["inputs"]["digits"]["rank"]
+    losses = np.array([cell["loss"] for cell in cells])
+    assert losses.shape == (3, 2) and (losses[-1] < losses[0]).all()
+    assert (losses[0] > math.log(10) / 2).all()
+
+
+def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_path, monkeypatch):
+    out, studies = small_run
+    content = json.loads((out / "results.json").read_text())
+    missing = ("inputs", "scales"), ("draws", "biases zero")
+    for study, cell in missing:
+        del content["studies"][study][cell]
+    del content["environment"]  # as an interrupted run leaves it
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    computed = []
+
+    def watched(params, x):
+        computed.append(x.shape)
+        return ranks(params, x)
+
+    ranks = discussion.ranks
+    monkeypatch.setattr(discussion, "ranks", watched)
+    assert cli.main(command(tmp_path)) == 0
+    assert computed == [(40, 64), (200, 6)]
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["studies"] == studies and "environment" in again
+
+
+def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypatch):
+    count = 0
+
+    def interrupted(params, x):
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise KeyboardInterrupt
+        return small_run[1]["inputs"]["digits"]
+
+    monkeypatch.setattr(discussion, "ranks", interrupted)
+    assert cli.main(command(tmp_path)) == 130
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert list(content["studies"]["examples"]) == ["digits, 1", "digits, 2", "digits, 5"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "damaged, not JSON"),
+        ("[1]", "holds no results of the experiment discussion"),
+        ('{"experiment": "path-sgd"}', "holds no results of the experiment discussion"),
+        ('{"experiment": "discussion", "config": 3}', "of another configuration"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(content, message, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InvalidInput, match=message) as error:
+        discussion.run(Config(out=tmp_path))
+    assert "choose another --out" in str(error.value)
+    assert (tmp_path / "results.json").read_text() == content  # nothing is overwritten
+
+
+def test_results_of_another_configuration_are_refused_by_the_fields_that_differ(small_run, capsys):
+    assert cli.main(command(small_run[0], width="4")) == 2
+    assert "another configuration (width = 3, not 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("studies", "message"),
+    [
+        (None, "not tables of cells"),
+        ([], "not tables of cells"),
+        ({"inputs": 1}, "not tables of cells"),
+        ({"inputs": {"digits": 2}}, "not tables of cells"),
+        ({"inputs": {"digits": {}}}, "inputs: digits lacks numbers"),
+        ({"training": {"epoch 0": {"ranks": 3}}}, "training: epoch 0 lacks numbers"),
+    ],
+)
+def test_damaged_studies_are_refused(studies, message, small_run, tmp_path, capsys):
+    content = json.loads((small_run[0] / "results.json").read_text()) | {"studies": studies}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert cli.main(command(tmp_path)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_writes_a_figure(small_run):
+    assert (small_run[0] / "studies.png").read_bytes().startswith(b"\x89PNG")
