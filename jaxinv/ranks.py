@@ -233,11 +233,11 @@ def _rank_by_spectrum(
         sizes = column_sizes(fn, params, x, d, dtype, chunk or 64)
     known = known_ambiguities(fn, params, x, sizes)
     upper = jnp.minimum(d - known.num_dead - known.span, small).astype(jnp.int32)
-    eps = jnp.finfo(dtype).eps
+    eps = float(jnp.finfo(dtype).eps)
     rounding = max(shapes.rows, d) * eps * values[0]
     if method == "gram":
         # λ is good to max(rows, d)·eps·λ_1, so σ to its square root.
-        rounding = jnp.sqrt(max(shapes.rows, d) * eps) * values[0]
+        rounding = float(np.sqrt(max(shapes.rows, d) * eps)) * values[0]
     error = rounding + error_of_jacobian(fn, params, x, J, dtype)
     return _decide(values, shapes.rows, upper, error, rtol, dtype == jnp.float64)
 
@@ -252,7 +252,7 @@ def _rank_by_certificate(
     theory. D does not change the rank, and conditions the matrix.
     """
     shapes = shapes_of(fn, params, x)
-    d, eps = shapes.parameters, jnp.finfo(dtype).eps
+    d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
     gram = jacobian_gram(fn, params, x, chunk=chunk or 64)
     diagonal = jnp.diagonal(gram)
     known = known_ambiguities(fn, params, x, diagonal)
@@ -267,7 +267,7 @@ def _rank_by_certificate(
     # sums of `rows` and of d products, relative to the diagonal, whose sum is the trace.
     measured = error_of_jacobian(fn, params, x, None, dtype) / jnp.sqrt(jnp.sum(diagonal))
     trace = jnp.trace(A)
-    mu = trace * (eps * (d + 2 + np.sqrt(shapes.rows)) + 2 * measured)
+    mu = trace * (eps * (d + 2 + float(np.sqrt(shapes.rows))) + 2 * measured)
     L = jnp.linalg.cholesky(A - mu * jnp.eye(d, dtype=dtype))
     proven = jnp.isfinite(L).all()
     upper = (d - known.num_dead - known.span).astype(jnp.int32)
