@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv.rescaling import RescalingGroup, class_scales, summed_to
+from jaxinv._scaling_action import reduced_to, transpose
+from jaxinv.rescaling import RescalingGroup, class_scales
 from jaxinv.typing import Array
 
 # Majorisation is cheap and safe far from the optimum; Newton finishes. The switch is at this
@@ -43,36 +44,16 @@ class Weights(NamedTuple):
         ]
 
 
-def class_sums(group: RescalingGroup, leaves: Sequence[Array]) -> Array:
-    """Σ over the parameters of every class, (num_classes,)."""
-    totals = jnp.zeros(group.structure.num_classes, leaves[0].dtype)
-    for leaf, terms in zip(leaves, group.indices, strict=True):
-        for ids in terms:
-            totals = totals.at[ids].add(summed_to(leaf, ids.shape))
-    return totals
-
-
-def onto(group: RescalingGroup, totals: Array) -> Array:
-    """Σ over the classes of every generator of coefficient · total, (dim,)."""
-    c = jnp.asarray(group.coefficients).astype(totals.dtype)
-    return jnp.zeros(group.dim, totals.dtype).at[group.columns].add(c * totals[group.rows])
-
-
 def _log_add(into: Array, parts: Sequence[tuple[Any, Array]]) -> Array:
     """log(exp(into) + Σ exp(part) at the ids that come with it): no overflow, no underflow."""
     top = into
     for ids, part in parts:
-        top = top.at[ids].max(_reduced(jnp.max, part, ids.shape))
+        top = top.at[ids].max(reduced_to(jnp.max, part, ids.shape))
     shift = jnp.where(top > -jnp.inf, top, 0)
     total = jnp.exp(into - shift)
     for ids, part in parts:
-        total = total.at[ids].add(_reduced(jnp.sum, jnp.exp(part - shift[ids]), ids.shape))
+        total = total.at[ids].add(reduced_to(jnp.sum, jnp.exp(part - shift[ids]), ids.shape))
     return shift + jnp.log(total)
-
-
-def _reduced(operation: Any, array: Array, shape: tuple[int, ...]) -> Array:
-    axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
-    return operation(array, axes, keepdims=True) if axes else array
 
 
 def total(leaves: Sequence[Array]) -> Array:
@@ -131,8 +112,8 @@ class Problem(NamedTuple):
         moved = []
         for share, terms in zip(point.shares, self.group.indices, strict=True):
             moved.append(share * sum((s[ids] for ids in terms), jnp.zeros((), share.dtype)))
-        mean = onto(self.group, class_sums(self.group, point.shares))
-        product = onto(self.group, class_sums(self.group, moved))
+        mean = transpose(self.group, point.shares)
+        product = transpose(self.group, moved)
         return self.multiplier * (product - mean * jnp.vdot(mean, v))
 
 

@@ -141,7 +141,12 @@ def transpose(group: RescalingGroup, leaves: list[Array]) -> Array:
     return jnp.zeros(group.dim, dtype).at[group.columns].add(picked)
 
 
+def reduced_to(reduce: Any, array: Array, shape: tuple[int, ...]) -> Array:
+    """`reduce`, such as `jnp.sum`, over the axes along which `shape` has length one."""
+    axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
+    return reduce(array, axes, keepdims=True) if axes else array
+
+
 def summed_to(array: Array, shape: tuple[int, ...]) -> Array:
     """Sums over the axes along which `shape` has length one."""
-    axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
-    return jnp.sum(array, axes, keepdims=True) if axes else array
+    return reduced_to(jnp.sum, array, shape)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinv import _scaled
-from jaxinv._orbit_minimum import Problem, Weights, class_sums, minimize, most_terms, onto, total
+from jaxinv._orbit_minimum import Problem, Weights, minimize, most_terms, total
+from jaxinv._scaling_action import transpose
 from jaxinv._units import Units, units_of
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling import (
@@ -180,7 +181,7 @@ def path_condition(
     dtype = _scaled.working_dtype([*leaves, *logs])
     weights = Weights([k.astype(dtype) for k in logs])
     counted = [jnp.where(k > -jnp.inf, 1, 0).astype(dtype) for k in weights.logs]
-    linear = onto(group, class_sums(group, counted))
+    linear = transpose(group, counted)
     problem = Problem(group, weights, total(counted), linear, most_terms(group))
     v, value, steps, error = minimize(problem, tol)
     u = -v / p

@@ -191,9 +191,7 @@ def jacobian_spectrum(
 # --- ranks ----------------------------------------------------------------------------
 
 
-def _decide(
-    values: Array, rows: int, upper: Array, error: Array, rtol: float | None, double: bool
-) -> Rank:
+def _decide(values: Array, upper: Array, error: Array, rtol: float | None, double: bool) -> Rank:
     largest = values[0]
     tolerance = error if rtol is None else rtol * largest
     rank = jnp.sum(values > tolerance).astype(jnp.int32)
@@ -239,7 +237,7 @@ def _rank_by_spectrum(
         # λ is good to max(rows, d)·eps·λ_1, so σ to its square root.
         rounding = float(np.sqrt(max(shapes.rows, d) * eps)) * values[0]
     error = rounding + error_of_jacobian(fn, params, x, J, dtype)
-    return _decide(values, shapes.rows, upper, error, rtol, dtype == jnp.float64)
+    return _decide(values, upper, error, rtol, dtype == jnp.float64)
 
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
