@@ -33,6 +33,8 @@ from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 _EXACT = lax.Precision.HIGHEST
+# Matrix products of narrower blocks run slower than they save.
+_SMALLEST_BLOCK = 512
 
 
 # --- the network as a map of vectors --------------------------------------------------
@@ -245,6 +247,21 @@ def fold_rows(
     return state
 
 
+def _add_lower_gram(total: Array, rows: Array) -> Array:
+    """total + rowsᵀ rows in blocks on and below the diagonal: about half of the products."""
+    d = rows.shape[1]
+    step = max(_SMALLEST_BLOCK, -(-d // 8))
+    for start in range(0, d, step):
+        stop = min(start + step, d)
+        block = jnp.matmul(rows[:, start:stop].T, rows[:, :stop], precision=_EXACT)
+        total = total.at[start:stop, :stop].add(block)
+    return total
+
+
+def _mirrored(lower: Array) -> Array:
+    return jnp.tril(lower) + jnp.tril(lower, -1).T
+
+
 def jacobian_gram(
     fn: Network,
     params: Params,
@@ -280,19 +297,15 @@ def jacobian_gram(
     def gram(params: Params, x: Inputs, weights: Array | None = None) -> Array:
         shapes = shapes_of(fn, params, x)
         zero = jnp.zeros((shapes.parameters, shapes.parameters), shapes.dtype)
-
-        def add(total: Array, rows: Array) -> Array:
-            return total + jnp.matmul(rows.T, rows, precision=_EXACT)
-
         if weights is None:
-            return fold_rows(fn, params, x, zero, add, chunk=chunk)
+            return _mirrored(fold_rows(fn, params, x, zero, _add_lower_gram, chunk=chunk))
         # Examples that only fill up a device count 0.
         inside = {"x": x, "weight": weights}
 
         def weighted(w: Params, inside: dict) -> Array:
             return inside["weight"][:, None] * outputs_of(fn, w, inside["x"], shapes.dtype)
 
-        return fold_rows(weighted, params, inside, zero, add, chunk=chunk)
+        return _mirrored(fold_rows(weighted, params, inside, zero, _add_lower_gram, chunk=chunk))
 
     if mesh is None:
         return gram(params, x)

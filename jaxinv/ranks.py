@@ -251,7 +251,8 @@ def _rank_by_certificate(
     """
     shapes = shapes_of(fn, params, x)
     d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
-    gram = jacobian_gram(fn, params, x, chunk=chunk or 64)
+    # Rows for a quarter of the memory of JᵀJ: it is read and written once for each chunk.
+    gram = jacobian_gram(fn, params, x, chunk=chunk or max(1, d // (4 * shapes.outputs)))
     diagonal = jnp.diagonal(gram)
     known = known_ambiguities(fn, params, x, diagonal)
     scale = jnp.where(known.dead, 1, jnp.sqrt(jnp.where(known.dead, 1, diagonal)))
