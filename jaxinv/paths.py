@@ -20,6 +20,7 @@ ICLR 2024 (arXiv:2310.01225) for biases, pooling and skip connections.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -100,13 +101,19 @@ def _power_of_norm(fn: Network, params: Params, x: Inputs, p: float) -> Scaled:
     return _scaled.total(outputs)
 
 
-def scaled_kappa(
-    fn: Network, params: Params, x: Inputs, p: float, *, streaming: bool = False
-) -> list[Scaled]:
-    """κ of every leaf as mantissa · 2^exponent: exact under power-of-two rescaling, no overflow.
+class PowerOfNorm(NamedTuple):
+    """γ_p^p as a function of the |w|^p of every leaf, all of them as mantissa · 2^exponent."""
 
-    With `streaming` large dense layers are read as few times as possible, which a training loop
-    needs; the result is NaN, not wrong, if the weights of one array span more than float32 can.
+    function: Callable[[list[Any]], tuple[Any, Any]]  # mantissas -> (mantissa, exponent) of γ_p^p
+    lengths: list[Scaled]  # |w|^p
+
+
+def power_of_norm(
+    fn: Network, params: Params, x: Inputs, p: float, *, streaming: bool = False
+) -> PowerOfNorm:
+    """γ_p^p to be differentiated, once in reverse mode or (without `streaming`) as often as needed.
+
+    Derivatives are those of the mantissa, at a constant exponent.
     """
     problem = _prepare(fn, params, x, p, sample=streaming)
 
@@ -115,12 +122,22 @@ def scaled_kappa(
         total = _scaled.total(outputs)
         return total.mantissa, total.exponent
 
-    start = [s.mantissa for s in problem.lengths]
+    return PowerOfNorm(norm, problem.lengths)
+
+
+def scaled_kappa(
+    fn: Network, params: Params, x: Inputs, p: float, *, streaming: bool = False
+) -> list[Scaled]:
+    """κ of every leaf as mantissa · 2^exponent: exact under power-of-two rescaling, no overflow.
+
+    With `streaming` large dense layers are read as few times as possible, which a training loop
+    needs; the result is NaN, not wrong, if the weights of one array span more than float32 can.
+    """
+    norm, lengths = power_of_norm(fn, params, x, p, streaming=streaming)
+    start = [s.mantissa for s in lengths]
     mantissa, pull_back, exponent = jax.vjp(norm, start, has_aux=True)
     (gradients,) = pull_back(jnp.where(jnp.isfinite(mantissa), 1, jnp.nan).astype(mantissa.dtype))
-    return [
-        Scaled(g, exponent - s.exponent) for g, s in zip(gradients, problem.lengths, strict=True)
-    ]
+    return [Scaled(g, exponent - s.exponent) for g, s in zip(gradients, lengths, strict=True)]
 
 
 def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
@@ -275,6 +292,7 @@ __all__ = [
     "log_path_norm",
     "path_kappa",
     "path_norm",
+    "power_of_norm",
     "scaled_kappa",
     "unit_path_norms",
 ]

@@ -15,7 +15,7 @@ LEVELS = [
     {"experiments"},
     {"inspection", "transforms"},
     {"freedom", "bayes", "learning_coefficient", "capacity", "invariance"},
-    {"reparam", "fisher", "ranks", "symmetries"},
+    {"reparam", "fisher", "path_metric", "ranks", "symmetries"},
     {"gauges"},
     {"_orbit_minimum", "_rank_evidence", "_units"},
     {"paths", "data_paths", "rescaling", "jacobians"},

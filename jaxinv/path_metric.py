@@ -1,0 +1,205 @@
+"""The metric of the path lift, of which Path-SGD takes the diagonal.
+
+The path lift Φ(w) has one coordinate per path, the product of the weights on it. Steepest descent
+in ‖dΦ‖² needs G = (∂Φ/∂w)ᵀ(∂Φ/∂w), with as many terms as there are pairs of edges on paths. With
+u = w² and D = diag(w) it is made of derivatives of γ²(u), the squared path norm:
+
+    G = diag(∂γ²/∂u) + D (∂²γ²/∂u²) D,
+
+so a product with G is one derivative of κ = ∂γ²/∂u along D v, and G is never formed. In a network
+whose weights occur once per path the diagonal of the Hessian is 0 and that of G is κ. A recurrent
+weight occurs n times on a path; both terms together then give the n² that ∂Φ/∂w asks for.
+
+Null directions of G change no path: they are the rescalings, and weights on no path.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
+
+from jaxinv import _scaled
+from jaxinv._scaled import Scaled
+from jaxinv.errors import InvalidInput
+from jaxinv.paths import power_of_norm
+from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+
+
+class _Metric(NamedTuple):
+    """G in the coordinates s = √κ·v, in which its diagonal is 1 (K = κ^{-1/2} G κ^{-1/2})."""
+
+    apply: Any  # K s, lists of arrays
+    kappa: list[Scaled]
+    structure: Any
+
+
+def _metric(fn: Network, params: Params, x: Inputs) -> _Metric:
+    norm, lengths = power_of_norm(fn, params, x, 2.0)
+    start = [s.mantissa for s in lengths]
+    slope = jax.grad(lambda m: norm(m)[0])
+    gradients, push = jax.linearize(slope, start)
+    exponent = norm(start)[1]
+    # Powers of two cancel: κ_e u_e / γ² is a share of the paths.
+    factors = [
+        jnp.sign(w).astype(m.dtype) * jnp.sqrt(m) * jax.lax.rsqrt(jnp.where(k > 0, k, 1)) * (k > 0)
+        for w, m, k in zip(jax.tree.leaves(params), start, gradients, strict=True)
+    ]
+
+    def apply(s: list[Array]) -> list[Array]:
+        curved = push([f * v for f, v in zip(factors, s, strict=True)])
+        return [
+            jnp.where(k > 0, v, 0) + f * c
+            for k, v, f, c in zip(gradients, s, factors, curved, strict=True)
+        ]
+
+    kappa = [Scaled(k, exponent - s.exponent) for k, s in zip(gradients, lengths, strict=True)]
+    return _Metric(apply, kappa, jax.tree.structure(params))
+
+
+def _checked(tree: PyTree, params: Params, name: str) -> list[Array]:
+    shapes = jax.tree.map(jnp.shape, params)
+    if jax.tree.structure(tree) != jax.tree.structure(params) or (
+        jax.tree.map(jnp.shape, tree) != shapes
+    ):
+        raise InvalidInput(f"{name} must have the structure and shapes of params, {shapes}.")
+    return jax.tree.leaves(tree)
+
+
+def path_metric_product(fn: Network, params: Params, x: Inputs, v: PyTree) -> PyTree:
+    """G v with G = (∂Φ/∂w)ᵀ(∂Φ/∂w), the metric of the path lift.
+
+    Args:
+        fn: the network `fn(params, x) -> y`, as for `jaxinv.path_kappa`.
+        params: pytree of float arrays.
+        x: inputs with a leading batch axis; only shapes are used.
+        v: pytree like params.
+
+    Returns:
+        A pytree like params, float32 (float64 where params hold float64). The cost is about two
+        passes for κ on a batch of one.
+
+    Raises:
+        InvalidInput, UnsupportedOperation: as for `jaxinv.path_kappa`, or v unlike params.
+
+    References:
+        The path lift: Gonon, Brisebarre, Riccietti, Gribonval, ICLR 2024 (arXiv:2310.01225).
+        Its diagonal: Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.path_metric import path_metric_product
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]  # one path, Φ = w₀w₁, ∂Φ = (3, 2)
+        >>> v = [jnp.array([[1.0]]), jnp.array([[1.0]])]
+        >>> [g.item() for g in path_metric_product(
+        ...     lambda w, x: (x @ w[0]) @ w[1], w, jnp.zeros((1, 1)), v)]  # (3, 2)·5
+        [15.0, 10.0]
+    """
+    vectors = _checked(v, params, "v")
+    metric = _metric(fn, params, x)
+    roots = [_root(k) for k in metric.kappa]
+    scaled = [
+        _scaled.shift(a.astype(r.mantissa.dtype) * r.mantissa, r.exponent)
+        for a, r in zip(vectors, roots, strict=True)
+    ]
+    # A weight without paths has κ = 0, and G v = 0 there.
+    product = [
+        _scaled.shift(a * r.mantissa, r.exponent)
+        for a, r in zip(metric.apply(scaled), roots, strict=True)
+    ]
+    return jax.tree.unflatten(metric.structure, product)
+
+
+def _root(s: Scaled) -> Scaled:
+    """√s, with an odd exponent's factor of two in the mantissa."""
+    odd = s.exponent & 1
+    mantissa = s.mantissa * (1 + odd).astype(s.mantissa.dtype)
+    return Scaled(jnp.sqrt(jnp.maximum(mantissa, 0)), (s.exponent - odd) // 2)
+
+
+class PathMetricSolution(NamedTuple):
+    """A solution of G v = gradient.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.path_metric import path_metric_solve
+        >>> solved = path_metric_solve(lambda w, x: x @ w, jnp.ones((2, 1)), jnp.zeros((1, 2)),
+        ...                            jnp.array([[3.0], [4.0]]))
+        >>> solved.v.ravel().tolist(), bool(solved.residual < 1e-6)
+        ([3.0, 4.0], True)
+    """
+
+    v: PyTree  # like params
+    residual: Array  # ‖G v − gradient‖/‖gradient‖ in the norm of κ^{-1}
+
+
+def path_metric_solve(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    gradient: PyTree,
+    *,
+    max_iterations: int = 50,
+    tol: float = 1e-5,
+    damping: float = 0.0,
+) -> PathMetricSolution:
+    """v = G⁺ gradient by conjugate gradients, of least κ-norm Σ_e κ_e v_e².
+
+    Many v solve G v = g, since G has the rescalings as null directions. The one of least κ-norm
+    transforms as the weights do under rescalings; that of least Euclidean norm does not. It is
+    found by conjugate gradients with κ as preconditioner, started at 0.
+
+    Args:
+        fn, params, x: as for `path_metric_product`.
+        gradient: pytree like params, of a loss that depends on params through the function alone.
+        max_iterations, tol: of the conjugate gradients; tol bounds the relative residual.
+        damping: solve (G + damping·diag κ) v = gradient. Rescalings are respected at any damping.
+
+    Returns:
+        A `PathMetricSolution`. v is 0 for weights on no path.
+
+    Raises:
+        InvalidInput, UnsupportedOperation: as for `path_metric_product`; for damping < 0.
+
+    Notes:
+        A gradient with a part along the null directions (weight decay) has no solution; the
+        residual says so.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.path_metric import path_metric_solve
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
+        >>> gradient = [jnp.array([[3.0]]), jnp.array([[2.0]])]  # of Φ = w₀w₁ itself
+        >>> solved = path_metric_solve(
+        ...     lambda w, x: (x @ w[0]) @ w[1], w, jnp.zeros((1, 1)), gradient)
+        >>> [round(a.item(), 5) for a in solved.v]  # dΦ = 3·v₀ + 2·v₁ = 1, w₀ and w₁ alike
+        [0.16667, 0.25]
+    """
+    if isinstance(damping, int | float) and damping < 0:
+        raise InvalidInput(f"damping must be >= 0, not {damping}.")
+    slopes = _checked(gradient, params, "gradient")
+    metric = _metric(fn, params, x)
+    roots = [_root(k) for k in metric.kappa]
+    right = [_over_root(g.astype(r.mantissa.dtype), r) for g, r in zip(slopes, roots, strict=True)]
+
+    def apply(s: list[Array]) -> list[Array]:
+        return [a + damping * b for a, b in zip(metric.apply(s), s, strict=True)]
+
+    solved, _ = cg(apply, right, tol=tol, maxiter=max_iterations)
+    left = [a - b for a, b in zip(apply(solved), right, strict=True)]
+    size = _norm(right)
+    residual = _norm(left) / jnp.where(size > 0, size, 1)
+    v = [_over_root(s, r) for s, r in zip(solved, roots, strict=True)]
+    return PathMetricSolution(jax.tree.unflatten(metric.structure, v), residual)
+
+
+def _over_root(a: Array, root: Scaled) -> Array:
+    present = root.mantissa > 0
+    quotient = a / jnp.where(present, root.mantissa, 1)
+    return jnp.where(present, _scaled.shift(quotient, -root.exponent), 0)
+
+
+def _norm(tree: list[Array]) -> Array:
+    return jnp.sqrt(sum(jnp.sum(a * a) for a in tree))
