@@ -78,9 +78,7 @@ def whitened(fn: Network, likelihood: Likelihood) -> Network:
         raise InvalidInput(f"likelihood must be one of {get_args(Likelihood)}, not {likelihood!r}.")
 
     def root(params: Params, x: Inputs) -> Outputs:
-        return jax.tree.map(
-            lambda y: _root(jax.lax.stop_gradient(y), y, likelihood), fn(params, x)
-        )
+        return jax.tree.map(lambda y: _root(jax.lax.stop_gradient(y), y, likelihood), fn(params, x))
 
     return root
 
