@@ -224,7 +224,8 @@ def natural_gradient_direction(
     if isinstance(damping, int | float) and damping < 0:
         raise InvalidInput(f"damping must be >= 0, not {damping}.")
     check_params(params)
-    if jax.tree.structure(gradient) != jax.tree.structure(params):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (gradient, params)]
+    if structures[0] != structures[1]:
         raise InvalidInput("gradient must be a pytree like params.")
     whitened(fn, likelihood)  # the error for an unknown likelihood, before any work
     size = sum(leaf.size for leaf in jax.tree.leaves(params))

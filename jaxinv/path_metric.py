@@ -61,9 +61,8 @@ def _metric(fn: Network, params: Params, x: Inputs) -> _Metric:
 
 def _checked(tree: PyTree, params: Params, name: str) -> list[Array]:
     shapes = jax.tree.map(jnp.shape, params)
-    if jax.tree.structure(tree) != jax.tree.structure(params) or (
-        jax.tree.map(jnp.shape, tree) != shapes
-    ):
+    structures: list[Any] = [jax.tree.structure(t) for t in (tree, params)]
+    if structures[0] != structures[1] or jax.tree.map(jnp.shape, tree) != shapes:
         raise InvalidInput(f"{name} must have the structure and shapes of params, {shapes}.")
     return jax.tree.leaves(tree)
 
