@@ -16,25 +16,34 @@ the Jacobian of R y with R held fixed, which is how everything here is computed.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.sparse.linalg import cg
+from jax import lax
 
-from jaxinv._checks import check_params
+from jaxinv import _scaled
+from jaxinv._checks import check_params, leaf_names
 from jaxinv._precision import call_in
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians import flatten, jacobian, jacobian_gram, shapes_of, unflatten
-from jaxinv.typing import Array, Inputs, Network, Outputs, Params, PyTree
+from jaxinv.jacobians import (
+    flatten,
+    fold_rows,
+    jacobian,
+    jacobian_gram,
+    shapes_of,
+    unflatten,
+)
+from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 Likelihood = Literal["softmax", "gaussian", "bernoulli", "poisson"]
 Solver = Literal["auto", "exact", "cg"]
 
-# Up to this many parameters "auto" holds J; beyond, a product at a time.
+# Up to this many parameters "auto" takes an SVD; beyond, a product at a time.
 _DENSE_PARAMETERS = 2000
+_EXACT = lax.Precision.HIGHEST
 
 
 def _root(y: Array, v: Array, likelihood: str) -> Array:
@@ -64,7 +73,8 @@ def whitened(fn: Network, likelihood: Likelihood) -> Network:
         A network with outputs like fn's. Their values mean nothing; their derivatives do.
 
     Raises:
-        InvalidInput: for an unknown likelihood.
+        InvalidInput: for an unknown likelihood; when called, for "softmax" of outputs without an
+            axis of two or more classes behind the batch axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -77,10 +87,15 @@ def whitened(fn: Network, likelihood: Likelihood) -> Network:
     if likelihood not in get_args(Likelihood):
         raise InvalidInput(f"likelihood must be one of {get_args(Likelihood)}, not {likelihood!r}.")
 
-    def root(params: Params, x: Inputs) -> Outputs:
-        return jax.tree.map(lambda y: _root(jax.lax.stop_gradient(y), y, likelihood), fn(params, x))
+    def one(y: Array) -> Array:
+        if likelihood == "softmax" and (jnp.ndim(y) < 2 or y.shape[-1] < 2):
+            raise InvalidInput(
+                f"softmax is over the last axis, but an output has shape {jnp.shape(y)}: it needs "
+                "a batch axis and an axis of at least two classes. One logit is 'bernoulli'."
+            )
+        return _root(lax.stop_gradient(y), y, likelihood)
 
-    return root
+    return lambda params, x: jax.tree.map(one, fn(params, x))
 
 
 def fisher(
@@ -120,7 +135,15 @@ def fisher_product(
 ) -> PyTree:
     """F v without F: one pass forwards and one backwards over the batch.
 
-    Args, errors and references as for `fisher`; v is a pytree like params.
+    Args:
+        fn, params, x, likelihood: as for `fisher`.
+        v: pytree like params.
+
+    Returns:
+        A pytree like params.
+
+    Raises:
+        InvalidInput: as for `fisher`; for v unlike params.
 
     Example:
         >>> import jax.numpy as jnp
@@ -130,17 +153,44 @@ def fisher_product(
         ...                      "gaussian"))
         [[10.]]
     """
+    check_params(params)
+    check_like(v, params, "v")
+    v = jax.tree.map(lambda a, w: jnp.asarray(a, dtype=w.dtype), v, params)
     return _operator(fn, params, x, likelihood)(v)
 
 
-def _operator(fn: Network, params: Params, x: Inputs, likelihood: Likelihood) -> Any:
+def check_like(tree: PyTree, params: Params, name: str) -> None:
+    """Raise `InvalidInput` unless a tree holds floats in the structure and shapes of params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.fisher import check_like
+        >>> check_like([jnp.ones(2)], [jnp.zeros(2)], "gradient")
+    """
+    found: list[Any] = [jax.tree.structure(t) for t in (tree, params)]
+    if found[0] != found[1]:
+        raise InvalidInput(f"{name} must be a pytree like params, {found[1]}, not {found[0]}.")
+    pairs = zip(leaf_names(tree, name), jax.tree.leaves(tree), jax.tree.leaves(params), strict=True)
+    for leaf_name, leaf, weight in pairs:
+        if jnp.shape(leaf) != jnp.shape(weight):
+            raise InvalidInput(
+                f"{leaf_name} has shape {jnp.shape(leaf)}, but the parameter has "
+                f"{jnp.shape(weight)}."
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise InvalidInput(f"{leaf_name} has dtype {jnp.result_type(leaf)}: pass floats.")
+
+
+def _operator(
+    fn: Network, params: Params, x: Inputs, likelihood: Likelihood
+) -> Callable[[PyTree], PyTree]:
     examples = shapes_of(fn, params, x).examples
-    z, push = jax.linearize(lambda w: whitened(fn, likelihood)(w, x), params)
-    pull = jax.linear_transpose(push, params)
-    del z
+    z, pull = jax.vjp(lambda w: whitened(fn, likelihood)(w, x), params)
+    # The transpose of reverse mode, not forward mode: a custom_vjp has none.
+    push = jax.linear_transpose(lambda c: pull(c)[0], z)
 
     def product(v: PyTree) -> PyTree:
-        (out,) = pull(push(v))
+        (out,) = pull(push(v)[0])
         return jax.tree.map(lambda a: a / examples, out)
 
     return product
@@ -160,8 +210,9 @@ class NaturalGradient(NamedTuple):
     """
 
     v: PyTree  # like params: (F + damping)⁺ gradient
-    rank: Array  # int32: directions kept; -1 from "cg", which does not count them
-    residual: Array  # ‖(F + damping) v − gradient‖/‖gradient‖
+    rank: Array  # int32: singular values of Z that count; -1 from "cg", which does not know them
+    residual: Array  # float: ‖(F + damping) v − gradient‖/‖gradient‖, before v is rounded
+    iterations: Array  # int32: of "cg"; 0 from "exact"
 
 
 def natural_gradient_direction(
@@ -171,12 +222,12 @@ def natural_gradient_direction(
     gradient: PyTree,
     likelihood: Likelihood,
     *,
-    damping: float = 0.0,
+    damping: float | Array = 0.0,
     solver: Solver = "auto",
     rtol: float | None = None,
     max_iterations: int = 100,
     tol: float = 1e-6,
-    dtype: Any = np.float64,
+    dtype: Any = None,
     chunk: int = 64,
 ) -> NaturalGradient:
     """v = (F + damping·I)⁺ gradient.
@@ -187,27 +238,37 @@ def natural_gradient_direction(
 
     Args:
         fn, params, x: as for `fisher`; the n examples over which F is taken.
-        gradient: pytree like params.
+        gradient: pytree like params. The part of it outside of the range of F (of weight decay, or
+            of a loss on other examples) is ignored without damping, and shows in the residual.
         likelihood: see `fisher`.
-        damping: λ ≥ 0. It breaks the invariance; see `jaxinv.equivariance_error`.
-        solver: "exact" takes the singular values of Z (n·out × d), in float64 by default; "cg"
-            runs conjugate gradients from 0 with products F v, in the dtype of params and with the
-            memory of some ten copies of them; "auto" is "exact" up to 2000 parameters.
-        rtol: "exact" counts singular values of Z up to rtol·σ_1 as zero; by default 8·max(n·out, d)
-            roundings.
-        max_iterations, tol: of "cg"; tol bounds the relative residual.
-        dtype: of "exact".
+        damping: λ ≥ 0, a number or a traced scalar. It breaks the invariance; see
+            `jaxinv.equivariance_error`.
+        solver: "exact" takes the singular values of Z (n·out × d), or, where it has more rows than
+            columns, of the triangle of its QR factorisation, streamed. "cg" is the conjugate
+            residual form of conjugate gradients, from 0, with products F v and the memory of some
+            ten copies of params. "auto" is "exact" up to 2000 parameters.
+        rtol: "exact" without damping counts singular values of Z up to rtol·σ_1 as zero; by default
+            8·max(n·out, d) roundings.
+        max_iterations, tol: of "cg", which stops at a residual of tol, or when what is left of the
+            gradient is null to F within tol. Look at `residual` and `iterations`: an
+            ill-conditioned F without damping takes many more than 100.
+        dtype: precision inside, float64 (in a scope of its own) or float32. By default float64 for
+            "exact"; for "cg" that of params, at least float32.
         chunk: examples at a time in "exact".
 
     Returns:
-        A `NaturalGradient`.
+        A `NaturalGradient`; v has the dtypes of params. NaN for a traced damping < 0. Derivatives
+        of v are those of (F + damping)⁻¹ gradient: right where that is invertible.
 
     Raises:
-        InvalidInput: as for `fisher`; for an unknown solver or damping < 0.
+        InvalidInput: as for `fisher`; for an unknown solver or dtype, damping or rtol < 0,
+            max_iterations < 1, or a gradient unlike params.
 
     References:
         Amari 1998; Martens 2020 (see `fisher`), §6 for damping; conjugate gradients on F: Martens,
-        "Deep learning via Hessian-free optimization", ICML 2010.
+        "Deep learning via Hessian-free optimization", ICML 2010; the pseudo-inverse solution from
+        minimal residuals: Liu, Milzarek, Roosta, "Obtaining pseudo-inverse solutions with MINRES"
+        (arXiv:2309.17096).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -219,65 +280,180 @@ def natural_gradient_direction(
         >>> int(found.rank), bool(found.residual < 1e-5)  # n·out = 6 directions
         (6, True)
     """
-    if solver not in get_args(Solver):
-        raise InvalidInput(f"solver must be one of {get_args(Solver)}, not {solver!r}.")
-    if isinstance(damping, int | float) and damping < 0:
-        raise InvalidInput(f"damping must be >= 0, not {damping}.")
+    damping = check_options(likelihood, damping, solver, rtol, max_iterations, dtype)
     check_params(params)
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (gradient, params)]
-    if structures[0] != structures[1]:
-        raise InvalidInput("gradient must be a pytree like params.")
-    whitened(fn, likelihood)  # the error for an unknown likelihood, before any work
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    if solver == "exact" or (solver == "auto" and size <= _DENSE_PARAMETERS):
-        exact = partial(_exact, fn=fn, likelihood=likelihood, rtol=rtol, chunk=chunk)
-        v, rank, residual = call_in(
-            jnp.dtype(dtype), exact, params, x, gradient, jnp.asarray(damping, dtype="float32")
-        )
-        like = lambda a, w: a.astype(w.dtype)  # noqa: E731
-        return NaturalGradient(jax.tree.map(like, unflatten(v, params), params), rank, residual)
-    product = _operator(fn, params, x, likelihood)
+    check_like(gradient, params, "gradient")
+    leaves = jax.tree.leaves(params)
+    size = sum(leaf.size for leaf in leaves)
+    dense = solver == "exact" or (solver == "auto" and size <= _DENSE_PARAMETERS)
+    own = _scaled.working_dtype(leaves)
+    if dtype is None:
+        dtype = np.float64 if dense else own
+    dtype = jnp.dtype(dtype)
+    fixed = isinstance(damping, float)
+
+    def of(params: Params, x: Inputs, gradient: PyTree, *traced: Array) -> NaturalGradient:
+        # A number is made an array here, in the scope: outside it would be a float32.
+        lam = jnp.asarray(damping, dtype=dtype) if fixed else traced[0]
+        if dense:
+            found = _exact(fn, params, x, gradient, likelihood, lam, rtol, chunk, dtype)
+        else:
+            product = _operator(fn, params, x, likelihood)
+            found = _conjugate(product, gradient, lam, max_iterations, tol)
+        v = jax.tree.map(lambda a, dtype: a.astype(dtype), found.v, dtypes)
+        return found._replace(v=v, residual=found.residual.astype(own))
+
+    def solve(_: Any, gradient: PyTree) -> tuple[PyTree, NaturalGradient]:
+        found = call_in(dtype, of, params, x, gradient, *([] if fixed else [damping]))
+        return found.v, found._replace(v=())
 
     def damped(v: PyTree) -> PyTree:
-        return jax.tree.map(lambda a, b: a + jnp.asarray(damping, b.dtype) * b, product(v), v)
+        product = fisher_product(fn, params, x, v, likelihood)
+        return jax.tree.map(
+            lambda a, b: a.astype(b.dtype) + jnp.asarray(damping, dtype=b.dtype) * b, product, v
+        )
 
-    v, _ = cg(damped, gradient, tol=tol, maxiter=max_iterations)
-    left = jax.tree.map(lambda a, b: a - b, damped(v), gradient)
-    return NaturalGradient(v, jnp.int32(-1), _relative(left, gradient))
+    gradient = jax.tree.map(jnp.asarray, gradient)
+    dtypes = jax.tree.map(lambda a: a.dtype, gradient)
+    # The solution of a linear equation is differentiated as such, not step by step.
+    v, found = lax.custom_linear_solve(damped, gradient, solve, symmetric=True, has_aux=True)
+    return found._replace(v=jax.tree.map(lambda a, w: a.astype(w.dtype), v, params))
 
 
-def _relative(left: PyTree, right: PyTree) -> Array:
-    def norm(tree: PyTree) -> Array:
-        return jnp.sqrt(sum(jnp.sum(a.astype(jnp.float32) ** 2) for a in jax.tree.leaves(tree)))
+def check_options(
+    likelihood: Any, damping: Any, solver: Any, rtol: Any, max_iterations: Any, dtype: Any = None
+) -> Any:
+    """Raise `InvalidInput` for options that make no sense; the damping as a float or a tracer.
 
-    size = norm(right)
-    return norm(left) / jnp.where(size > 0, size, 1)
+    Example:
+        >>> from jaxinv.fisher import check_options
+        >>> check_options("softmax", 1, "auto", None, 10)
+        1.0
+    """
+    whitened(lambda w, x: x, likelihood)
+    if solver not in get_args(Solver):
+        raise InvalidInput(f"solver must be one of {get_args(Solver)}, not {solver!r}.")
+    if rtol is not None and not rtol >= 0:
+        raise InvalidInput(f"rtol must be >= 0, not {rtol}.")
+    if isinstance(max_iterations, jax.core.Tracer) or max_iterations < 1:
+        raise InvalidInput(f"max_iterations must be a fixed integer >= 1, not {max_iterations}.")
+    if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+        raise InvalidInput(f"dtype must be float32 or float64, not {jnp.dtype(dtype)}.")
+    if jnp.shape(damping) != ():
+        raise InvalidInput(f"damping must be a scalar, not of shape {jnp.shape(damping)}.")
+    if isinstance(damping, jax.core.Tracer):
+        return damping
+    if not 0 <= float(damping) < float("inf"):
+        raise InvalidInput(f"damping must be finite and >= 0, not {damping}.")
+    return float(damping)
 
 
 def _exact(
+    fn: Network,
     params: Params,
     x: Inputs,
     gradient: PyTree,
-    damping: Array,
-    *,
-    fn: Network,
     likelihood: Likelihood,
+    damping: Array,
     rtol: float | None,
     chunk: int,
-) -> tuple[Array, Array, Array]:
-    Z = jacobian(whitened(fn, likelihood), params, x, chunk=chunk)
-    g = flatten(gradient, Z.dtype)
-    examples = jax.tree.leaves(x)[0].shape[0]
-    Z = Z / jnp.sqrt(jnp.asarray(examples, Z.dtype))
+    dtype: Any,
+) -> NaturalGradient:
+    net = whitened(fn, likelihood)
+    shapes = shapes_of(net, params, x)
+    d = shapes.parameters
+    if shapes.rows > d:
+        # R with RᵀR = ZᵀZ has the singular values and right vectors of Z, and d rows.
+        chunk = max(chunk, -(-d // shapes.outputs))
+        stack = lambda R, rows: jnp.linalg.qr(jnp.concatenate([R, rows]), mode="r")  # noqa: E731
+        Z = fold_rows(net, params, x, jnp.zeros((d, d), dtype), stack, chunk=chunk)
+    else:
+        Z = jacobian(net, params, x, mode="rev", chunk=chunk)
+    Z = Z / float(np.sqrt(shapes.examples))
+    g = flatten(gradient, dtype)
     _, s, Vt = jnp.linalg.svd(Z, full_matrices=False)
-    limit = 8 * max(Z.shape) * float(jnp.finfo(Z.dtype).eps) if rtol is None else rtol
-    kept = s > limit * s[0]
-    inside = jnp.where(kept, Vt @ g, 0)
+    limit = 8 * max(shapes.rows, d) * float(jnp.finfo(dtype).eps) if rtol is None else rtol
+    counts = s > limit * s[0]
+    damped = damping > 0
+    kept = counts | damped
+    inside = jnp.matmul(Vt, g, precision=_EXACT)
     along = jnp.where(kept, inside / jnp.where(kept, s * s + damping, 1), 0)
-    # Damped directions outside the range of Zᵀ are (1/λ)·g; without damping they are left out.
-    outside = g - Vt.T @ inside
-    outside = jnp.where(damping > 0, outside / jnp.where(damping > 0, damping, 1), 0)
-    v = Vt.T @ along + outside
-    left = Z.T @ (Z @ v) + damping * v - g
-    size = jnp.linalg.norm(g)
-    return v, kept.sum(dtype=jnp.int32), jnp.linalg.norm(left) / jnp.where(size > 0, size, 1)
+    v = jnp.matmul(along, Vt, precision=_EXACT)
+    # Outside the range of Zᵀ damping gives (1/λ)·g; without damping nothing moves.
+    outside = g - jnp.matmul(inside, Vt, precision=_EXACT)
+    v = v + jnp.where(damped, outside / jnp.where(damped, damping, 1), 0)
+    v = jnp.where(damping >= 0, v, jnp.nan)
+    Zv = jnp.matmul(Z, v, precision=_EXACT)
+    left = jnp.matmul(Zv, Z, precision=_EXACT) + damping * v - g
+    residual = _quotient(jnp.linalg.norm(left), jnp.linalg.norm(g))
+    rank = counts.sum(dtype=jnp.int32)
+    return NaturalGradient(unflatten(v, params), rank, residual, jnp.zeros((), jnp.int32))
+
+
+def _conjugate(
+    product: Callable[[PyTree], PyTree],
+    gradient: PyTree,
+    damping: Array,
+    max_iterations: int,
+    tol: float,
+) -> NaturalGradient:
+    """Conjugate residuals: v minimises ‖A v − g‖ over the Krylov space of A = F + λ and g.
+
+    On the range of A it does what conjugate gradients do, at one product per step, and unlike them
+    it does not diverge where g has a part that A cannot reach.
+    """
+    damping = jnp.where(damping >= 0, damping, jnp.nan)
+
+    def A(v: PyTree) -> PyTree:
+        return _plus(product(v), damping, v)
+
+    def open_(carry: Any) -> Array:
+        k, _, r, _, Ar, _, _, top = carry
+        # `top` is the largest Rayleigh quotient so far, up to λ_max.
+        return (k < max_iterations) & (_norm(r) > tol * size) & (_norm(Ar) > tol * top * _norm(r))
+
+    def step(carry: Any) -> Any:
+        k, v, r, p, Ar, Ap, rAr, top = carry
+        alpha = _quotient(rAr, _dot(Ap, Ap))
+        v, r = _plus(v, alpha, p), _plus(r, -alpha, Ap)
+        Ar = A(r)
+        after = _dot(r, Ar)
+        beta = _quotient(after, rAr)
+        top = jnp.maximum(top, _quotient(_norm(Ar), _norm(r)))
+        return k + 1, v, r, _plus(r, beta, p), Ar, _plus(Ar, beta, Ap), after, top
+
+    g, size = gradient, _norm(gradient)
+    Ag = A(g)
+    start = jax.tree.map(jnp.zeros_like, g)
+    top = _quotient(_norm(Ag), size)
+    carry = (jnp.zeros((), jnp.int32), start, g, g, Ag, Ag, _dot(g, Ag), top)
+    k, v, *_ = lax.while_loop(open_, step, carry)
+    # The residual of the recurrence drifts off in floating point.
+    r = _plus(g, -1, A(v))
+    # What is left of g is null to F: take as much of it out of v as is there (Liu et al. 2022).
+    # It is null if the residual does not feel it, nor is it the last digits of a solved system.
+    Ar = A(r)
+    share = _quotient(_dot(r, v), _dot(r, r))
+    null = (damping == 0) & (_norm(r) > tol * size) & (abs(share) * _norm(Ar) <= 0.1 * _norm(r))
+    share = jnp.where(null, share, 0)
+    v, r = _plus(v, -share, r), _plus(r, share, Ar)
+    v = jax.tree.map(lambda a: jnp.where(damping >= 0, a, jnp.nan), v)
+    return NaturalGradient(v, jnp.full((), -1, jnp.int32), _quotient(_norm(r), size), k)
+
+
+def _plus(a: PyTree, factor: Array | int, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: a + factor * b, a, b)
+
+
+def _dot(a: PyTree, b: PyTree) -> Array:
+    products = jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)
+    return jnp.stack(jax.tree.leaves(products)).sum()
+
+
+def _norm(tree: PyTree) -> Array:
+    return jnp.sqrt(_dot(tree, tree))
+
+
+def _quotient(above: Array, below: Array) -> Array:
+    """above/below, and above for 0: here that is 0 as well."""
+    return above / jnp.where(below == 0, 1, below)
