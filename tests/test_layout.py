@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxinv"
 LEVELS = [
     {"cli"},
     {"experiments"},
-    {"inspection", "transforms"},
+    {"inspection", "natural", "transforms"},
     {"freedom", "bayes", "learning_coefficient", "capacity", "invariance"},
     {"reparam", "fisher", "path_metric", "ranks", "symmetries"},
     {"gauges"},
