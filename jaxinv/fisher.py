@@ -395,7 +395,7 @@ def _conjugate(
     gradient: PyTree,
     damping: Array,
     max_iterations: int,
-    tol: float,
+    tol: float | Array,
 ) -> NaturalGradient:
     """Conjugate residuals: v minimises ‖A v − g‖ over the Krylov space of A = F + λ and g.
 
@@ -423,6 +423,7 @@ def _conjugate(
         return k + 1, v, r, _plus(r, beta, p), Ar, _plus(Ar, beta, Ap), after, top
 
     g, size = gradient, _norm(gradient)
+    tol = jnp.asarray(tol, dtype=size.dtype)
     Ag = A(g)
     start = jax.tree.map(jnp.zeros_like, g)
     top = _quotient(_norm(Ag), size)
