@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv import _scaled
+from jaxinv._precision import as_dtype
 from jaxinv.errors import InvalidInput
 from jaxinv.fisher import Likelihood, Solver, check_options, natural_gradient_direction
 from jaxinv.typing import Array, Inputs, Network, Outputs, Params, PyTree
@@ -223,10 +224,15 @@ def _of_visible(fn: Network, params: Params, full_params: Params | None) -> Netw
             "needs all of them. Wrap the whole optimizer in jaxinv.share_params(...)."
         )
 
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+
     def of_visible(visible: Params, x: Inputs) -> Outputs:
-        whole = jax.tree.map(
-            lambda v, w: w if _hidden(v) else v, visible, full_params, is_leaf=_hidden
+        hidden, found = full_params, [leaf.dtype for leaf in jax.tree.leaves(visible)]
+        if found != dtypes:
+            # The Fisher is computed in another precision: all parameters follow.
+            hidden = as_dtype(hidden, found[0])
+        return fn(
+            jax.tree.map(lambda v, w: w if _hidden(v) else v, visible, hidden, is_leaf=_hidden), x
         )
-        return fn(whole, x)
 
     return of_visible
