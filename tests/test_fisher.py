@@ -14,6 +14,7 @@ from jaxinv.fisher import fisher, fisher_product, natural_gradient_direction
 from jaxinv.invariance import by_rescaling, equivariance_error
 from jaxinv.networks import init_mlp, mlp
 
+slow = pytest.mark.slow
 LIKELIHOODS = ["softmax", "gaussian", "bernoulli", "poisson"]
 
 
@@ -70,8 +71,9 @@ def scores_and_weights(likelihood, y):
     return nodes[:, None], weights / weights.sum()
 
 
-def brute_force(fn, w, x, likelihood):
-    """E over labels, example by example, output part by output part."""
+@functools.cache
+def outputs_and_jacobians(dtype):
+    fn, w, x = small(dtype)
     flat, back = jax.flatten_util.ravel_pytree(w)
 
     @jax.jit
@@ -79,23 +81,28 @@ def brute_force(fn, w, x, likelihood):
         f = lambda flat: jax.tree.leaves(fn(back(flat), x))  # noqa: E731
         return f(flat), jax.jacfwd(f)(flat)
 
-    outputs, J = values(flat)
+    return jax.tree.map(np.asarray, values(flat)), flat.size, len(x)
+
+
+def brute_force(likelihood, dtype):
+    """E over labels for the small network, example by example, output part by output part."""
+    (outputs, J), size, examples = outputs_and_jacobians(dtype)
     parts = 3 if likelihood == "softmax" else 1
-    F = np.zeros((flat.size, flat.size))
+    F = np.zeros((size, size))
     for y, jac in zip(outputs, J, strict=True):
-        y, jac = np.reshape(y, (-1, parts)), np.reshape(jac, (-1, parts, flat.size))
+        y, jac = np.reshape(y, (-1, parts)), np.reshape(jac, (-1, parts, size))
         for logits, rows in zip(y, jac, strict=True):
             scores, p = scores_and_weights(likelihood, logits)
             assert p.sum() == pytest.approx(1, abs=1e-12)
             s = scores @ rows
             F += s.T @ (p[:, None] * s)
-    return F / len(x)
+    return F / examples
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_fisher_is_the_expected_outer_product_of_scores(likelihood, x64):
     fn, w, x = small()
-    want = brute_force(fn, w, x, likelihood)
+    want = brute_force(likelihood, jnp.float64)
     got = jax.jit(lambda w: fisher(fn, w, x, likelihood))(w)
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
     v = jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), w)
@@ -103,10 +110,11 @@ def test_fisher_is_the_expected_outer_product_of_scores(likelihood, x64):
     np.testing.assert_allclose(vector(product), want @ vector(v), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("likelihood", ["softmax"])
+@slow
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_single_precision_gives_the_same_to_its_rounding(likelihood):
     fn, w, x = small(jnp.float32)
-    want = brute_force(fn, w, x, likelihood)
+    want = brute_force(likelihood, jnp.float32)
     ones = jax.tree.map(jnp.ones_like, w)
 
     @jax.jit
@@ -169,7 +177,13 @@ def test_products_go_through_loops_and_custom_derivatives():
 
 # Fewer, and more, rows (9 a piece) than the 33 parameters.
 @pytest.mark.parametrize(
-    "examples, damping, rtol", [(2, 0.0, None), (40, 0.0, None), (40, 1e-3, None), (40, 0.0, 0.1)]
+    "examples, damping, rtol",
+    [
+        (2, 0.0, None),
+        (40, 1e-3, None),
+        pytest.param(40, 0.0, None, marks=slow),
+        pytest.param(40, 0.0, 0.1, marks=slow),
+    ],
 )
 def test_exact_is_the_pseudo_inverse_of_numpy(examples, damping, rtol, x64):
     fn, w, _ = small()
@@ -216,12 +230,12 @@ def large():
     "damping, dtype, iterations, bound",
     [
         (1e-2, np.float64, 300, 1e-5),
-        (1e-2, np.float32, 300, 1e-5),
-        pytest.param(1.0, np.float64, 50, 1e-5, marks=pytest.mark.slow),
-        pytest.param(1e-4, np.float64, 2000, 1e-5, marks=pytest.mark.slow),
-        pytest.param(1.0, np.float32, 50, 1e-5, marks=pytest.mark.slow),
+        pytest.param(1e-2, np.float32, 300, 1e-5, marks=slow),
+        pytest.param(1.0, np.float64, 50, 1e-5, marks=slow),
+        pytest.param(1e-4, np.float64, 2000, 1e-5, marks=slow),
+        pytest.param(1.0, np.float32, 50, 1e-5, marks=slow),
         # Rounding times the condition of F + λ; measured 5e-5.
-        pytest.param(1e-4, np.float32, 2000, 2e-4, marks=pytest.mark.slow),
+        pytest.param(1e-4, np.float32, 2000, 2e-4, marks=slow),
     ],
 )
 def test_exact_and_cg_agree_on_3466_parameters(damping, dtype, iterations, bound):
@@ -280,6 +294,7 @@ def test_cg_on_a_million_parameters_takes_the_memory_of_ten():
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 10 * 4 * size
 
 
+@slow
 def test_half_precision_parameters_are_solved_in_single():
     fn, w, x = small(jnp.float32)
 
@@ -314,6 +329,7 @@ def test_damping_reaches_double_precision_unrounded():
         np.testing.assert_allclose(direction(g).v, 3 / 0.1, rtol=1e-15)
 
 
+@slow
 @pytest.mark.parametrize("solver", ["exact", "cg"])
 def test_vmap_over_an_ensemble_equals_the_loop(solver):
     fn, w, x = small(jnp.float32)
@@ -331,7 +347,7 @@ def test_vmap_over_an_ensemble_equals_the_loop(solver):
         assert together.rank[i] == alone.rank
 
 
-@pytest.mark.parametrize("solver", ["exact", "cg"])
+@pytest.mark.parametrize("solver", [pytest.param("exact", marks=slow), "cg"])
 def test_derivatives_are_those_of_the_damped_inverse(solver, x64):
     fn, w, x = small()
     flat, back = jax.flatten_util.ravel_pytree(w)
@@ -434,7 +450,10 @@ def both_steps(problem, reparam):
     return [(vector(dw), vector(moved)) for dw, moved in pairs], np.asarray(J)
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(
+    "name",
+    ["triangular flow", pytest.param("sinh", marks=slow), pytest.param("linear", marks=slow)],
+)
 def test_a_regular_fisher_makes_steps_equivariant_and_sgd_is_not(name, x64):
     fn, theta, x, y = regular()
     reparam = MAPS[name]
@@ -450,7 +469,16 @@ def rescaling_and_weight_norm(fn, w, x):
     return by_rescaling(group, u), weight_normalize(fn, group).to_params
 
 
-@pytest.mark.parametrize("name", [*MAPS, "rescaling", "weight norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "rescaling",
+        "weight norm",
+        pytest.param("triangular flow", marks=slow),
+        pytest.param("sinh", marks=slow),
+    ],
+)
 def test_a_singular_fisher_makes_the_function_move_alike_but_not_the_weights(name, x64):
     fn, w, x, y = singular()
     if name in MAPS:
