@@ -1,5 +1,6 @@
 """jaxinv: the invariances of neural networks, in pure functional JAX."""
 
+from jaxinv.data_paths import data_dependent_path_kappa, data_dependent_path_norm
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.freedom import degrees_of_freedom, saturating_inputs
 from jaxinv.gauges import balance, distance_mod_rescaling, normalize, path_condition
@@ -36,6 +37,8 @@ __all__ = [
     "JaxinvError",
     "UnsupportedOperation",
     "balance",
+    "data_dependent_path_kappa",
+    "data_dependent_path_norm",
     "degrees_of_freedom",
     "discover",
     "distance_mod_rescaling",

@@ -11,6 +11,7 @@ that is learnt is the same from every start on the orbit, with momentum and sche
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -107,73 +108,12 @@ def scale_by_path_kappa(
     """
     shape = abstract_batch_of_one(x)
     _check_options(p, every, zero_kappa)
-    p = float(p)
 
-    def init_fn(params: Params) -> ScaleByPathKappaState:
-        dtype = _scaled.working_dtype(jax.tree.leaves(params))
-        kappa: PyTree = ()
-        if every > 1:
-            kappa = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), dtype), params)
-        return ScaleByPathKappaState(
-            count=jnp.zeros((), jnp.int32),
-            kappa=kappa,
-            exponent=jnp.zeros((), jnp.int32),
-            gain=jnp.ones((), dtype),
-            gain_exponent=jnp.zeros((), jnp.int32),
-        )
+    def kappas_of(params: Params, count: Array, batch: Inputs | None) -> list[Scaled]:
+        del count, batch
+        return scaled_kappa(fn, params, shape, float(p), streaming=True)
 
-    def update_fn(
-        updates: PyTree,
-        state: ScaleByPathKappaState,
-        params: Params | None = None,
-        *,
-        full_params: Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByPathKappaState]:
-        del extra_args
-        whole = _all_params(params, full_params)
-
-        def fresh() -> PyTree:
-            kappas = scaled_kappa(fn, whole, shape, p, streaming=True)
-            kappas = jax.tree.unflatten(jax.tree.structure(whole), kappas)
-            return jax.tree.map(
-                lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=_hidden
-            )
-
-        kappa, exponent = state.kappa, state.exponent
-        if every == 1:
-            kappas = fresh()
-        else:
-
-            def refresh() -> tuple[PyTree, Array]:
-                return _share_exponent(fresh(), updates)
-
-            kappa, exponent = jax.lax.cond(
-                state.count % every == 0, refresh, lambda: (state.kappa, state.exponent)
-            )
-            kappas = jax.tree.map(lambda k: Scaled(k, exponent), kappa)
-        selected = _selection(mask, whole, updates)
-        scaled = jax.tree.map(
-            lambda u, s, chosen: _divide(u, s, p, eps, zero_kappa, chosen),
-            updates, kappas, selected,
-        )  # fmt: skip
-        gain = Scaled(state.gain, state.gain_exponent)
-        if match_gradient_norm:
-            gain = jax.lax.cond(
-                state.count == 0,
-                lambda: _matching_gain(updates, scaled, selected, state.gain.dtype),
-                lambda: gain,
-            )
-        scaled = jax.tree.map(
-            lambda u, s, chosen: jnp.where(chosen, _apply_gain(s, gain, u.dtype), u)
-            if match_gradient_norm
-            else _scaled.value(s).astype(u.dtype),
-            updates, scaled, selected,
-        )  # fmt: skip
-        count = optax.safe_increment(state.count)
-        return scaled, ScaleByPathKappaState(count, kappa, exponent, *gain)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _scale_by(kappas_of, float(p), every, eps, zero_kappa, match_gradient_norm, mask)
 
 
 def path_sgd(
@@ -296,6 +236,85 @@ _NEEDS_PARAMS = (
     "Path-SGD needs the parameters: κ is a function of all weights. "
     "Call update(gradients, state, params)."
 )
+
+
+def _scale_by(
+    kappas_of: Callable[[Params, Array, Inputs | None], list[Scaled]],
+    p: float,
+    every: int,
+    eps: float,
+    zero_kappa: str,
+    match_gradient_norm: bool,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Divide gradients by κ^{2/p}, with κ of (parameters, number of the update, batch)."""
+
+    def init_fn(params: Params) -> ScaleByPathKappaState:
+        dtype = _scaled.working_dtype(jax.tree.leaves(params))
+        kappa: PyTree = ()
+        if every > 1:
+            kappa = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), dtype), params)
+        return ScaleByPathKappaState(
+            count=jnp.zeros((), jnp.int32),
+            kappa=kappa,
+            exponent=jnp.zeros((), jnp.int32),
+            gain=jnp.ones((), dtype),
+            gain_exponent=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: ScaleByPathKappaState,
+        params: Params | None = None,
+        *,
+        batch: Inputs | None = None,
+        full_params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByPathKappaState]:
+        del extra_args
+        whole = _all_params(params, full_params)
+
+        def fresh() -> PyTree:
+            kappas = kappas_of(whole, state.count, batch)
+            kappas = jax.tree.unflatten(jax.tree.structure(whole), kappas)
+            return jax.tree.map(
+                lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=_hidden
+            )
+
+        kappa, exponent = state.kappa, state.exponent
+        if every == 1:
+            kappas = fresh()
+        else:
+
+            def refresh() -> tuple[PyTree, Array]:
+                return _share_exponent(fresh(), updates)
+
+            kappa, exponent = jax.lax.cond(
+                state.count % every == 0, refresh, lambda: (state.kappa, state.exponent)
+            )
+            kappas = jax.tree.map(lambda k: Scaled(k, exponent), kappa)
+        selected = _selection(mask, whole, updates)
+        scaled = jax.tree.map(
+            lambda u, s, chosen: _divide(u, s, p, eps, zero_kappa, chosen),
+            updates, kappas, selected,
+        )  # fmt: skip
+        gain = Scaled(state.gain, state.gain_exponent)
+        if match_gradient_norm:
+            gain = jax.lax.cond(
+                state.count == 0,
+                lambda: _matching_gain(updates, scaled, selected, state.gain.dtype),
+                lambda: gain,
+            )
+        scaled = jax.tree.map(
+            lambda u, s, chosen: jnp.where(chosen, _apply_gain(s, gain, u.dtype), u)
+            if match_gradient_norm
+            else _scaled.value(s).astype(u.dtype),
+            updates, scaled, selected,
+        )  # fmt: skip
+        count = optax.safe_increment(state.count)
+        return scaled, ScaleByPathKappaState(count, kappa, exponent, *gain)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _check_options(p: Any, every: Any, zero_kappa: Any) -> None:
