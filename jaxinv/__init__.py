@@ -28,7 +28,13 @@ from jaxinv.rescaling import (
     tangent_vectors,
 )
 from jaxinv.symmetries import discover
-from jaxinv.transforms import path_sgd, scale_by_path_kappa, share_params
+from jaxinv.transforms import (
+    data_dependent_path_sgd,
+    path_sgd,
+    scale_by_data_dependent_path_kappa,
+    scale_by_path_kappa,
+    share_params,
+)
 
 __version__ = "0.1.0"
 
@@ -39,6 +45,7 @@ __all__ = [
     "balance",
     "data_dependent_path_kappa",
     "data_dependent_path_norm",
+    "data_dependent_path_sgd",
     "degrees_of_freedom",
     "discover",
     "distance_mod_rescaling",
@@ -64,6 +71,7 @@ __all__ = [
     "rescale_state",
     "rescaling_group",
     "saturating_inputs",
+    "scale_by_data_dependent_path_kappa",
     "scale_by_path_kappa",
     "share_params",
     "tangent_kernel",

@@ -59,7 +59,11 @@ def prepare(fn: Network, params: Params, x: Inputs) -> Problem:
     for name, leaf in zip(_checks.leaf_names(x, "x"), jax.tree.leaves(x), strict=True):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise InvalidInput(f"{name} is a shape; data-dependent paths need the examples.")
-        if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.isfinite(leaf).all())
+        if not finite:
             raise InvalidInput(f"{name} has non-finite (NaN or infinite) values.")
 
     def widened(leaf: Any) -> Any:
@@ -114,14 +118,14 @@ def _mixed(
     offsets: list[Any] | None = None,
 ) -> _Mixed:
     path = PathDomain(2.0, problem.dtype, edges_only)
+    outputs: list[Any] = []
+    if alpha == 1:
+        outputs = interpret(problem, leaves, lengths, DataDomain(path))
+    # At α = 1 the units before the outputs do not count: their moments need not be known.
     domain = MixingDomain(path, alpha, centered, offsets)
-    outputs = interpret(problem, leaves, lengths, domain)
+    if not outputs or not all(isinstance(v, Data) and v.open for v in outputs):
+        outputs = interpret(problem, leaves, lengths, domain)
     last = _jaxpr.output_equation(problem.trace)
-    if alpha == 1 and all(isinstance(v, Data) and v.open for v in outputs):
-        # The hidden units do not count: their moments need not be known.
-        domain = MixingDomain(path, alpha, centered, offsets)
-        for v in outputs:
-            v.finished = None
     seen = [domain.seen(v) if isinstance(v, Data) else v for v in outputs]
     sums = [as_paths(path, last, v).sums for v in seen]
     full = [

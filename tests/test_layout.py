@@ -14,6 +14,7 @@ LEVELS = [
     {"cli"},
     {"experiments"},
     {"inspection", "natural", "transforms"},
+    {"_kappa_scaling"},
     {"freedom", "bayes", "learning_coefficient", "capacity", "invariance"},
     {"reparam", "fisher", "path_metric", "ranks", "symmetries"},
     {"gauges"},
