@@ -197,7 +197,24 @@ def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
     factors = [
         _exact_power(lax.min(s.exponent - common, jnp.int32(126)), s.mantissa.dtype) for s in parts
     ]
-    return [s.mantissa * f for s, f in zip(parts, factors, strict=True)], common
+    return [_lowered(s.mantissa, f) for s, f in zip(parts, factors, strict=True)], common
+
+
+@jax.custom_jvp
+def _lowered(mantissa: Any, factor: Any) -> Any:
+    """mantissa · factor, where a factor that underflows to 0 has the derivative NaN, not 0.
+
+    Next to a sum that is 2^127 times larger a part does not count. What it would count for, if it
+    were larger, is κ: a number that has been lost, and is not 0.
+    """
+    return mantissa * factor
+
+
+@_lowered.defjvp
+def _lowered_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    mantissa, factor = primals
+    slope = lax.select(factor > 0, factor, lax.full_like(factor, jnp.nan))
+    return _lowered(mantissa, factor), tangents[0] * slope
 
 
 @jax.jit

@@ -176,10 +176,10 @@ def data_dependent_path_norm(
         >>> w = {"in": jnp.array([[1.0, 3.0], [-2.0, 4.0]]), "out": jnp.array([[2.0], [-1.0]])}
         >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
         >>> # Hidden units: E[z²] = 5/2 and 25/2, paths 5 and 25. Outputs −1 and −4.
-        >>> print(data_dependent_path_norm(net, w, x, alpha=1.0) ** 2)  # (1 + 16)/2
-        8.5
-        >>> print(data_dependent_path_norm(net, w, x, alpha=0.5) ** 2)  # (8.5 + 4·3.75 + 18.75)/2
-        21.125
+        >>> print(f"{data_dependent_path_norm(net, w, x, alpha=1.0) ** 2:.4f}")  # (1 + 16)/2
+        8.5000
+        >>> print(f"{data_dependent_path_norm(net, w, x, alpha=0.5) ** 2:.4f}")  # (8.5 + 33.75)/2
+        21.1250
     """
     alpha = check_alpha(alpha)
     problem = prepare(fn, params, x)
@@ -287,29 +287,29 @@ def scaled_data_kappa(
         _scaled.normalize(Scaled(g, exponent - e))
         for g, e in zip(by_moment, exponents, strict=True)
     ]
-    roots, odd = _roots(slopes)
+    # c_v E[z_v²] is a share of γ²_net: in units of γ_net, numbers of any size have a square root.
+    unit = exponent // 2
+    roots = [_root(c, unit) for c in slopes]
 
     def weighted(leaves: list[Any], inputs: list[Any]) -> list[Any]:
-        return [
-            r * a.astype(r.dtype) for r, (a, _) in zip(roots, units(leaves, inputs), strict=True)
-        ]
+        found = units(leaves, inputs)
+        return [r * a.astype(r.dtype) for r, (a, _) in zip(roots, found, strict=True)]
 
     means = _mean_squares(weighted, problem, centered, probes, key)
-    data_part = [_scaled.normalize(Scaled(m, odd)) for m in means]
+    data_part = [Scaled(s.mantissa, s.exponent + 2 * unit) for s in means]
     return [_scaled.add([a, b]) for a, b in zip(path_part, data_part, strict=True)]
 
 
-def _roots(slopes: list[Scaled]) -> tuple[list[Any], Any]:
-    """(c_v / 2^exponent)^{1/2} of every unit, with one even exponent for all."""
-    mantissas, exponent = _scaled.align(slopes)
-    odd = exponent & 1
-    factor = (1 + odd).astype(mantissas[0].dtype)
-    return [jnp.sqrt(jnp.maximum(m, 0) * factor) for m in mantissas], exponent - odd
+def _root(s: Scaled, unit: Any) -> Any:
+    """√s / 2^unit."""
+    odd = s.exponent & 1
+    mantissa = jnp.sqrt(jnp.maximum(s.mantissa, 0) * (1 + odd).astype(s.mantissa.dtype))
+    return _scaled.shift(mantissa, (s.exponent - odd) // 2 - unit)
 
 
 def _mean_squares(
     weighted: Any, problem: Problem, centered: bool, probes: int | None, key: Array | None
-) -> list[Any]:
+) -> list[Scaled]:
     """Σ_v mean_i (∂s_iv/∂w)² of the weighted units s, exactly or from random signs."""
     n = len(problem.inputs[0])
     shapes = jax.eval_shape(weighted, problem.leaves, problem.inputs)
@@ -332,16 +332,18 @@ def _mean_squares(
 
         return jax.grad(combined)(problem.leaves)
 
-    def step(total: list[Any], row: Any) -> tuple[list[Any], None]:
+    def step(total: list[Scaled], row: Any) -> tuple[list[Scaled], None]:
         signs = cotangents(row)
         slopes = jax.vmap(of_example, (0 if signs.ndim == 2 else None, 0))(signs, problem.inputs)
         if centered:
             slopes = [g - g.mean(axis=0) for g in slopes]
-        return [t + (g**2).mean(axis=0) for t, g in zip(total, slopes, strict=True)], None
+        squared = [_scaled.power(g, 2.0, problem.dtype) for g in slopes]
+        means = [s._replace(mantissa=s.mantissa.mean(axis=0)) for s in squared]
+        return [_scaled.add([t, m]) for t, m in zip(total, means, strict=True)], None
 
-    start = [jnp.zeros_like(w) for w in problem.leaves]
+    start = [Scaled(jnp.zeros_like(w), jnp.zeros((), jnp.int32)) for w in problem.leaves]
     total, _ = jax.lax.scan(step, start, rows)
-    return total if probes is None else [t / probes for t in total]
+    return [s._replace(mantissa=s.mantissa / (probes or 1)) for s in total]
 
 
 __all__ = ["data_dependent_path_kappa", "data_dependent_path_norm"]

@@ -220,6 +220,10 @@ def path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyT
     Raises:
         InvalidInput, UnsupportedOperation: as for `path_norm`.
 
+    Notes:
+        Where paths meet, a part that is 2^127 times smaller than the other (in float32) has lost
+        its κ, which is NaN then: the bias of a unit with path sums above 10^38, say. Use float64.
+
     References:
         Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), eq. 6–8;
         Neyshabur et al., NeurIPS 2016 (arXiv:1605.07154), eq. 7.

@@ -322,22 +322,22 @@ def test_sums_written_in_any_order_are_one_unit(x64):
 
 def test_range_of_float32():
     """Activations whose squares overflow float32, and path sums that do."""
-    params = [(jnp.full((4, 4), s, jnp.float32), jnp.zeros(4)) for s in (1e15, 1e15, 1e-25)]
-    x = jnp.ones((3, 4))
-    norm = data_dependent_path_norm(dense_net, params, x, alpha=0.5)
-    y = 4 * 4e15 * 4e15 * 1e-25
-    paths = 4**4 * (1e5) ** 2
+
+    def net(w, x):
+        return jax.nn.relu(jax.nn.relu(x @ w[0]) @ w[1]) @ w[2]
+
+    w, x = [jnp.full((4, 4), s, jnp.float32) for s in (1e15, 1e15, 1e-25)], jnp.ones((3, 4))
     hidden_1 = 0.5 * (4e15) ** 2 + 0.5 * 4 * 1e30
-    hidden_2 = 0.5 * (4e15 * 4e15) ** 2 + 0.5 * 4 * 1e30 * hidden_1
-    expected = 4 * (0.5 * y**2 + 0.5 * 4 * 1e-50 * hidden_2)
-    assert paths > 0
-    np.testing.assert_allclose(float(norm), expected**0.5, rtol=1e-5)
+    hidden_2 = 0.5 * (4 * 1e15 * 4e15) ** 2 + 0.5 * 4 * 1e30 * hidden_1
+    output = 0.5 * (4 * 4 * 4e30 * 1e-25) ** 2 + 0.5 * 4 * 1e-50 * hidden_2
+    norm = data_dependent_path_norm(net, w, x, alpha=0.5)
+    np.testing.assert_allclose(float(norm), (4 * output) ** 0.5, rtol=1e-5)
     options = {"alpha": 0.5, "centered": False, "probes": None, "key": None}
-    narrow = scaled_data_kappa(dense_net, params, x, **options)
+    narrow = scaled_data_kappa(net, w, x, **options)
     with jax.enable_x64(True):
-        doubled = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
-        wide = data_dependent_path_kappa(dense_net, doubled, jnp.ones((3, 4)), alpha=0.5)
-        wide = [np.asarray(k) for k in jax.tree.leaves(wide)]
+        doubled = [a.astype(jnp.float64) for a in w]
+        wide = data_dependent_path_kappa(net, doubled, jnp.ones((3, 4)), alpha=0.5)
+        wide = [np.asarray(k) for k in wide]
     assert max(k.max() for k in wide) > 1e60
     for s, k in zip(narrow, wide, strict=True):
         found = np.ldexp(np.asarray(s.mantissa, np.float64), int(s.exponent))

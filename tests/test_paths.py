@@ -466,3 +466,16 @@ def test_a_learned_first_state_is_a_bias(x64):
     np.testing.assert_allclose(path_norm(fn, params, np.ones((1, 2, 1))) ** 2, 149)
     np.testing.assert_allclose(kappa["h0"], 16)
     np.testing.assert_allclose(kappa["w"], 9 * 2 * 4 + 1)
+
+
+def test_a_kappa_that_float32_has_lost_is_nan_and_not_zero():
+    def fn(w, x):
+        return (x @ w["in"] + w["bias"]) @ w["out"]
+
+    params = {"in": jnp.full((2, 2), 1e25), "bias": jnp.zeros(2), "out": jnp.full((2, 1), 1e-12)}
+    kappa = path_kappa(fn, params, X)
+    assert jnp.isnan(kappa["bias"]).all()
+    np.testing.assert_allclose(kappa["in"], 1e-24, rtol=1e-5)
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda a: a.astype(jnp.float64), params)
+        np.testing.assert_allclose(path_kappa(fn, double, X)["bias"], 1e-24, rtol=1e-5)
