@@ -10,6 +10,7 @@ from jaxinv.invariance import (
     gradient_orthogonality,
 )
 from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent_kernel
+from jaxinv.normalization import batch_norm_as_reparam, ddp_normalize
 from jaxinv.paths import (
     log_path_kappa,
     log_path_norm,
@@ -43,9 +44,11 @@ __all__ = [
     "JaxinvError",
     "UnsupportedOperation",
     "balance",
+    "batch_norm_as_reparam",
     "data_dependent_path_kappa",
     "data_dependent_path_norm",
     "data_dependent_path_sgd",
+    "ddp_normalize",
     "degrees_of_freedom",
     "discover",
     "distance_mod_rescaling",

@@ -43,10 +43,12 @@ class Data(Value):
     `array` has the examples as leading axis, then the shape the program has for a batch of one.
     """
 
-    __slots__ = ("path", "array", "open", "finished")
+    __slots__ = ("path", "array", "open", "finished", "layers")
 
-    def __init__(self, path: Paths | Sign, array: Any, open: bool = False):
-        self.path, self.array, self.open = path, array, open
+    def __init__(
+        self, path: Paths | Sign, array: Any, open: bool = False, layers: frozenset = frozenset()
+    ):
+        self.path, self.array, self.open, self.layers = path, array, open, layers
         self.finished: Any = None
 
     def view(self) -> Paths | Sign:
@@ -79,6 +81,9 @@ class DataDomain:
         """The result of a dot product or convolution."""
         return out
 
+    def consumed(self, value: Data) -> None:
+        """Called for a value that something other than a sum uses."""
+
     # The walk.
 
     def default(self, eqn: Equation, *inputs: Any) -> Any:
@@ -96,8 +101,16 @@ class DataDomain:
             outs = _as_list(eqn, self._path_rule(eqn, self._seen_all(inputs)))
         arrays = _as_list(eqn, evaluate(eqn, inputs))
         is_open = summed or eqn.name in PRODUCTS or (moved and _open(inputs))
+        layers: frozenset = frozenset()
+        for v in inputs:
+            if not isinstance(v, Data) or eqn.name in _SIGNS:
+                continue
+            if eqn.name in _MOVES | _SUMS and isinstance(v.path, Paths):
+                layers |= v.layers
+            else:
+                self.consumed(v)
         wrapped = [
-            Data(p, a, is_open) if isinstance(p, Paths | Sign) else p
+            Data(p, a, is_open, layers) if isinstance(p, Paths | Sign) else p
             for p, a in zip(outs, arrays, strict=True)
         ]
         if eqn.name in PRODUCTS:

@@ -19,6 +19,7 @@ LEVELS = [
     {"reparam", "fisher", "path_metric", "ranks", "symmetries"},
     {"gauges"},
     {"_orbit_minimum", "_rank_evidence", "_units"},
+    {"normalization"},
     {"data_paths"},
     {"paths", "rescaling", "jacobians"},
     {"_scaling_action"},
