@@ -10,7 +10,14 @@ from jaxinv.invariance import (
     gradient_orthogonality,
 )
 from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent_kernel
+from jaxinv.natural import natural_gradient, scale_by_natural_gradient
 from jaxinv.normalization import batch_norm_as_reparam, ddp_normalize
+from jaxinv.path_metric import (
+    path_metric_product,
+    path_metric_sgd,
+    path_metric_solve,
+    scale_by_path_metric,
+)
 from jaxinv.paths import (
     log_path_kappa,
     log_path_norm,
@@ -62,9 +69,13 @@ __all__ = [
     "jacobian_spectrum",
     "log_path_kappa",
     "log_path_norm",
+    "natural_gradient",
     "normalize",
     "path_condition",
     "path_kappa",
+    "path_metric_product",
+    "path_metric_sgd",
+    "path_metric_solve",
     "path_norm",
     "path_sgd",
     "project_to_unit_norm",
@@ -75,7 +86,9 @@ __all__ = [
     "rescaling_group",
     "saturating_inputs",
     "scale_by_data_dependent_path_kappa",
+    "scale_by_natural_gradient",
     "scale_by_path_kappa",
+    "scale_by_path_metric",
     "share_params",
     "tangent_kernel",
     "tangent_vectors",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv import _scaled
+from jaxinv._masking import hidden
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.paths import check_exponent
@@ -83,9 +84,7 @@ def scale_by(
         def fresh() -> PyTree:
             kappas = kappas_of(whole, state.count, batch)
             kappas = jax.tree.unflatten(jax.tree.structure(whole), kappas)
-            return jax.tree.map(
-                lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=_hidden
-            )
+            return jax.tree.map(lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=hidden)
 
         kappa, exponent = state.kappa, state.exponent
         if every == 1:
@@ -131,15 +130,11 @@ def check_options(p: Any, every: Any, zero_kappa: Any) -> None:
         raise InvalidInput(f"zero_kappa must be 'freeze' or 'pass', not {zero_kappa!r}.")
 
 
-def _hidden(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
 def _all_params(params: Params | None, full_params: Params | None) -> Params:
     whole = params if full_params is None else full_params
     if whole is None:
         raise InvalidInput(NEEDS_PARAMS)
-    if any(map(_hidden, jax.tree.leaves(whole, is_leaf=_hidden))):
+    if any(map(hidden, jax.tree.leaves(whole, is_leaf=hidden))):
         raise InvalidInput(
             "Some parameters are masked (by optax.masked or optax.partition), but κ of a weight "
             "depends on all of them. Wrap the whole optimizer in jaxinv.share_params(...), or use "
@@ -149,14 +144,14 @@ def _all_params(params: Params | None, full_params: Params | None) -> Params:
 
 
 def _where_unmasked(update: Any, kappa: Any) -> Any:
-    return update if _hidden(update) else kappa
+    return update if hidden(update) else kappa
 
 
 def _selection(mask: Any, params: Params, updates: PyTree) -> PyTree:
     if mask is None:
         return jax.tree.map(lambda _: True, updates)
     chosen = mask(params) if callable(mask) else mask
-    return jax.tree.map(_where_unmasked, updates, chosen, is_leaf=_hidden)
+    return jax.tree.map(_where_unmasked, updates, chosen, is_leaf=hidden)
 
 
 def _share_exponent(kappas: PyTree, updates: PyTree) -> tuple[PyTree, Array]:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv import _scaled
-from jaxinv._precision import as_dtype
+from jaxinv._masking import of_visible
 from jaxinv.errors import InvalidInput
 from jaxinv.fisher import Likelihood, Solver, check_options, natural_gradient_direction
-from jaxinv.typing import Array, Inputs, Network, Outputs, Params, PyTree
+from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 
 class ScaleByNaturalGradientState(NamedTuple):
@@ -110,7 +110,7 @@ def scale_by_natural_gradient(
         if batch is None:
             raise InvalidInput(_NEEDS_BATCH)
         found = natural_gradient_direction(
-            _of_visible(fn, params, full_params),
+            of_visible(fn, params, full_params),
             params,
             batch,
             updates,
@@ -208,31 +208,3 @@ _NEEDS_BATCH = (
     "The natural gradient needs `batch`, the inputs x of fn over which the Fisher information is "
     "averaged. Call update(gradients, state, params, batch=x)."
 )
-
-
-def _hidden(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _of_visible(fn: Network, params: Params, full_params: Params | None) -> Network:
-    """fn as a function of the unmasked parameters."""
-    if not any(map(_hidden, jax.tree.leaves(params, is_leaf=_hidden))):
-        return fn
-    if full_params is None:
-        raise InvalidInput(
-            "Some parameters are masked (by optax.masked or optax.partition), but the network "
-            "needs all of them. Wrap the whole optimizer in jaxinv.share_params(...)."
-        )
-
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
-
-    def of_visible(visible: Params, x: Inputs) -> Outputs:
-        hidden, found = full_params, [leaf.dtype for leaf in jax.tree.leaves(visible)]
-        if found != dtypes:
-            # The Fisher is computed in another precision: all parameters follow.
-            hidden = as_dtype(hidden, found[0])
-        return fn(
-            jax.tree.map(lambda v, w: w if _hidden(v) else v, visible, hidden, is_leaf=_hidden), x
-        )
-
-    return of_visible

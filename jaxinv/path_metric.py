@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.scipy.sparse.linalg import cg
 
 from jaxinv import _scaled
+from jaxinv._checks import abstract_batch_of_one
+from jaxinv._masking import of_visible
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.paths import power_of_norm
@@ -142,7 +145,7 @@ def path_metric_solve(
     *,
     max_iterations: int = 50,
     tol: float = 1e-5,
-    damping: float = 0.0,
+    damping: float | Array = 0.0,
 ) -> PathMetricSolution:
     """v = G⁺ gradient by conjugate gradients, of least κ-norm Σ_e κ_e v_e².
 
@@ -160,7 +163,7 @@ def path_metric_solve(
         A `PathMetricSolution`. v is 0 for weights on no path.
 
     Raises:
-        InvalidInput, UnsupportedOperation: as for `path_metric_product`; for damping < 0.
+        InvalidInput, UnsupportedOperation: as for `path_metric_product`; for options out of range.
 
     Notes:
         A gradient with a part along the null directions (weight decay) has no solution; the
@@ -176,8 +179,7 @@ def path_metric_solve(
         >>> [round(a.item(), 5) for a in solved.v]  # dΦ = 3·v₀ + 2·v₁ = 1, w₀ and w₁ alike
         [0.16667, 0.25]
     """
-    if isinstance(damping, int | float) and damping < 0:
-        raise InvalidInput(f"damping must be >= 0, not {damping}.")
+    _check_solver(max_iterations, tol, damping)
     slopes = _checked(gradient, params, "gradient")
     metric = _metric(fn, params, x)
     roots = [_root(k) for k in metric.kappa]
@@ -202,3 +204,169 @@ def _over_root(a: Array, root: Scaled) -> Array:
 
 def _norm(tree: list[Array]) -> Array:
     return jnp.sqrt(sum(jnp.sum(a * a) for a in tree))
+
+
+# --- as an optimizer ------------------------------------------------------------------
+
+
+class ScaleByPathMetricState(NamedTuple):
+    """State of `scale_by_path_metric`: diagnostics of the last solve, no memory.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.path_metric import scale_by_path_metric
+        >>> tx = scale_by_path_metric(lambda w, x: x @ w, jnp.zeros((1, 2)))
+        >>> tx.init(jnp.ones((2, 1))).count.item()
+        0
+    """
+
+    count: Array  # type: ignore[assignment]  # int32 scalar: updates so far
+    residual: Array  # float scalar: of the last solve, see `PathMetricSolution`
+
+
+def scale_by_path_metric(
+    fn: Network,
+    x: Inputs,
+    *,
+    max_iterations: int = 50,
+    tol: float = 1e-5,
+    damping: float | Array = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Turn each gradient g into G⁺g: steepest descent in the metric of the path lift.
+
+    `scale_by_path_kappa` divides by the diagonal of G; this solves with all of it, by conjugate
+    gradients, at the price of about two passes on a batch of one per iteration.
+
+    Args:
+        fn: the network `fn(params, x) -> y`, deterministic.
+        x: inputs with a leading batch axis; only shapes and dtypes are kept.
+        max_iterations, tol, damping: see `path_metric_solve`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; `update` needs `params`. Extra arguments are
+        ignored, except `full_params` (`jaxinv.share_params`): inside `optax.masked` or
+        `optax.partition` G is that of the unmasked parameters, the others held fixed.
+
+    Raises:
+        InvalidInput, UnsupportedOperation: as for `path_metric_solve`; at `update`, if params are
+            missing.
+
+    Notes:
+        G has many small eigenvalues, in which a noisy gradient is amplified; damping (a share of
+        the diagonal, so that rescalings are still respected) bounds that. damping → ∞ is Path-SGD
+        with the learning rate divided by it.
+
+    References:
+        As for `path_metric_product`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.path_metric import scale_by_path_metric
+        >>> def net(w, x):
+        ...     return (x @ w[0]) @ w[1]
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
+        >>> tx = scale_by_path_metric(net, jnp.zeros((1, 1)))
+        >>> v, state = tx.update([jnp.array([[3.0]]), jnp.array([[2.0]])], tx.init(w), w)
+        >>> [round(a.item(), 5) for a in v]
+        [0.16667, 0.25]
+    """
+    shape = abstract_batch_of_one(x)
+    _check_solver(max_iterations, tol, damping)
+
+    def init_fn(params: Params) -> ScaleByPathMetricState:
+        dtype = _scaled.working_dtype(jax.tree.leaves(params))
+        return ScaleByPathMetricState(jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
+
+    def update_fn(
+        updates: PyTree,
+        state: ScaleByPathMetricState,
+        params: Params | None = None,
+        *,
+        full_params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByPathMetricState]:
+        del extra_args
+        if params is None:
+            raise InvalidInput(
+                "The path metric needs the parameters: G is a function of all weights. "
+                "Call update(gradients, state, params)."
+            )
+        solved = path_metric_solve(
+            of_visible(fn, params, full_params),
+            params,
+            shape,
+            updates,
+            max_iterations=max_iterations,
+            tol=tol,
+            damping=damping,
+        )
+        v = jax.tree.map(lambda a, u: a.astype(u.dtype), solved.v, updates)
+        residual = solved.residual.astype(state.residual.dtype)
+        return v, ScaleByPathMetricState(optax.safe_increment(state.count), residual)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def path_metric_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    fn: Network,
+    x: Inputs,
+    *,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    max_iterations: int = 50,
+    tol: float = 1e-5,
+    damping: float | Array = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Steepest descent in the path metric: Δw = −η (G + damping·diag κ)⁺ ∂L/∂w.
+
+    Args:
+        learning_rate: η, a number or a schedule.
+        fn, x, max_iterations, tol, damping: see `scale_by_path_metric`.
+        momentum: decay of the running sum of preconditioned gradients, or None for none.
+        nesterov: use Nesterov's form of momentum.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; the state is that of the chained parts.
+
+    Raises:
+        InvalidInput, UnsupportedOperation: as for `scale_by_path_metric`.
+
+    References:
+        As for `path_metric_product`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxinv.networks import init_mlp, mlp
+        >>> from jaxinv.path_metric import path_metric_sgd
+        >>> params = init_mlp(jax.random.key(0), (8, 16, 3))
+        >>> x, y = jax.random.normal(jax.random.key(1), (32, 8)), jnp.arange(32) % 3
+        >>> def loss(params):
+        ...     logits = mlp(params, x)
+        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        >>> tx = path_metric_sgd(0.2, mlp, x, damping=0.1)
+        >>> state, before = tx.init(params), loss(params)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     return optax.apply_updates(params, updates), state
+        >>> for _ in range(10):
+        ...     params, state = step(params, state)
+        >>> bool(loss(params) < before)
+        True
+    """
+    precondition = scale_by_path_metric(
+        fn, x, max_iterations=max_iterations, tol=tol, damping=damping
+    )
+    accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
+    chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))
+    return optax.with_extra_args_support(chained)
+
+
+def _check_solver(max_iterations: Any, tol: Any, damping: Any) -> None:
+    if isinstance(max_iterations, jax.core.Tracer) or int(max_iterations) < 1:
+        raise InvalidInput(f"max_iterations must be a fixed integer >= 1, not {max_iterations}.")
+    if isinstance(tol, int | float) and not tol >= 0:
+        raise InvalidInput(f"tol must be >= 0, not {tol}.")
+    if isinstance(damping, int | float) and not damping >= 0:
+        raise InvalidInput(f"damping must be >= 0, not {damping}.")

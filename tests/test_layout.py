@@ -29,6 +29,7 @@ LEVELS = [
     {"_path_gates", "_path_loops", "_scaling_indexing", "_scaling_loops"},
     {"_path_linear", "_scaling_products", "_scaling_reductions", "_scaling_rules"},
     {"_path_values", "_scaling_values"},
+    {"_masking"},
     {"_examples", "_null_spaces", "_precision", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
     {"_checks"},
