@@ -47,7 +47,11 @@ def _metric(fn: Network, params: Params, x: Inputs) -> _Metric:
     exponent = norm(start)[1]
     # Powers of two cancel: κ_e u_e / γ² is a share of the paths.
     factors = [
-        jnp.where(k > 0, jnp.sign(w).astype(m.dtype) * jnp.sqrt(m / jnp.where(k > 0, k, 1)), 0)
+        jnp.where(
+            k > 0,
+            jnp.sign(w).astype(m.dtype) * jnp.sqrt(m) * jax.lax.rsqrt(jnp.where(k > 0, k, 1)),
+            0,
+        )
         for w, m, k in zip(jax.tree.leaves(params), start, gradients, strict=True)
     ]
 
