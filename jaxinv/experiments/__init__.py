@@ -33,6 +33,10 @@ EXPERIMENTS = {
         "jaxinv.experiments.parametrizations",
         "One network trained unconstrained, constrained and normalised, with ReLU and sigmoid",
     ),
+    "geometry": Experiment(
+        "jaxinv.experiments.geometry",
+        "Good parametrisations and invariant algorithms side by side, over learning rates",
+    ),
     "degrees-of-freedom": Experiment(
         "jaxinv.experiments.degrees_of_freedom",
         "Spectrum of the Jacobian and d = rank + rescaling + dead + hidden, on noise and on images",

@@ -1,0 +1,398 @@
+"""Two views of one network: a good parametrisation, or an algorithm that does not see it.
+
+Every method trains one ReLU network from a balanced and from an unbalanced
+start (the same function, random units rescaled), over a grid of learning rates:
+SGD and Adam; Path-SGD, with the diagonal and with all of the path metric;
+data-dependent path normalisation (DDP-SGD) from the paths, α = 0, to the data,
+α = 1; natural gradient; and plain SGD on the weight-normalised and the
+batch-normalised network. After Neyshabur, Tomioka, Salakhutdinov & Srebro,
+"Data-dependent path normalization in neural networks", ICLR 2016
+(arXiv:1511.06747), section 5, on whatever data is given.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinv.errors import InvalidInput
+from jaxinv.experiments import datasets, resuming
+from jaxinv.experiments.options import directory, option, positive_int, widths
+from jaxinv.experiments.path_sgd import STARTS, unbalance
+from jaxinv.experiments.report import Progress, Table, require, write_json
+from jaxinv.experiments.resuming import Cell, Cells
+from jaxinv.natural import natural_gradient
+from jaxinv.networks import init_mlp, mlp
+from jaxinv.normalization import batch_norm_as_reparam
+from jaxinv.path_metric import path_metric_sgd
+from jaxinv.reparam import weight_normalize
+from jaxinv.rescaling import rescaling_group
+from jaxinv.transforms import data_dependent_path_sgd, path_sgd
+from jaxinv.typing import Network, Params
+
+NAME = "geometry"
+FIGURE = "curves.png"
+RATES = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
+_KEYS = {"rate", "loss", "error", "seconds"}
+
+
+class Method(NamedTuple):
+    """One line of the comparison."""
+
+    label: str
+    # (learning rate, shape of a batch) -> optax transformation
+    make: Callable[[Any, Any], Any]
+    # (network, start, shape of a batch) -> (network that is trained, its start)
+    network: Callable[[Network, Params, Any], tuple[Network, Params]] = lambda fn, w, x: (fn, w)
+
+
+def _ddp(alpha: float) -> Method:
+    return Method(
+        f"DDP-SGD α = {alpha:g}",
+        lambda rate, x: data_dependent_path_sgd(rate, mlp, alpha=alpha),
+    )
+
+
+def _weight_normalized(fn: Network, params: Params, x: Any) -> tuple[Network, Params]:
+    net = weight_normalize(fn, rescaling_group(fn, params, x))
+    return net.fn, net.from_params(params)
+
+
+METHODS = {
+    "sgd": Method("SGD", lambda rate, x: optax.sgd(rate)),
+    "adam": Method("Adam", lambda rate, x: optax.adam(rate)),
+    "path": Method("Path-SGD (DDP-SGD α = 0)", lambda rate, x: path_sgd(rate, mlp, x)),
+    "metric": Method(
+        "path metric",
+        lambda rate, x: path_metric_sgd(rate, mlp, x, damping=0.1, max_iterations=20, tol=1e-3),
+    ),
+    **{f"ddp-{alpha:g}": _ddp(alpha) for alpha in (0.25, 0.5, 0.75, 1.0)},
+    "natural": Method(
+        "natural gradient",
+        lambda rate, x: natural_gradient(
+            rate, mlp, "softmax", damping=1e-3, solver="cg", max_iterations=20, tol=1e-3
+        ),
+    ),
+    "weight-norm": Method("weight norm", lambda rate, x: optax.sgd(rate), _weight_normalized),
+    "batch-norm": Method(
+        "batch norm",
+        lambda rate, x: optax.sgd(rate),
+        lambda fn, params, x: (batch_norm_as_reparam(fn).fn, params),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, on what, for how long."""
+
+    data: Path | None = option(
+        None,
+        "directory with the four .gz files of MNIST or Fashion-MNIST "
+        "(default: the digits bundled with scikit-learn)",
+        parse=directory,
+        metavar="DIR",
+    )
+    out: Path = option(
+        Path("jaxinv-results/geometry"),
+        f"directory for {FIGURE} and results.json",
+        parse=directory,
+        metavar="DIR",
+    )
+    hidden: tuple[int, ...] = option(
+        (64, 64), "widths of the hidden layers", parse=widths, metavar="N,N,..."
+    )
+    examples: int = option(6000, "training examples, at most", parse=positive_int, metavar="N")
+    epochs: int = option(10, "passes over them", parse=positive_int, metavar="N")
+    batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
+    seeds: int = option(3, "repetitions, trained side by side", parse=positive_int, metavar="K")
+    jobs: int = option(1, "methods trained at a time, each in a process", parse=positive_int)
+
+
+class Result(NamedTuple):
+    """What :func:`run` computes."""
+
+    config: Config
+    dataset: str
+    studies: dict[str, Cells]  # [method]["start, rate"]
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def _load(config: Config) -> datasets.Dataset:
+    data = datasets.load(config.data)
+    n = min(config.examples, len(data.x_train))
+    if config.batch_size > n:
+        raise InvalidInput(
+            f"a batch of {config.batch_size} is larger than the training set of {n} examples; "
+            "choose a smaller --batch-size"
+        )
+    return data._replace(
+        x_train=jnp.asarray(data.x_train[:n]), y_train=jnp.asarray(data.y_train[:n])
+    )
+
+
+def _cells(
+    name: str, start: str, config: Config, skip: frozenset[str]
+) -> Iterator[tuple[str, Cell]]:
+    """Train one method from one start at every rate; yields (key, cell) as they come."""
+    method, data = METHODS[name], _load(config)
+    x, y, n = data.x_train, data.y_train, len(data.x_train)
+    steps = n // config.batch_size
+    spec = jax.ShapeDtypeStruct((config.batch_size, x.shape[1]), x.dtype)
+    sizes = (x.shape[1], *config.hidden, data.num_classes)
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+
+    def first(key: Any) -> Params:
+        init_key, scale_key = jax.random.split(key)
+        params = init_mlp(init_key, sizes)
+        return params if start == STARTS[0] else unbalance(scale_key, params)
+
+    starts = [first(key) for key in keys]
+    fn = method.network(mlp, starts[0], spec)[0]
+    starts = [method.network(mlp, params, spec)[1] for params in starts]
+    params = jax.tree.map(lambda *a: jnp.stack(a), *starts)
+
+    def loss(params: Params, x: Any, y: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(fn(params, x), y).mean()
+
+    def epoch(rate: Any, params: Params, state: Any, order: Any) -> Any:
+        optimizer = optax.with_extra_args_support(method.make(rate, spec))
+
+        def step(carry: Any, rows: Any) -> Any:
+            params, state = carry
+            gradient = jax.grad(loss)(params, x[rows], y[rows])
+            updates, state = optimizer.update(gradient, state, params, batch=x[rows])
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), order)[0]
+
+    def measure(params: Params) -> Any:
+        # Batch norm uses the statistics of what it is evaluated on: the whole set.
+        logits = fn(params, data.x_test)
+        wrong = (logits.argmax(axis=-1) != data.y_test).astype(logits.dtype)
+        wrong = jnp.where(jnp.isfinite(logits).all(axis=-1), wrong, jnp.nan)
+        return loss(params, x, y), 100 * wrong.mean()
+
+    run_epoch = jax.jit(jax.vmap(epoch, in_axes=(None, 0, 0, 0)))
+    begin = jax.jit(lambda rate, params: jax.vmap(method.make(rate, spec).init)(params))
+    evaluate = jax.jit(jax.vmap(measure))
+
+    @jax.jit
+    def rows_of(i: Any) -> Any:
+        order = jax.vmap(lambda key: jax.random.permutation(jax.random.fold_in(key, i), n))(keys)
+        order = order[:, : steps * config.batch_size]
+        return order.reshape(config.seeds, steps, config.batch_size)
+
+    compiled = False
+    for rate in RATES:
+        key = f"{start}, {rate:g}"
+        if key in skip:
+            continue
+        w, r = params, jnp.asarray(rate, x.dtype)
+        state, seconds = begin(r, w), []
+        curve = [evaluate(w)]
+        if not compiled:
+            jax.block_until_ready(run_epoch(r, w, state, rows_of(0)))  # outside the timing
+            compiled = True
+        for i in range(config.epochs):
+            order = jax.block_until_ready(rows_of(i))
+            then = time.perf_counter()
+            w, state = jax.block_until_ready(run_epoch(r, w, state, order))
+            seconds.append(time.perf_counter() - then)
+            curve.append(evaluate(w))
+        losses, errors = (np.stack(c, axis=1) for c in zip(*curve, strict=True))
+        yield (
+            key,
+            {
+                "rate": rate,
+                "loss": losses.tolist(),  # (seeds, epochs + 1), of the training set
+                "error": errors.tolist(),  # ditto, of the test set, in percent
+                "seconds": float(np.median(seconds)),  # per epoch, all seeds together
+            },
+        )
+
+
+def _task(name: str, start: str, config: Config, skip: frozenset[str]) -> tuple[str, Cells]:
+    return name, dict(_cells(name, start, config, skip))
+
+
+def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+    """Train every method from both starts at every rate that ``results.json`` does not hold yet.
+
+    Args:
+        config: what to train.
+        progress: called as cells are done.
+
+    Returns:
+        the :class:`Result`.
+
+    Raises:
+        DataError: if ``config.data`` cannot be read.
+        InvalidInput: if the batch is larger than the training set; if ``results.json`` is damaged,
+            or of something else than this configuration.
+
+    All of it takes minutes; one cell alone:
+
+    >>> cells = _cells("sgd", "balanced", Config(hidden=(8,), epochs=1), frozenset())
+    >>> key, cell = next(cells)
+    >>> key, np.shape(cell["loss"])
+    ('balanced, 10', (3, 2))
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "results.json"
+    # How many processes computed a cell plays no part in it.
+    identity = dataclasses.replace(config, jobs=1)
+    studies = resuming.stored_cells(path, NAME, identity, _is_sound)
+    studies = {name: studies.get(name, {}) for name in METHODS}
+    name_of_data = _load(config).name
+    total = len(METHODS) * len(STARTS) * len(RATES)
+    tasks = [
+        (name, start, config, frozenset(studies[name]))
+        for name in METHODS
+        for start in STARTS
+        if any(f"{start}, {rate:g}" not in studies[name] for rate in RATES)
+    ]
+
+    def keep(name: str, cells: Cells) -> None:
+        studies[name] |= cells
+        write_json(path, {**resuming.identity(NAME, identity), "studies": studies})
+        progress(sum(map(len, studies.values())) / total, METHODS[name].label)
+
+    if config.jobs == 1:
+        for name, start, _, skip in tasks:
+            for key, cell in _cells(name, start, config, skip):
+                keep(name, {key: cell})
+    else:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool:
+            for done in concurrent.futures.as_completed(pool.submit(_task, *t) for t in tasks):
+                keep(*done.result())
+    return Result(config, name_of_data, studies)
+
+
+def _is_sound(cell: Cell) -> bool:
+    return _KEYS <= cell.keys()
+
+
+# --- what is shown --------------------------------------------------------------------
+
+
+class Best(NamedTuple):
+    """A method from one start at the rate of lowest final training loss, the mean over seeds."""
+
+    rate: float
+    loss: np.ndarray  # (seeds, epochs + 1)
+    error: np.ndarray  # ditto
+    seconds: float
+
+
+def best(cells: Cells, start: str) -> Best:
+    """Choose among the rates; a run that diverges counts as infinite.
+
+    >>> cell = {"rate": 1.0, "loss": [[2.0, None]], "error": [[90.0, None]], "seconds": 1.0}
+    >>> other = {"rate": 0.1, "loss": [[2.0, 1.0]], "error": [[90.0, 5.0]], "seconds": 1.0}
+    >>> best({"balanced, 1": cell, "balanced, 0.1": other}, "balanced").rate
+    0.1
+    """
+    found = []
+    for key, cell in cells.items():
+        if key.startswith(f"{start}, "):
+            loss, error = (np.array(cell[k], float) for k in ("loss", "error"))
+            found.append(Best(cell["rate"], loss, error, cell["seconds"]))
+    return min(found, key=lambda b: float(np.nan_to_num(b.loss[:, -1], nan=np.inf).mean()))
+
+
+def _shown(values: np.ndarray, form: str) -> str:
+    if not np.isfinite(values).all():
+        return "diverged"
+    mean = f"{values.mean():{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):{form}}"
+
+
+def table(result: Result) -> Table:
+    """Every method at its best rate from each start, mean ± standard deviation over seeds."""
+    config, rows = result.config, []
+    slowest = {name: best(cells, STARTS[0]).seconds for name, cells in result.studies.items()}
+    for name, cells in result.studies.items():
+        for start in STARTS:
+            found = best(cells, start)
+            rows.append(
+                [
+                    METHODS[name].label,
+                    start,
+                    f"{found.rate:g}",
+                    _shown(found.loss[:, -1], ".2g"),
+                    _shown(found.error[:, -1], ".2f"),
+                    f"{found.seconds / slowest['sgd']:.3g}",
+                ]
+            )
+    columns = ["method", "start", "best\nrate", "training\nloss", "test\nerror %", "time\n/ SGD"]
+    title = (
+        f"{result.dataset}, {config.examples} examples at most, hidden layers "
+        f"{'-'.join(map(str, config.hidden))}, batch {config.batch_size}, {config.epochs} epochs, "
+        f"{config.seeds} seed(s)\nrates: {', '.join(f'{r:g}' for r in RATES)}; the best is that of "
+        "the lowest final training loss"
+    )
+    return Table(title, columns, rows)
+
+
+def record(result: Result) -> dict[str, Any]:
+    """Return all numbers of ``result`` for ``results.json``."""
+    return {
+        "config": dataclasses.asdict(dataclasses.replace(result.config, jobs=1)),
+        "dataset": result.dataset,
+        "studies": result.studies,
+    }
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw the curves at the best rates, per epoch and per second, a row for each start."""
+    figure_module = require("matplotlib.figure", "cli")
+    figure = figure_module.Figure(figsize=(16, 8), layout="constrained")
+    grid = figure.subplots(len(STARTS), 4, squeeze=False)
+    colors = require("matplotlib", "cli").colormaps["tab20"].colors
+    for row, start in zip(grid, STARTS, strict=True):
+        for i, (name, cells) in enumerate(result.studies.items()):
+            found, label = best(cells, start), METHODS[name].label
+            style = {"color": colors[2 * i % 20 + i // 10], "linewidth": 1.2}
+            epochs = np.arange(found.loss.shape[1])
+            for axes, x, y in (
+                (row[0], epochs, found.loss),
+                (row[1], epochs * found.seconds, found.loss),
+                (row[2], epochs, found.error),
+            ):
+                mean, deviation = y.mean(axis=0), y.std(axis=0)
+                axes.plot(x, mean, label=f"{label} ({found.rate:g})", **style)
+                axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15, **style)
+            rates, finals = _by_rate(cells, start)
+            row[3].plot(rates, finals, "o-", markersize=3, **style)
+        row[0].set(xlabel="epoch", ylabel="training loss", yscale="log", title=f"{start} start")
+        row[1].set(xlabel="seconds", ylabel="training loss", yscale="log", xscale="symlog")
+        row[2].set(xlabel="epoch", ylabel="test error (%)", yscale="log")
+        row[3].set(xlabel="learning rate", ylabel="final training loss", xscale="log", yscale="log")
+        row[0].legend(fontsize=6)
+    figure.savefig(path, dpi=150)
+
+
+def _by_rate(cells: Cells, start: str) -> tuple[list[float], list[float]]:
+    """Mean final training loss against the rate, where it is finite."""
+    pairs = []
+    for key, cell in cells.items():
+        final = np.array(cell["loss"], float)[:, -1]
+        if key.startswith(f"{start}, ") and np.isfinite(final).all():
+            pairs.append((cell["rate"], float(final.mean())))
+    pairs.sort()
+    return [rate for rate, _ in pairs], [loss for _, loss in pairs]
+
+
+__all__ = ["FIGURE", "NAME", "Config", "Result", "best", "plot", "record", "run", "table"]

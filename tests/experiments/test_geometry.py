@@ -1,0 +1,80 @@
+"""The geometry experiment: cells, resuming, and what the invariant methods must show."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxinv import cli
+from jaxinv.errors import InvalidInput
+from jaxinv.experiments import geometry
+from jaxinv.experiments.geometry import Config, best
+
+ARGV = ["reproduce", "geometry", "--hidden", "8", "--epochs", "1", "--examples", "200"]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Three methods at two rates; the other methods have tests of their own."""
+    out = tmp_path_factory.mktemp("geometry")
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = {name: geometry.METHODS[name] for name in ("sgd", "path", "ddp-0.5")}
+        patch.setattr(geometry, "METHODS", chosen)
+        patch.setattr(geometry, "RATES", (0.1, 0.01))
+        assert cli.main([*ARGV, "--seeds", "2", "--out", str(out)]) == 0
+        first = json.loads((out / "results.json").read_text())
+        # What an interrupted run has left is kept; what is missing is computed again.
+        lost = first["studies"]["path"].pop("balanced, 0.01")
+        (out / "results.json").write_text(json.dumps(first))
+        assert cli.main([*ARGV, "--seeds", "2", "--out", str(out)]) == 0
+        again = json.loads((out / "results.json").read_text())
+    assert again["studies"]["path"]["balanced, 0.01"]["loss"] == lost["loss"]
+    assert again["studies"]["sgd"] == first["studies"]["sgd"]
+    return out, again
+
+
+def test_cells_hold_every_seed_and_epoch(small_run):
+    cells = small_run[1]["studies"]["sgd"]
+    assert set(cells) == {f"{s}, {r}" for s in ("balanced", "unbalanced") for r in (0.1, 0.01)}
+    for cell in cells.values():
+        assert np.shape(cell["loss"]) == np.shape(cell["error"]) == (2, 2)
+        assert cell["seconds"] > 0
+
+
+def test_starts_are_one_function_and_invariant_methods_do_not_tell_them_apart(small_run):
+    for name, cells in small_run[1]["studies"].items():
+        here, there = (np.array(cells[f"{s}, 0.1"]["loss"]) for s in ("balanced", "unbalanced"))
+        np.testing.assert_allclose(here[:, 0], there[:, 0], rtol=1e-5)
+        if name == "sgd":
+            assert np.abs(here[:, 1] - there[:, 1]).max() > 1e-2
+        else:
+            np.testing.assert_allclose(here, there, rtol=1e-3)
+
+
+def test_the_best_rate_has_the_lowest_loss(small_run):
+    cells = small_run[1]["studies"]["path"]
+    found = best(cells, "balanced")
+    finals = [np.mean([s[-1] for s in c["loss"]]) for k, c in cells.items() if k[0] == "b"]
+    assert found.loss[:, -1].mean() == min(finals)
+
+
+def test_the_command_writes_a_figure(small_run):
+    assert (small_run[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_damaged_results_and_large_batches_are_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="--batch-size"):
+        geometry.run(Config(out=tmp_path, examples=50))
+    (tmp_path / "results.json").write_text('{"experiment": "geometry", "config": {}}')
+    with pytest.raises(InvalidInput, match="another configuration"):
+        geometry.run(Config(out=tmp_path))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    options = {"hidden": (4,), "epochs": 1, "examples": 100, "seeds": 1}
+    alone = geometry.run(Config(out=tmp_path / "a", jobs=1, **options)).studies
+    together = geometry.run(Config(out=tmp_path / "b", jobs=2, **options)).studies
+    for name, cells in alone.items():
+        for key, cell in cells.items():
+            assert together[name][key]["loss"] == cell["loss"], (name, key)
