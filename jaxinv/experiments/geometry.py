@@ -361,7 +361,9 @@ def plot(result: Result, path: Path) -> None:
     figure = figure_module.Figure(figsize=(16, 8), layout="constrained")
     grid = figure.subplots(len(STARTS), 4, squeeze=False)
     colors = require("matplotlib", "cli").colormaps["tab20"].colors
+    initial = best(result.studies["sgd"], STARTS[0]).loss[:, 0].mean()
     for row, start in zip(grid, STARTS, strict=True):
+        lowest = min(np.nanmin(best(cells, start).loss) for cells in result.studies.values())
         for i, (name, cells) in enumerate(result.studies.items()):
             found, label = best(cells, start), METHODS[name].label
             style = {"color": colors[2 * i % 20 + i // 10], "linewidth": 1.2}
@@ -373,13 +375,17 @@ def plot(result: Result, path: Path) -> None:
             ):
                 mean, deviation = y.mean(axis=0), y.std(axis=0)
                 axes.plot(x, mean, label=f"{label} ({found.rate:g})", **style)
-                axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15, **style)
+                if mean.max() < 10 * mean[0]:  # a run that diverges has no band to show
+                    low = np.maximum(mean - deviation, mean / 10)
+                    axes.fill_between(x, low, mean + deviation, alpha=0.15, **style)
             rates, finals = _by_rate(cells, start)
             row[3].plot(rates, finals, "o-", markersize=3, **style)
         row[0].set(xlabel="epoch", ylabel="training loss", yscale="log", title=f"{start} start")
-        row[1].set(xlabel="seconds", ylabel="training loss", yscale="log", xscale="symlog")
+        row[1].set(xlabel="seconds", ylabel="training loss", yscale="log")
         row[2].set(xlabel="epoch", ylabel="test error (%)", yscale="log")
         row[3].set(xlabel="learning rate", ylabel="final training loss", xscale="log", yscale="log")
+        for i in (0, 1, 3):  # Whatever diverges leaves the axes at the top.
+            row[i].set_ylim(max(float(lowest), 1e-8) / 2, 10 * initial)
         row[0].legend(fontsize=6)
     figure.savefig(path, dpi=150)
 
