@@ -32,6 +32,7 @@ LEVELS = [
     {"_masking"},
     {"_examples", "_null_spaces", "_precision", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
+    {"rlct"},
     {"_checks"},
     {"errors", "typing"},
 ]
