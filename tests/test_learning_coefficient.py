@@ -73,13 +73,24 @@ def test_the_settings_cover_the_four_cases():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("widths", "rank"), [((2, 2, 2, 2), 1), ((3, 2, 1, 2), 0), ((2, 3, 3, 2), 0)]
+    ("widths", "rank"), [((2, 3, 2, 3), 1), ((3, 2, 2, 3), 1), ((2, 4, 3, 2), 1)]
 )
 def test_deep_linear_networks_within_a_tenth(widths, rank):
     exact = deep_linear(widths, rank)
+    assert exact.multiplicity == 1
+    found = estimate(*linear_network(widths, rank), n=10**5, num_steps=60000)
+    assert abs(found.value - float(exact.value)) < 0.1 * float(exact.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("widths", "rank"), [((1, 1, 1), 0), ((3, 2, 1, 2), 0), ((2, 3, 3, 2), 0)])
+def test_multiplicity_shows_as_one_over_log_n(widths, rank):
+    """With m > 1 the estimate is below λ by about (m − 1)/log n, at any n that can be reached."""
+    exact = deep_linear(widths, rank)
+    assert exact.multiplicity > 1
     found = estimate(*linear_network(widths, rank), n=10**6, num_steps=60000)
-    # What multiplicity m > 1 takes off at finite n is known to first order.
     expected = float(exact.value) - (exact.multiplicity - 1) / np.log(10**6)
+    assert found.value < float(exact.value)
     assert abs(found.value - expected) < 0.1 * expected
 
 
