@@ -10,6 +10,7 @@ from jaxinv.invariance import (
     gradient_orthogonality,
 )
 from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent_kernel
+from jaxinv.learning_coefficient import learning_coefficient_bounds, local_learning_coefficient
 from jaxinv.natural import natural_gradient, scale_by_natural_gradient
 from jaxinv.normalization import batch_norm_as_reparam, ddp_normalize
 from jaxinv.path_metric import (
@@ -67,6 +68,8 @@ __all__ = [
     "jacobian_operator",
     "jacobian_rank",
     "jacobian_spectrum",
+    "learning_coefficient_bounds",
+    "local_learning_coefficient",
     "log_path_kappa",
     "log_path_norm",
     "natural_gradient",
