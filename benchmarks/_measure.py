@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinv.experiments.report import Table, environment, markdown, print_table, write_json
+from jaxinv.experiments.files import write_json
+from jaxinv.experiments.report import Table, environment, markdown, print_table
 
 RESULTS = Path(__file__).parent / "results"
 

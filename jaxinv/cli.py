@@ -7,11 +7,13 @@ and its numbers. ``jaxinv inspect MODULE:NAME`` reports on the user's own networ
 """
 
 import argparse
-import dataclasses
+import contextlib
 import importlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jaxinv
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, by default those of the process.
 
     Returns:
-        the exit code: 0, 2 for a mistake of the user, 130 if interrupted.
+        the exit code: 0, 2 for a mistake of the user, 130 if interrupted, 143 if terminated.
 
     >>> import tempfile
     >>> main(["reproduce", "path-sgd", "--data", "nowhere", "--out", tempfile.mkdtemp()])
@@ -39,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (JaxinvError, OSError) as error:
         print(f"jaxinv: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, _Terminated) as stop:
+        if arguments.command == "reproduce":
+            print("jaxinv: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        return 143 if isinstance(stop, _Terminated) else 130
     return 0
 
 
@@ -84,14 +88,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from jaxinv.experiments import options, report
+    from jaxinv.experiments import files, options, report, resuming
 
     # What the end needs is looked for at the beginning, not after minutes of training.
     report.require("matplotlib", "cli")
     rich_progress = report.require("rich.progress", "cli")
     module: Any = importlib.import_module(EXPERIMENTS[arguments.experiment].module)
     config = options.from_arguments(module.Config, arguments)
-    config.out.mkdir(parents=True, exist_ok=True)
+    figure = config.out / module.FIGURE
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
@@ -99,20 +103,41 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         rich_progress.TimeElapsedColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, transient=True) as bars:
-        task = bars.add_task("loading data and compiling", total=1.0)
-        result = module.run(
-            config,
-            lambda fraction, what: bars.update(task, completed=fraction, description=what),
-        )
-    content = {
-        "experiment": arguments.experiment,
-        "config": dataclasses.asdict(config),
-        "environment": report.environment(),
-        **module.record(result),
-    }
-    report.write_json(config.out / "results.json", content)
-    figure = config.out / module.FIGURE
-    module.plot(result, figure)
+    with _terminable(), resuming.opened(config.out, arguments.experiment, config) as store:
+        with rich_progress.Progress(*columns, transient=True) as bars:
+            task = bars.add_task("loading data and compiling", total=1.0)
+            result = module.run(
+                config,
+                lambda fraction, what: bars.update(task, completed=fraction, description=what),
+                store,
+            )
+        store.finish(module.record(result))
+        with files.replacing(figure) as new:
+            module.plot(result, new)
     report.print_table(module.table(result))
     print(f"wrote {figure} and {config.out / 'results.json'}")  # noqa: T201
+
+
+class _Terminated(BaseException):
+    """The process was asked to end; like KeyboardInterrupt, no error of what it was doing."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that what is being written and locked is cleaned up."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

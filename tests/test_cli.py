@@ -37,8 +37,9 @@ def test_results_hold_config_environment_and_curves(small_run):
     assert content["config"]["hidden"] == [8]
     assert content["learning_rates"]["adam"] == 0.02
     assert content["environment"]["versions"]["jaxinv"] == jaxinv.__version__
-    assert set(content["curves"]) == {"sgd", "adagrad", "adam", "path_sgd"}
-    assert len(content["curves"]["sgd"]["unbalanced"]["step_loss"][0]) == 1437 // 400
+    assert list(content["studies"]) == ["sgd", "adagrad", "adam", "path_sgd"]
+    assert list(content["studies"]["adam"]) == ["balanced, 0.02", "unbalanced, 0.02"]
+    assert len(content["studies"]["sgd"]["unbalanced, 0.1"]["step_loss"][0]) == 1437 // 400
 
 
 def test_the_table_names_every_optimizer_and_start(small_run):

@@ -4,10 +4,19 @@ A module ``jaxinv/experiments/NAME.py`` has these names, and one row in
 :data:`EXPERIMENTS` makes it a command, ``jaxinv reproduce NAME``:
 
 - ``Config``: a dataclass; each field is a flag (see :mod:`jaxinv.experiments.options`);
-- ``run(config, progress) -> Result``: the computation;
-- ``table(result) -> Table`` and ``record(result) -> dict``: what is printed and
-  what goes into ``results.json``;
+- ``run(config, progress, store) -> Result``: the computation, cut into cells: ``store(study,
+  cell, compute)`` returns the cell from ``results.json`` if an earlier run left it there, and else
+  computes and writes it; :func:`jaxinv.experiments.resuming.compute` does this for a table of
+  cells. A cell is what may be lost when a run is killed, so it should take a minute or two at
+  most, and it depends on the ``Config`` and on nothing else. It holds numbers, texts, arrays and
+  lists of them, and comes back as JSON holds them: arrays as lists, floats bit for bit. A measured
+  time goes into a field whose name begins with ``seconds``. ``store`` is ``None`` by default;
+- ``table(result) -> Table``: what is printed;
+- ``record(result) -> dict``: what ``results.json`` says next to the cells, such as verdicts;
 - ``plot(result, path)``: the figure, and ``FIGURE``, the name of its file.
+
+The command opens the store, with its lock, checksum and messages, and writes the record and the
+figure; the fields ``out`` and ``jobs`` of a ``Config`` play no part in whose results are whose.
 """
 
 from typing import NamedTuple

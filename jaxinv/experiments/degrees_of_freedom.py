@@ -13,6 +13,7 @@ spectrum in float64 and in float32, where it also counts away singular values th
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._checks import leaf_names
-from jaxinv.experiments import datasets
+from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import directory, option, positive_int, widths
 from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.resuming import Cell, Store, Thunks
 from jaxinv.freedom import dead_names, degrees_of_freedom
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.ranks import jacobian_spectrum
@@ -113,12 +115,17 @@ class Result(NamedTuple):
     splits: list[Split]
 
 
-def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+def run(
+    config: Config,
+    progress: Progress = lambda fraction, what: None,
+    store: Store | None = None,
+) -> Result:
     """Split the parameters, d = rank + rescaling + dead + hidden, and compute the spectra.
 
     Args:
         config: which network, on which inputs.
-        progress: called after each spectrum and each split.
+        progress: called before each spectrum and each split.
+        store: what holds the cells, by default nothing but memory.
 
     Returns:
         the :class:`Result`, a :class:`Split` for every network and kind of inputs.
@@ -138,22 +145,30 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
         "standard normal": jax.random.normal(jax.random.key(1), (config.examples, sizes[0])),
         _DIGITS if config.data is None else data.name: jnp.asarray(images),
     }
-    splits: list[Split] = []
+    total = config.seeds * len(inputs)
+    studies: dict[str, Thunks] = {}
     for seed in range(config.seeds):
         params = init_mlp(jax.random.key(seed), sizes, bias_std=config.bias_std)
-        for name, x in inputs.items():
+        splits = {}
+        for i, (name, x) in enumerate(inputs.items()):
 
-            def report(part: float, what: str, name: str = name, seed: int = seed) -> None:
-                done = len(splits) + part
-                progress(done / (config.seeds * len(inputs)), f"{name}, seed {seed}: {what}")
+            def report(part: float, what: str, done: int = seed * len(inputs) + i) -> None:
+                progress((done + part) / total, what)
 
-            splits.append(_split(params, x, name, seed, report))
-    return Result(config, sizes, splits)
+            splits[name] = functools.partial(_split, params, x, name, seed, report)
+        studies[f"seed {seed}"] = splits
+    cells = resuming.compute(studies, progress, store)
+    return Result(config, sizes, [_read(cell) for row in cells.values() for cell in row.values()])
 
 
-def _split(params: Params, x: jax.Array, name: str, seed: int, progress: Progress) -> Split:
+def _read(cell: Cell) -> Split:
+    spectra = {name: np.array(values, name) for name, values in cell["spectra"].items()}
+    return Split(**{**cell, "spectra": spectra})
+
+
+def _split(params: Params, x: jax.Array, name: str, seed: int, progress: Progress) -> Cell:
     found = degrees_of_freedom(mlp, params, x)
-    progress(0.4, "rank")
+    progress(0.4, f"{name}, seed {seed}: rank")
     d, rows = int(found.parameters), len(x) * mlp(params, x[:1]).shape[1]
     # QR of chunk after chunk never holds J, but d² numbers, which is more where J is flat.
     method: Any = "tsqr" if rows >= d else "svd"
@@ -162,7 +177,7 @@ def _split(params: Params, x: jax.Array, name: str, seed: int, progress: Progres
         s = np.asarray(jacobian_spectrum(mlp, params, x, method=method, dtype=precision))
         spectra[precision] = s
         counts[precision] = numpy_rank(s, rows, d)
-        progress(0.7 + 0.3 * i, f"spectrum in {precision}")
+        progress(0.7 + 0.3 * i, f"{name}, seed {seed}: spectrum in {precision}")
     masks = zip(leaf_names(params, ""), jax.tree.leaves(found.dead_mask), strict=True)
     return Split(
         inputs=name,
@@ -182,7 +197,7 @@ def _split(params: Params, x: jax.Array, name: str, seed: int, progress: Progres
         dead_by_leaf={leaf: int(mask.sum()) for leaf, mask in masks if mask.any()},
         spectra=spectra,
         numpy_rank=counts,
-    )
+    )._asdict()
 
 
 def numpy_rank(values: np.ndarray, rows: int, columns: int) -> int:
@@ -232,8 +247,8 @@ def table(result: Result) -> Table:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """Return all numbers of ``result`` for ``results.json``."""
-    return {"sizes": result.sizes, "splits": [split._asdict() for split in result.splits]}
+    """Return what ``results.json`` says next to the cells."""
+    return {"sizes": result.sizes}
 
 
 def plot(result: Result, path: Path) -> None:

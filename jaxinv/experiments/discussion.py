@@ -14,8 +14,7 @@ here as hidden):
 - depth: how likely is hidden = 0? Grigsby, Lindsey & Rolnick, "Hidden symmetries of ReLU networks",
   ICML 2023 (arXiv:2306.06179): ever less with depth, ever more with width.
 
-A study consists of cells. Each is written to ``results.json`` as soon as it is computed, so that an
-interrupted run goes on where it stopped.
+A study consists of cells, each of which a run that was interrupted does not compute again.
 """
 
 import dataclasses
@@ -30,15 +29,14 @@ import numpy as np
 import optax
 
 from jaxinv.experiments import datasets, resuming
-from jaxinv.experiments.ensembles import draw, first, is_sound, parts, ranks
+from jaxinv.experiments.ensembles import draw, first, parts, ranks
 from jaxinv.experiments.options import directory, option, positive_float, positive_int
-from jaxinv.experiments.report import Progress, Table, require, write_json
-from jaxinv.experiments.resuming import Cell, Cells
+from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
 from jaxinv.networks import mlp
 from jaxinv.typing import Params
 
 FIGURE = "studies.png"
-NAME = "discussion"
 _BATCH, _RATE = 100, 0.1  # of SGD
 _EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # at which training is looked at
 
@@ -69,7 +67,7 @@ class Config:
     )
     out: Path = option(
         Path("jaxinv-results/discussion"),
-        f"directory for {FIGURE} and results.json, from which a run goes on",
+        f"directory for {FIGURE} and results.json",
         parse=directory,
         metavar="DIR",
     )
@@ -102,8 +100,6 @@ def _normal(n: int, features: int) -> jax.Array:
 
 
 # --- studies: each returns its cells, yet to be computed ------------------------------
-
-Thunks = dict[str, Callable[[], Cell]]
 
 
 def _digits_networks(config: Config, features: int = 64) -> Params:
@@ -273,22 +269,23 @@ STUDIES: dict[str, Callable[[Config], Thunks]] = {
 }
 
 
-# --- running and resuming -------------------------------------------------------------
-
-
-def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
-    """Compute every cell that ``config.out/results.json`` does not hold yet.
+def run(
+    config: Config,
+    progress: Progress = lambda fraction, what: None,
+    store: Store | None = None,
+) -> Result:
+    """Compute every cell that ``store`` does not hold yet.
 
     Args:
         config: sizes of the studies.
         progress: called before each cell.
+        store: what holds the cells, by default nothing but memory.
 
     Returns:
         the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
-        InvalidInput: if ``results.json`` is damaged, or of something else than this configuration.
 
     All of it takes minutes; one cell alone:
 
@@ -297,23 +294,8 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
     >>> cell["d"], cell["group"], len(cell["rank"]), max(cell["rank"]) <= 9 - 2
     (9, 2, 4, True)
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    path = config.out / "results.json"
-    stored = resuming.stored_cells(path, NAME, config, is_sound)
-    thunks = {name: study(config) for name, study in STUDIES.items()}
-    total = sum(map(len, thunks.values()))
-    studies: dict[str, Cells] = {name: {} for name in thunks}
-    done = 0
-    for name, cells in thunks.items():
-        for key, compute in cells.items():
-            progress(done / total, f"{name}: {key}")
-            cell = stored.get(name, {}).get(key)
-            studies[name][key] = compute() if cell is None else cell
-            if cell is None:
-                merged = {other: stored.get(other, {}) | studies[other] for other in studies}
-                write_json(path, {**resuming.identity(NAME, config), "studies": merged})
-            done += 1
-    return Result(config, studies)
+    studies = {name: study(config) for name, study in STUDIES.items()}
+    return Result(config, resuming.compute(studies, progress, store))
 
 
 # --- what is shown --------------------------------------------------------------------
@@ -411,8 +393,8 @@ def table(result: Result) -> Table:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """Return all cells of ``result`` for ``results.json``."""
-    return {"studies": result.studies}
+    """Return what ``results.json`` says next to the cells: nothing."""
+    return {}
 
 
 def plot(result: Result, path: Path) -> None:

@@ -87,13 +87,3 @@ def parts(cell: Cell) -> list[Cell]:
     """
     several = cell.get("ranks", {"": cell})
     return list(several.values()) if isinstance(several, dict) else [several]
-
-
-def is_sound(cell: Cell) -> bool:
-    """Whether a cell read from a file has everything :func:`ranks` puts into it.
-
-    >>> is_sound({"d": 3})
-    False
-    """
-    keys = {"d", "group", "examples", "rank", "upper", "certain"}
-    return all(isinstance(part, dict) and keys <= part.keys() for part in parts(cell))

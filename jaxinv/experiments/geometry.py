@@ -12,7 +12,10 @@ batch-normalised network. After Neyshabur, Tomioka, Salakhutdinov & Srebro,
 
 import concurrent.futures
 import dataclasses
+import itertools
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +27,11 @@ import numpy as np
 import optax
 
 from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets, resuming
+from jaxinv.experiments import datasets
 from jaxinv.experiments.options import directory, option, positive_int, widths
-from jaxinv.experiments.path_sgd import STARTS, unbalance
-from jaxinv.experiments.report import Progress, Table, require, write_json
-from jaxinv.experiments.resuming import Cell, Cells
+from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.resuming import Cell, Cells, Store
+from jaxinv.experiments.starts import STARTS, unbalance
 from jaxinv.natural import natural_gradient
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.normalization import batch_norm_as_reparam
@@ -38,10 +41,8 @@ from jaxinv.rescaling import rescaling_group
 from jaxinv.transforms import data_dependent_path_sgd, path_sgd
 from jaxinv.typing import Network, Params
 
-NAME = "geometry"
 FIGURE = "curves.png"
 RATES = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
-_KEYS = {"rate", "loss", "error", "seconds"}
 
 
 class Method(NamedTuple):
@@ -142,9 +143,9 @@ def _load(config: Config) -> datasets.Dataset:
 
 
 def _cells(
-    name: str, start: str, config: Config, skip: frozenset[str]
+    name: str, start: str, config: Config, wanted: frozenset[str]
 ) -> Iterator[tuple[str, Cell]]:
-    """Train one method from one start at every rate; yields (key, cell) as they come."""
+    """Train one method from one start at the rates wanted; yields (key, cell) as they come."""
     method, data = METHODS[name], _load(config)
     x, y, n = data.x_train, data.y_train, len(data.x_train)
     steps = n // config.batch_size
@@ -195,8 +196,8 @@ def _cells(
 
     compiled = False
     for rate in RATES:
-        key = f"{start}, {rate:g}"
-        if key in skip:
+        key = _key(start, rate)
+        if key not in wanted:
             continue
         w, r = params, jnp.asarray(rate, x.dtype)
         state, seconds = begin(r, w), []
@@ -222,66 +223,90 @@ def _cells(
         )
 
 
-def _task(name: str, start: str, config: Config, skip: frozenset[str]) -> tuple[str, Cells]:
-    return name, dict(_cells(name, start, config, skip))
+def _key(start: str, rate: float) -> str:
+    return f"{start}, {rate:g}"
 
 
-def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
-    """Train every method from both starts at every rate that ``results.json`` does not hold yet.
+def _task(name: str, start: str, config: Config, wanted: frozenset[str]) -> Cells:
+    return dict(_cells(name, start, config, wanted))
+
+
+def run(
+    config: Config,
+    progress: Progress = lambda fraction, what: None,
+    store: Store | None = None,
+) -> Result:
+    """Train every method from both starts at every rate that ``store`` does not hold yet.
 
     Args:
         config: what to train.
         progress: called as cells are done.
+        store: what holds the cells, by default nothing but memory.
 
     Returns:
         the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
-        InvalidInput: if the batch is larger than the training set; if ``results.json`` is damaged,
-            or of something else than this configuration.
+        InvalidInput: if the batch is larger than the training set.
 
     All of it takes minutes; one cell alone:
 
-    >>> cells = _cells("sgd", "balanced", Config(hidden=(8,), epochs=1), frozenset())
+    >>> wanted = frozenset(["balanced, 10"])
+    >>> cells = _cells("sgd", "balanced", Config(hidden=(8,), epochs=1), wanted)
     >>> key, cell = next(cells)
     >>> key, np.shape(cell["loss"])
     ('balanced, 10', (3, 2))
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    path = config.out / "results.json"
-    # How many processes computed a cell plays no part in it.
-    identity = dataclasses.replace(config, jobs=1)
-    studies = resuming.stored_cells(path, NAME, identity, _is_sound)
-    studies = {name: studies.get(name, {}) for name in METHODS}
-    name_of_data = _load(config).name
+    store = Store() if store is None else store
+    data = _load(config)
     total = len(METHODS) * len(STARTS) * len(RATES)
-    tasks = [
-        (name, start, config, frozenset(studies[name]))
+    keys = {start: [_key(start, rate) for rate in RATES] for start in STARTS}
+    missing = {
+        (name, start): [key for key in keys[start] if store.get(name, key) is None]
         for name in METHODS
         for start in STARTS
-        if any(f"{start}, {rate:g}" not in studies[name] for rate in RATES)
-    ]
+    }
+    done = itertools.count(1 + total - sum(map(len, missing.values())))
 
-    def keep(name: str, cells: Cells) -> None:
-        studies[name] |= cells
-        write_json(path, {**resuming.identity(NAME, identity), "studies": studies})
-        progress(sum(map(len, studies.values())) / total, METHODS[name].label)
+    def keep(name: str, key: str, cell: Cell) -> None:
+        store.keep(name, key, cell)
+        progress(next(done) / total, METHODS[name].label)
 
+    tasks = [(*task, frozenset(keys)) for task, keys in missing.items() if keys]
     if config.jobs == 1:
-        for name, start, _, skip in tasks:
-            for key, cell in _cells(name, start, config, skip):
-                keep(name, {key: cell})
+        for name, start, wanted in tasks:
+            for key, cell in _cells(name, start, config, wanted):
+                keep(name, key, cell)
     else:
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool:
-            for done in concurrent.futures.as_completed(pool.submit(_task, *t) for t in tasks):
-                keep(*done.result())
-    return Result(config, name_of_data, studies)
+        with concurrent.futures.ProcessPoolExecutor(config.jobs, context, _end_with_parent) as pool:
+            futures = {pool.submit(_task, name, start, config, w): name for name, start, w in tasks}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    for key, cell in future.result().items():
+                        keep(futures[future], key, cell)
+            except BaseException:
+                # What has not begun is left out, so that an interrupt does not wait for it.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    studies = {
+        name: {key: store(name, key, dict) for start in STARTS for key in keys[start]}
+        for name in METHODS
+    }
+    return Result(config, data.name, studies)
 
 
-def _is_sound(cell: Cell) -> bool:
-    return _KEYS <= cell.keys()
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed, and can send it no message."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- what is shown --------------------------------------------------------------------
@@ -347,12 +372,8 @@ def table(result: Result) -> Table:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """Return all numbers of ``result`` for ``results.json``."""
-    return {
-        "config": dataclasses.asdict(dataclasses.replace(result.config, jobs=1)),
-        "dataset": result.dataset,
-        "studies": result.studies,
-    }
+    """Return what ``results.json`` says next to the cells."""
+    return {"dataset": result.dataset}
 
 
 def plot(result: Result, path: Path) -> None:
@@ -401,4 +422,4 @@ def _by_rate(cells: Cells, start: str) -> tuple[list[float], list[float]]:
     return [rate for rate, _ in pairs], [loss for _, loss in pairs]
 
 
-__all__ = ["FIGURE", "NAME", "Config", "Result", "best", "plot", "record", "run", "table"]
+__all__ = ["FIGURE", "Config", "Result", "best", "plot", "record", "run", "table"]

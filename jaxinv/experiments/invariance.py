@@ -14,6 +14,7 @@ Everything is computed in 64 bits, so that an error is that of the algorithm.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ import numpy as np
 import optax
 
 from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets
+from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import directory, option, positive_float, positive_int, widths
 from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.resuming import Store
 from jaxinv.invariance import by_rescaling, equivariance_error
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.reparam import in_gauge
@@ -153,12 +155,17 @@ def general(theta: Params) -> Params:
     return jax.tree.map(lambda t: t + _CURVATURE * jnp.sinh(t), theta)
 
 
-def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+def run(
+    config: Config,
+    progress: Progress = lambda fraction, what: None,
+    store: Store | None = None,
+) -> Result:
     """Measure every optimizer under both reparametrisations.
 
     Args:
         config: which network, on what.
-        progress: called after each measurement.
+        progress: called before each measurement.
+        store: what holds the cells, by default nothing but memory.
 
     Returns:
         the :class:`Result`.
@@ -173,8 +180,6 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
             f"a batch of {config.batch_size} is larger than the training set "
             f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
         )
-    rows = optimizers()
-    errors: dict[str, dict[str, Errors]] = {}
     # Optax itself mixes dtypes: its counters are integers.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         x = jnp.asarray(data.x_train[: config.batch_size], jnp.float64)
@@ -184,12 +189,18 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
         theta = init_mlp(init_key, sizes, bias_std=0.1, dtype=jnp.float64)
         group = rescaling_group(mlp, theta, x)
         maps = _reparametrizations(group, scale_key)
-        for i, (name, make) in enumerate(rows.items()):
-            errors[name] = {}
-            for j, (kind, weights) in enumerate(maps.items()):
-                errors[name][kind] = _measure(make, weights, theta, x, y, config)
-                done = (i * len(maps) + j + 1) / (len(rows) * len(maps))
-                progress(done, f"{name}, {kind}")
+        thunks = {
+            name: {
+                kind: functools.partial(_measure, make, weights, theta, x, y, config)
+                for kind, weights in maps.items()
+            }
+            for name, make in optimizers().items()
+        }
+        cells = resuming.compute(thunks, progress, store)
+    errors = {
+        name: {kind: Errors(**cell) for kind, cell in kinds.items()}
+        for name, kinds in cells.items()
+    }
     return Result(config, data.name, group.dim, errors)
 
 
@@ -207,7 +218,7 @@ def _measure(
     x: jax.Array,
     y: jax.Array,
     config: Config,
-) -> Errors:
+) -> dict[str, float]:
     def loss(params: Params) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(mlp(params, x), y).mean()
 
@@ -221,7 +232,7 @@ def _measure(
 
     error = equivariance_error(optimizer, loss, theta, weights, config.steps, fn=mlp, x=x)
     last = (error.first_step, error.weights[-1], error.function[-1])
-    return Errors(*map(float, last))
+    return Errors(*map(float, last))._asdict()
 
 
 def verdict(errors: Errors, kind: str) -> str:
@@ -274,17 +285,14 @@ def table(result: Result) -> Table:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """Return all numbers of ``result`` for ``results.json``."""
+    """Return what ``results.json`` says next to the cells."""
     return {
         "dataset": result.dataset,
         "group_dimension": result.dim,
         "rounding_limit": ROUNDING,
         "left_out": LEFT_OUT,
-        "errors": {
-            name: {
-                kind: {**errors._asdict(), "verdict": verdict(errors, kind)}
-                for kind, errors in kinds.items()
-            }
+        "verdicts": {
+            name: {kind: verdict(errors, kind) for kind, errors in kinds.items()}
             for name, kinds in result.errors.items()
         },
     }

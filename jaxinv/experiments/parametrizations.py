@@ -24,9 +24,10 @@ import numpy as np
 import optax
 
 from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets
+from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import directory, option, positive_float, positive_int, widths
 from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.resuming import Cell, Store, Thunks
 from jaxinv.gauges import normalize
 from jaxinv.invariance import function_invariance_error
 from jaxinv.networks import init_mlp, mlp
@@ -99,12 +100,17 @@ class Result(NamedTuple):
     networks: dict[str, Comparison]  # [activation]
 
 
-def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+def run(
+    config: Config,
+    progress: Progress = lambda fraction, what: None,
+    store: Store | None = None,
+) -> Result:
     """Train every parametrisation on the same minibatches.
 
     Args:
         config: what to train.
-        progress: called after each training.
+        progress: called before each training.
+        store: what holds the cells, by default nothing but memory.
 
     Returns:
         the :class:`Result`.
@@ -126,24 +132,50 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
     # Which weights lead into which unit is the same for every activation.
     units = rescaling_group(mlp, start, data.x_test)
     projected = normalize(units, start).params
-    networks = {}
-    for i, (name, activation) in enumerate(ACTIVATIONS.items()):
+    studies: dict[str, Thunks] = {}
+    for name, activation in ACTIVATIONS.items():
         fn = partial(mlp, activation=activation)
-        curves = {}
-        for j, (kind, (network, params, optimizer)) in enumerate(
-            _versions(fn, units, start, projected, config.lr).items()
-        ):
-            difference = _difference(fn, start, network, params, data)
-            trained, losses, errors = _train(network, params, optimizer, data, config)
-            final = float(_evaluate(network, trained, data.x_train, data.y_train)[0])
-            curves[kind] = Curves(losses, errors, final, difference)
-            if kind == "unconstrained":
-                moved = normalize(units, trained).params
-                change = _difference(fn, trained, fn, moved, data)
-            progress((3 * i + j + 1) / (3 * len(ACTIVATIONS)), f"{name}, {kind}")
-        own = rescaling_group(fn, start, data.x_test).dim
-        networks[name] = Comparison(own, change, curves)
+        versions = _versions(fn, units, start, projected, config.lr)
+        studies[name] = {
+            kind: partial(_cell, fn, units, start, *version, data, config)
+            for kind, version in versions.items()
+        }
+    networks = {}
+    for name, cells in resuming.compute(studies, progress, store).items():
+        first = cells[PARAMETRIZATIONS[0]]
+        curves = {
+            kind: Curves(
+                np.array(cell["step_loss"]),
+                np.array(cell["test_error"]),
+                cell["final_loss"],
+                cell["start_difference"],
+            )
+            for kind, cell in cells.items()
+        }
+        networks[name] = Comparison(first["group_dimension"], first["projection_change"], curves)
     return Result(config, data.name, networks)
+
+
+def _cell(
+    fn: Network,
+    units: RescalingGroup,
+    start: Params,
+    network: Network,
+    params: Params,
+    optimizer: Any,
+    data: datasets.Dataset,
+    config: Config,
+) -> Cell:
+    """Train one version of ``fn``; where it is ``fn`` itself, also project the outcome."""
+    difference = _difference(fn, start, network, params, data)
+    trained, losses, errors = _train(network, params, optimizer, data, config)
+    final = float(_evaluate(network, trained, data.x_train, data.y_train)[0])
+    cell = Curves(losses, errors, final, difference)._asdict()
+    if network is fn and params is start:
+        moved = normalize(units, trained).params
+        cell["projection_change"] = _difference(fn, trained, fn, moved, data)
+        cell["group_dimension"] = rescaling_group(fn, start, data.x_test).dim
+    return cell
 
 
 def _versions(
@@ -231,7 +263,7 @@ def table(result: Result) -> Table:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """Return all numbers of ``result`` for ``results.json``."""
+    """Return what ``results.json`` says next to the cells."""
     return {
         "dataset": result.dataset,
         "networks": {
@@ -239,7 +271,6 @@ def record(result: Result) -> dict[str, Any]:
                 "group_dimension": network.group_dimension,
                 "projection_change": network.projection_change,
                 "same_class": network.same_class,
-                "curves": {kind: curves._asdict() for kind, curves in network.curves.items()},
             }
             for name, network in result.networks.items()
         },

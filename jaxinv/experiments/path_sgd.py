@@ -33,13 +33,12 @@ from jaxinv.experiments.options import (
     widths,
 )
 from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.resuming import Cell, Store
+from jaxinv.experiments.starts import STARTS, Params, unbalance
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.transforms import path_sgd
 
-Params = dict[str, dict[str, jax.Array]]
-
 FIGURE = "curves.png"
-STARTS = ("balanced", "unbalanced")
 TUNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _EVALUATION_CHUNK = 1000  # examples; bounds the memory of evaluating all of MNIST at once
 
@@ -123,47 +122,11 @@ class Result(NamedTuple):
     curves: dict[str, dict[str, Curves]]  # [optimizer][start]
 
 
-def unbalance(key: jax.Array, params: Params) -> Params:
-    """Rescale random hidden units without changing the function.
-
-    In each hidden layer, 128 units (a quarter of them in layers narrower than
-    512) have their incoming weights and bias multiplied by s and their
-    outgoing weights divided by s, with s = 10·exp(N(0, 1)) drawn for each
-    unit. ReLU(s·a)/s = ReLU(a), so the network computes what it did.
-
-    Args:
-        key: a PRNG key.
-        params: the parameters of :func:`jaxinv.networks.mlp`.
-
-    Returns:
-        parameters of the same structure.
-
-    References:
-        Neyshabur et al. 2015, arXiv:1506.02617, section 5.
-
-    >>> params = init_mlp(jax.random.key(0), (3, 8, 1))
-    >>> x = jnp.ones((2, 3))
-    >>> moved = unbalance(jax.random.key(1), params)
-    >>> bool(jnp.allclose(mlp(moved, x), mlp(params, x), rtol=1e-5))
-    True
-    """
-    params = {name: dict(layer) for name, layer in params.items()}
-    for i in range(len(params) - 1):
-        key, unit_key, scale_key = jax.random.split(key, 3)
-        layer, following = params[f"Dense_{i}"], params[f"Dense_{i + 1}"]
-        width = layer["kernel"].shape[1]
-        count = max(1, min(128, width // 4))
-        units = jax.random.choice(unit_key, width, (count,), replace=False)
-        dtype = layer["kernel"].dtype
-        scales = 10 * jnp.exp(jax.random.normal(scale_key, (count,), dtype))
-        s = jnp.ones(width, dtype).at[units].set(scales)
-        for name in layer:  # kernel (in, width) and bias (width,) both end in the unit's axis
-            layer[name] = layer[name] * s
-        following["kernel"] = following["kernel"] / s[:, None]
-    return params
-
-
-def run(config: Config, progress: Progress = lambda fraction, what: None) -> Result:
+def run(
+    config: Config,
+    progress: Progress = lambda fraction, what: None,
+    store: Store | None = None,
+) -> Result:
     """Train every optimizer from both starts.
 
     Both starts, and all optimizers, see the same initial function, the same
@@ -172,6 +135,7 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
     Args:
         config: what to train.
         progress: called after each epoch.
+        store: what holds the cells, by default nothing but memory.
 
     Returns:
         the :class:`Result`.
@@ -196,15 +160,25 @@ def run(config: Config, progress: Progress = lambda fraction, what: None) -> Res
     trainers = {name: _trainer(row, data, minibatches, config) for name, row in OPTIMIZERS.items()}
     given = {name: getattr(config, f"lr_{name}") for name in OPTIMIZERS}
     to_tune = [name for name in OPTIMIZERS if config.tune and given[name] is None]
-    num_runs = len(STARTS) * len(OPTIMIZERS) + len(TUNING_RATES) * len(to_tune)
-    done = itertools.count(1)
+    # The curve of a tuned rate from the balanced start is one of those it was chosen from.
+    num_runs = len(STARTS) * len(OPTIMIZERS) + (len(TUNING_RATES) - 1) * len(to_tune)
+    trained: set[tuple[str, str, float]] = set()
+    store = Store() if store is None else store
 
     def train(name: str, start: str, rate: float) -> Curves:
-        def after_epoch() -> None:
-            what = f"{OPTIMIZERS[name].label}, {start} start, learning rate {rate:g}"
-            progress(next(done) / (num_runs * config.epochs), what)
+        what = f"{OPTIMIZERS[name].label}, {start} start, learning rate {rate:g}"
 
-        return trainers[name](starts[start], rate, after_epoch)
+        def after_epoch(epochs: int) -> None:
+            runs = len(trained) + epochs / config.epochs
+            progress(runs / num_runs, what)
+
+        def compute() -> Cell:
+            return trainers[name](starts[start], rate, after_epoch)._asdict()
+
+        cell = store(name, f"{start}, {rate!r}", compute)
+        trained.add((name, start, rate))
+        arrays = {field: np.array(cell[field]) for field in Curves._fields[:3]}
+        return Curves(**arrays, seconds_per_step=cell["seconds_per_step"])
 
     rates, curves = {}, {}
     for name, optimizer in OPTIMIZERS.items():
@@ -239,7 +213,7 @@ def _trainer(
     data: datasets.Dataset,
     minibatches: Callable[[int], tuple[jax.Array, jax.Array]],
     config: Config,
-) -> Callable[[Params, float, Callable[[], None]], Curves]:
+) -> Callable[[Params, float, Callable[[int], None]], Curves]:
     """Return ``train(start, learning_rate, after_epoch)`` for one optimizer.
 
     Each segment of an epoch is one call of a compiled scan, with the test
@@ -268,7 +242,7 @@ def _trainer(
     run_segment = jax.jit(jax.vmap(segment, in_axes=(None, None, None, 0, 0, 0)))
     init_state = jax.jit(lambda rate, params: jax.vmap(optimizer.make(rate, spec).init)(params))
 
-    def train(params: Params, learning_rate: float, after_epoch: Callable[[], None]) -> Curves:
+    def train(params: Params, learning_rate: float, after_epoch: Callable[[int], None]) -> Curves:
         rate = jnp.asarray(learning_rate, x.dtype)
         state = init_state(rate, params)
         losses, seconds = [], []
@@ -284,7 +258,7 @@ def _trainer(
                 seconds.append(time.perf_counter() - begin)
                 losses.append(loss)
                 errors.append(_evaluate_seeds(params, data.x_test, data.y_test)[1])
-            after_epoch()
+            after_epoch(epoch + 1)
         return Curves(
             step_loss=np.concatenate(losses, axis=1),
             test_error=100 * np.stack(errors, axis=1),
@@ -407,15 +381,8 @@ def table(result: Result) -> Table:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """Return all numbers of ``result`` for ``results.json``; seeds come first in every list."""
-    return {
-        "dataset": result.dataset,
-        "learning_rates": result.learning_rates,
-        "curves": {
-            name: {start: row._asdict() for start, row in rows.items()}
-            for name, rows in result.curves.items()
-        },
-    }
+    """Return what ``results.json`` says next to the cells."""
+    return {"dataset": result.dataset, "learning_rates": result.learning_rates}
 
 
 def plot(result: Result, path: Path) -> None:

@@ -1,18 +1,14 @@
-"""What every experiment and benchmark writes: where it ran, a table, a JSON file."""
+"""What every experiment and benchmark reports: where it ran, and a table."""
 
 import importlib
 import importlib.metadata
-import json
-import math
 import os
 import platform
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 import jaxinv
 from jaxinv.errors import JaxinvError
@@ -121,42 +117,6 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "operating_system": platform.system(),
     }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` to ``path`` in one step, so that no half-written file is ever seen.
-
-    Arrays become lists, and NaN and infinities ``null``, which JSON lacks.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "results.json"
-    >>> write_json(path, {"loss": np.array([1.0, np.nan])})
-    >>> json.loads(path.read_text())
-    {'loss': [1.0, None]}
-    """
-    text = json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-    # Next to the target, because a rename is atomic only within one file system.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 is meant for secrets
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def _cpu_model() -> str:

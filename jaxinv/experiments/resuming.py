@@ -1,82 +1,216 @@
-"""Results that survive an interruption: cells of studies, kept in ``results.json`` as they come."""
+"""Results that survive an interruption: cells of studies, kept in ``results.json`` as they come.
 
+An experiment asks a :class:`Store` for its cells, and the store computes only what it does not hold
+yet. What is asked for is always what JSON gives back, computed now or earlier, so that a run which
+was killed and went on ends with the numbers of one that was not. Fields whose names begin with
+``seconds`` are measured times, the only numbers that differ between runs.
+"""
+
+import contextlib
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxinv.errors import InvalidInput
+from jaxinv.experiments import files
+from jaxinv.experiments.report import Progress, environment
 
-Cell = dict[str, Any]  # numbers and lists of them: what JSON gives back is what went in
+Cell = dict[str, Any]  # numbers, texts and lists of them: what JSON gives back
 Cells = dict[str, Cell]
+Thunks = Mapping[str, Callable[[], Mapping[str, Any]]]  # cells of a study, yet to be computed
+
+_LOCK = "results.json.lock"
+# Where the results go and how many processes compute them: no number depends on these fields.
+_NO_PART = ("out", "jobs")
 
 
-def identity(experiment: str, config: Any) -> dict[str, Any]:
-    """Return what ``results.json`` says of whose results it holds.
+class Store:
+    """The cells computed so far; those of a :func:`opened` store are in a file.
 
-    Args:
-        experiment: name of the experiment.
-        config: its configuration, a dataclass.
-
-    Returns:
-        ``{"experiment": ..., "config": {field: value}}``.
-
-    >>> Config = dataclasses.make_dataclass("Config", ["out"])
-    >>> identity("discussion", Config("there"))
-    {'experiment': 'discussion', 'config': {'out': 'there'}}
+    >>> store, computed = Store(), []
+    >>> def cell():
+    ...     computed.append(1)
+    ...     return {"loss": (1.0, 0.5)}
+    >>> store("sgd", "rate 0.1", cell), store("sgd", "rate 0.1", cell), len(computed)
+    ({'loss': [1.0, 0.5]}, {'loss': [1.0, 0.5]}, 1)
     """
-    return {"experiment": experiment, "config": dataclasses.asdict(config)}
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        header: Mapping[str, Any] | None = None,
+        studies: Mapping[str, Cells] | None = None,
+    ) -> None:
+        """Begin with ``studies``; with a ``path``, write ``header`` and all cells to it."""
+        self._path, self._header = path, dict(header or {})
+        self._held = {study: dict(cells) for study, cells in (studies or {}).items()}
+        self._asked: dict[str, Cells] = {}
+
+    def __call__(self, study: str, key: str, compute: Callable[[], Mapping[str, Any]]) -> Cell:
+        """Return the cell, from ``compute()`` if it is not held yet."""
+        cell = self.get(study, key)
+        return self.keep(study, key, compute()) if cell is None else cell
+
+    def get(self, study: str, key: str) -> Cell | None:
+        """Return the cell, or ``None`` if it has to be computed.
+
+        Raises:
+            InvalidInput: if it would be computed by other versions, or elsewhere, than the others.
+        """
+        cell = self._held.get(study, {}).get(key)
+        if cell is None:
+            self._same_environment()
+        else:
+            self._asked.setdefault(study, {})[key] = cell
+        return cell
+
+    def keep(self, study: str, key: str, cell: Mapping[str, Any]) -> Cell:
+        """Hold a cell that was computed, and write it; returns it as JSON gives it back."""
+        kept: Cell = files.plain(cell)
+        self._held.setdefault(study, {})[key] = kept
+        self._asked.setdefault(study, {})[key] = kept
+        self._write({"complete": False})
+        return kept
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write all cells with what else the experiment records, as complete."""
+        self._write({"complete": True, **record})
+
+    def _write(self, rest: Mapping[str, Any]) -> None:
+        if self._path is not None:
+            # In the order the experiment asks, whatever the order they were computed in.
+            studies = {
+                study: self._asked.get(study, {}) | self._held[study]
+                for study in self._asked | self._held
+            }
+            files.write_json(self._path, {**self._header, **rest, "studies": studies})
+
+    def _same_environment(self) -> None:
+        there = self._header.get("environment")
+        if there is None:
+            return
+        here = files.plain(environment())
+        if here != there:
+            was = _differences(there, here)
+            raise InvalidInput(
+                f"{self._path}: begun in another environment ({was}), where the numbers may "
+                f"differ; {_REMEDY}"
+            )
 
 
-def stored_cells(
-    path: Path, experiment: str, config: Any, is_sound: Callable[[Cell], bool]
-) -> dict[str, Cells]:
-    """Read the cells that an earlier run with the same configuration has left.
+_REMEDY = "choose another --out, or remove the file to begin anew"
+
+
+@contextlib.contextmanager
+def opened(directory: Path, experiment: str, config: Any) -> Iterator[Store]:
+    """Open ``directory/results.json``, or begin it, and let no other process write there.
 
     Args:
-        path: of ``results.json``, which need not exist.
+        directory: made if it does not exist.
         experiment: name of the experiment.
-        config: its configuration; the field ``out``, where it writes, plays no part.
-        is_sound: whether a cell holds what the experiment puts into one.
+        config: its configuration, a dataclass; its fields ``out`` and ``jobs`` play no part.
 
-    Returns:
-        ``[study][cell]``, the content of ``"studies"``.
+    Yields:
+        the :class:`Store`, with the cells of an earlier run of the same configuration.
 
     Raises:
-        InvalidInput: if the file is damaged, or of another experiment or configuration.
+        DamagedFile: if the file is not as it was written, or has no checksum.
+        InvalidInput: if it is of another experiment, configuration or version.
+        InUse: if another process is writing there.
 
-    >>> Config = dataclasses.make_dataclass("Config", ["out"])
-    >>> stored_cells(Path("nowhere/results.json"), "discussion", Config("nowhere"), bool)
-    {}
+    >>> import tempfile
+    >>> Config = dataclasses.make_dataclass("Config", ["epochs"])
+    >>> directory = Path(tempfile.mkdtemp())
+    >>> with opened(directory, "mine", Config(3)) as store:
+    ...     cell = store("training", "sgd", lambda: {"loss": 0.5})
+    >>> with opened(directory, "mine", Config(3)) as store:
+    ...     store.get("training", "sgd")
+    {'loss': 0.5}
+    >>> with opened(directory, "mine", Config(4)) as store:  # doctest: +ELLIPSIS
+    ...     pass
+    Traceback (most recent call last):
+    ...
+    jaxinv.errors.InvalidInput: ... of another configuration (epochs = 3, not 4); choose another ...
     """
-    if not path.exists():
-        return {}
-    remedy = "choose another --out, or remove the file to begin anew"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidInput(f"{path}: damaged, not JSON ({error}); {remedy}") from error
-    if not isinstance(content, dict) or content.get("experiment") != experiment:
-        raise InvalidInput(f"{path}: holds no results of the experiment {experiment}; {remedy}")
-    # Through JSON, which knows no tuples and no paths.
-    ours = json.loads(json.dumps(identity(experiment, config)["config"], default=str))
-    theirs = content.get("config")
-    theirs = theirs if isinstance(theirs, dict) else {}
-    other = [name for name in ours if name != "out" and ours[name] != theirs.get(name)]
-    if other:
-        was = ", ".join(f"{name} = {theirs.get(name)}, not {ours[name]}" for name in other)
-        raise InvalidInput(f"{path}: holds results of another configuration ({was}); {remedy}")
-    studies: Any = content.get("studies")
-    if not (_is_table(studies) and all(map(_is_table, studies.values()))):
-        raise InvalidInput(f"{path}: damaged, its studies are not tables of cells; {remedy}")
-    for study, cells in studies.items():
-        for name, cell in cells.items():
-            if not is_sound(cell):
-                raise InvalidInput(f"{path}: damaged, {study}: {name} lacks numbers; {remedy}")
-    return studies
+    directory.mkdir(parents=True, exist_ok=True)
+    with files.locked(directory / _LOCK):
+        files.remove_leftovers(directory)
+        path = directory / "results.json"
+        fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NO_PART}
+        header = files.plain(
+            {"experiment": experiment, "config": fields, "environment": environment()}
+        )
+        studies = {}
+        if path.exists():
+            content = files.read_json(path, _REMEDY)
+            _must_match(path, header, content)
+            studies = content["studies"]
+            header["environment"] = content["environment"]
+        yield Store(path, header, studies)
 
 
-def _is_table(value: Any) -> bool:
-    """Whether the value is ``{name: {...}}``."""
-    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+def _must_match(path: Path, header: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    if content.get("experiment") != header["experiment"]:
+        raise InvalidInput(
+            f"{path}: holds results of the experiment {content.get('experiment')}, not "
+            f"{header['experiment']}; {_REMEDY}"
+        )
+    if content["config"] != header["config"]:
+        was = _differences(content["config"], header["config"])
+        raise InvalidInput(f"{path}: holds results of another configuration ({was}); {_REMEDY}")
+    there, here = (side["environment"]["versions"]["jaxinv"] for side in (content, header))
+    if there != here:
+        raise InvalidInput(f"{path}: written by jaxinv {there}, and this is {here}; {_REMEDY}")
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} = {there.get(name)}, not {here.get(name)}"
+        for name in dict.fromkeys([*here, *there])
+        if here.get(name) != there.get(name)
+    )
+
+
+def compute(
+    studies: Mapping[str, Thunks],
+    progress: Progress = lambda fraction, what: None,
+    store: Store | None = None,
+) -> dict[str, Cells]:
+    """Ask ``store`` for every cell of ``studies``, in order.
+
+    Args:
+        studies: ``[study][cell]``, each a function without arguments that computes it.
+        progress: called before each cell.
+        store: what holds the cells, by default nothing but memory.
+
+    Returns:
+        ``[study][cell]``, the cells.
+
+    >>> compute({"squares": {"two": lambda: {"square": 2 * 2}}})
+    {'squares': {'two': {'square': 4}}}
+    """
+    store = Store() if store is None else store
+    total, done = sum(map(len, studies.values())), 0
+    found: dict[str, Cells] = {study: {} for study in studies}
+    for study, thunks in studies.items():
+        for key, thunk in thunks.items():
+            progress(done / total, f"{study}: {key}")
+            found[study][key] = store(study, key, thunk)
+            done += 1
+    return found
+
+
+def deterministic(content: Any) -> Any:
+    """Leave out of ``results.json`` what may differ between two runs: times, and where they ran.
+
+    >>> deterministic({"environment": {"cpu": "x"}, "curve": [{"loss": 1.0, "seconds": 3.2}]})
+    {'curve': [{'loss': 1.0}]}
+    """
+    if isinstance(content, dict):
+        return {
+            key: deterministic(value)
+            for key, value in content.items()
+            if not key.startswith("seconds") and key not in ("environment", "sha256")
+        }
+    return [deterministic(item) for item in content] if isinstance(content, list) else content

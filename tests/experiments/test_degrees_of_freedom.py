@@ -22,7 +22,7 @@ def small_run(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["reproduce", "degrees-of-freedom", *argv]) == 0
     content = json.loads((out / "results.json").read_text())
-    return out, {split["inputs"]: split for split in content["splits"]}, printed.getvalue()
+    return out, content["studies"]["seed 0"], printed.getvalue()
 
 
 def test_every_parameter_is_counted_once(small_run):

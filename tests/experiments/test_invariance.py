@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 
 from jaxinv import cli
 from jaxinv.errors import InvalidInput
-from jaxinv.experiments import invariance
+from jaxinv.experiments import files, invariance
 from jaxinv.experiments.invariance import Config, Errors, Result
 
 pytestmark = pytest.mark.usefixtures("standard_dtype_promotion")  # optax mixes dtypes
@@ -29,22 +28,22 @@ def small_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(invariance, "optimizers", lambda: {name: rows[name] for name in KEPT})
         assert cli.main(["reproduce", "invariance", *SMALL, "--out", str(out)]) == 0
-    return out, json.loads((out / "results.json").read_text())
+    return out, files.read_json(out / "results.json")
 
 
 def test_path_sgd_and_the_gauge_are_invariant_to_rescaling_and_sgd_is_not(small_run):
-    errors = small_run[1]["errors"]
+    errors, verdicts = small_run[1]["studies"], small_run[1]["verdicts"]
     for name in ("path_sgd, momentum", "sgd in normalised gauge"):
         row = errors[name]["rescaling"]
-        assert row["verdict"] == "invariant to rounding"
+        assert verdicts[name]["rescaling"] == "invariant to rounding"
         assert max(row["first_step"], row["trajectory"], row["function"]) < 1e-11
-    assert errors["sgd"]["rescaling"]["verdict"] == "not invariant"
+    assert verdicts["sgd"]["rescaling"] == "not invariant"
     assert errors["sgd"]["rescaling"]["first_step"] > 0.1
 
 
 def test_nothing_of_first_order_is_invariant_to_a_general_reparametrisation(small_run):
-    for row in small_run[1]["errors"].values():
-        assert row["general"]["verdict"] == "not invariant"
+    for name, row in small_run[1]["studies"].items():
+        assert small_run[1]["verdicts"][name]["general"] == "not invariant"
         assert row["general"]["first_step"] > 0.01
 
 
@@ -74,7 +73,7 @@ def test_sgd_differs_by_the_square_of_the_derivative(small_run):
         g = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(loss)(w))])
         slope = 1 + 0.3 * np.cosh(np.concatenate([t.ravel() for t in jax.tree.leaves(theta)]))
     expected = np.linalg.norm(g - slope**2 * g) / np.linalg.norm(slope**2 * g)
-    measured = small_run[1]["errors"]["sgd"]["general"]["first_step"]
+    measured = small_run[1]["studies"]["sgd"]["general"]["first_step"]
     np.testing.assert_allclose(measured, expected, rtol=1e-10)
 
 

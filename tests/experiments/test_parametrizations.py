@@ -1,13 +1,11 @@
 """The parametrizations experiment: the same functions for ReLU, others for sigmoid."""
 
-import json
-
 import numpy as np
 import pytest
 
 from jaxinv import cli
 from jaxinv.errors import InvalidInput
-from jaxinv.experiments import parametrizations
+from jaxinv.experiments import files, parametrizations
 from jaxinv.experiments.parametrizations import Config
 
 
@@ -16,7 +14,12 @@ def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     argv = ["--hidden", "16", "--epochs", "2", "--batch-size", "200", "--out", str(out)]
     assert cli.main(["reproduce", "parametrizations", *argv]) == 0
-    return out, json.loads((out / "results.json").read_text())["networks"]
+    content = files.read_json(out / "results.json")
+    networks = {
+        name: {**row, "curves": content["studies"][name]}
+        for name, row in content["networks"].items()
+    }
+    return out, networks
 
 
 def test_relu_versions_start_from_one_function_and_projection_keeps_it(small_run):
