@@ -1,5 +1,14 @@
 """jaxinv: the invariances of neural networks, in pure functional JAX."""
 
+from jaxinv.capacity import (
+    fisher_rao_norm,
+    group_norm,
+    log_group_norm,
+    log_spectral_product,
+    margins,
+    rescaling_invariance,
+    spectral_norms,
+)
 from jaxinv.data_paths import data_dependent_path_kappa, data_dependent_path_norm
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.freedom import degrees_of_freedom, saturating_inputs
@@ -61,8 +70,10 @@ __all__ = [
     "discover",
     "distance_mod_rescaling",
     "equivariance_error",
+    "fisher_rao_norm",
     "function_invariance_error",
     "gradient_orthogonality",
+    "group_norm",
     "jacobian",
     "jacobian_gram",
     "jacobian_operator",
@@ -70,8 +81,11 @@ __all__ = [
     "jacobian_spectrum",
     "learning_coefficient_bounds",
     "local_learning_coefficient",
+    "log_group_norm",
     "log_path_kappa",
     "log_path_norm",
+    "log_spectral_product",
+    "margins",
     "natural_gradient",
     "normalize",
     "path_condition",
@@ -87,12 +101,14 @@ __all__ = [
     "rescale_gradient",
     "rescale_state",
     "rescaling_group",
+    "rescaling_invariance",
     "saturating_inputs",
     "scale_by_data_dependent_path_kappa",
     "scale_by_natural_gradient",
     "scale_by_path_kappa",
     "scale_by_path_metric",
     "share_params",
+    "spectral_norms",
     "tangent_kernel",
     "tangent_vectors",
     "unit_path_norms",
