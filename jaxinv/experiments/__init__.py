@@ -46,6 +46,10 @@ EXPERIMENTS = {
         "jaxinv.experiments.geometry",
         "Good parametrisations and invariant algorithms side by side, over learning rates",
     ),
+    "inductive-bias": Experiment(
+        "jaxinv.experiments.inductive_bias",
+        "Error and capacity norms of one-hidden-layer networks against their width: is there a U?",
+    ),
     "degrees-of-freedom": Experiment(
         "jaxinv.experiments.degrees_of_freedom",
         "Spectrum of the Jacobian and d = rank + rescaling + dead + hidden, on noise and on images",
