@@ -424,13 +424,12 @@ def rescaling_invariance(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jaxinv import group_norm, networks, path_norm
-        >>> from jaxinv import rescaling_group, rescaling_invariance
-        >>> w, x = networks.init_mlp(jax.random.key(0), (4, 8, 3)), jnp.zeros((1, 4))
-        >>> group = rescaling_group(networks.mlp, w, x)
+        >>> from jaxinv import group_norm, path_norm, rescaling_group, rescaling_invariance
+        >>> net = lambda w, x: jnp.maximum(x @ w[0], 0) @ w[1]
+        >>> w, x = [jnp.array([[1.0, 3.0]]), jnp.array([[2.0], [1.0]])], jnp.zeros((1, 1))
         >>> def measure(w):
-        ...     return {"path": path_norm(networks.mlp, w, x),
-        ...             "Frobenius": group_norm(networks.mlp, w, x)}
+        ...     return {"path": path_norm(net, w, x), "Frobenius": group_norm(net, w, x)}
+        >>> group = rescaling_group(net, w, x)
         >>> found = rescaling_invariance(measure, group, w, jax.random.key(1))
         >>> {name: bool(value) for name, value in found.invariant.items()}
         {'Frobenius': False, 'path': True}

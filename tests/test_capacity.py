@@ -1,6 +1,5 @@
 """Norm-based capacity against hand counts, loops in NumPy, and what the theory says of orbits."""
 
-import functools
 import math
 
 import jax
@@ -166,26 +165,27 @@ def test_logarithms_do_not_overflow_and_units_of_weight_zero_are_minus_infinity(
     x = jnp.zeros((1, 2))
     expected = [30 * math.log(10) + math.log(2) / 2] * 2
     expected += [-30 * math.log(10) + math.log(2) / 2] * 2
-    np.testing.assert_allclose(log_unit_norms(net, w, x), [*expected, -INF], rtol=1e-6)
-    deep = [jnp.full((2, 2), 1e30)] * 5  # the product is 2^5·1e150
-    for log_norm in (log_layer_product_norm, log_spectral_product):
-        value = log_norm(net, deep, x)
-        np.testing.assert_allclose(value, 5 * (math.log(2) + 30 * math.log(10)), rtol=1e-6)
+
+    @jax.jit
+    def logs(w, deep):
+        products = log_layer_product_norm(net, deep, x), log_spectral_product(net, deep, x)
+        return log_unit_norms(net, w, x), jnp.stack(products)
+
+    found, products = logs(w, [jnp.full((2, 2), 1e30)] * 5)  # the product is 2^5·1e150
+    np.testing.assert_allclose(found, [*expected, -INF], rtol=1e-6)
+    np.testing.assert_allclose(products, 5 * (math.log(2) + 30 * math.log(10)), rtol=1e-6)
 
 
 def test_group_norms_differentiate_jit_and_vmap():
     params = init_mlp(jax.random.key(0), (3, 4, 2), bias_std=0.5)
     x = jnp.zeros((1, 3))
-    norm = functools.partial(group_norm, mlp, x=x)
-    gradient = jax.jit(jax.grad(lambda w: norm(w)))(params)
-    expected = jax.tree.map(lambda a: a / frobenius(params), params)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), gradient, expected)
-    both = jax.tree.map(lambda a: jnp.stack([a, 3 * a]), params)
-    np.testing.assert_allclose(
-        jax.vmap(lambda w: norm(w))(both), frobenius(params) * np.array([1, 3]), rtol=1e-5
-    )
+    gradients = jax.jit(jax.vmap(jax.value_and_grad(lambda w: group_norm(mlp, w, x))))
     dead = {**params, "Dense_1": jax.tree.map(jnp.zeros_like, params["Dense_1"])}
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(lambda w: norm(w))(dead)))
+    values, found = gradients(jax.tree.map(lambda *a: jnp.stack(a), params, dead))
+    for i, w in enumerate((params, dead)):
+        np.testing.assert_allclose(values[i], frobenius(w), rtol=1e-5)
+        for g, a in zip(jax.tree.leaves(found), jax.tree.leaves(w), strict=True):
+            np.testing.assert_allclose(g[i], a / frobenius(w), rtol=1e-5, atol=1e-7)
 
 
 # --- what the theory says -------------------------------------------------------------
@@ -200,7 +200,7 @@ def problem():
     return params, x, y, rescaling_group(mlp, params, x)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize("p", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 def test_in_the_normalized_gauge_output_units_have_the_norm_of_their_paths(problem, p):
     params, x, _, group = problem
 
@@ -212,6 +212,7 @@ def test_in_the_normalized_gauge_output_units_have_the_norm_of_their_paths(probl
     np.testing.assert_allclose(*both(params), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_path_norm_is_the_smallest_product_of_max_norms_on_the_orbit():
     params = init_mlp(jax.random.key(3), (4, 6, 5, 1), bias=False)
     x = jnp.zeros((1, 4))
@@ -264,6 +265,7 @@ def test_what_is_invariant_is_so_to_rounding_and_the_rest_is_not(problem):
     assert found.rescaled["margins"].shape == (2, 20)
 
 
+@pytest.mark.slow
 def test_the_same_on_a_residual_convolutional_network():
     params = init_cnn(jax.random.key(0), 2, num_classes=3, bias_std=0.3)
     x = jax.random.normal(jax.random.key(1), (4, 4, 4, 1))
@@ -298,7 +300,7 @@ def test_the_derivative_along_the_weights_is_depth_times_the_output():
     )
 
 
-@pytest.mark.parametrize("likelihood", ["softmax", "bernoulli", "poisson", "gaussian"])
+@pytest.mark.parametrize("likelihood", ["softmax", "poisson"])
 def test_the_fisher_rao_norm_is_the_length_of_the_weights_in_the_fisher_metric(problem, likelihood):
     params, x, _, _ = problem
     metric = np.asarray(fisher(mlp, params, x, likelihood), np.float64)
