@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv import _scaled, _stream
+from jaxinv import _path_products, _scaled, _stream
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
 from jaxinv._path_values import (
     REMEDY,
@@ -211,8 +211,11 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         streamed = _streamed(domain, eqn, left, right, operands)
         if streamed is not None:
             return streamed
-    exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
-    mantissa = eqn.bind(operands[0].mantissa, operands[1].mantissa, **exact)
+    one, other = (s.mantissa for s in operands)
+    mantissa = _path_products.product(eqn, one, other, isinstance(left, Paths | Sign))
+    if mantissa is None:
+        exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
+        mantissa = eqn.bind(one, other, **exact)
     return Paths(_scaled.normalize(Scaled(mantissa, operands[0].exponent + operands[1].exponent)))
 
 

@@ -45,11 +45,12 @@ def _unit_of(x: Any) -> Any:
 
 
 def _common_unit(x: Any) -> Any:
-    """The largest power of four up to the largest of numbers x >= 0.
+    """The largest power of four up to the largest |x|.
 
     Of four, so that the square roots of what it divides still differ by powers of two exactly.
     """
-    unit = _unit_of(_largest(x))
+    # Not the largest of abs(x): XLA's CPU backend would write abs(x) to memory first.
+    unit = _unit_of(lax.max(_largest(x), -_smallest(x)))
     odd = (_exponent_of(unit) & 1).astype(x.dtype)
     return unit * (1 - odd / 2)
 
@@ -107,7 +108,7 @@ def times(exponent: Any, factor: float, dtype: Any) -> tuple[Any, Any]:
 @jax.jit
 def normalize(s: Scaled) -> Scaled:
     """The same numbers with the largest |mantissa| in [1, 4)."""
-    unit = _common_unit(abs(lax.stop_gradient(s.mantissa)))
+    unit = _common_unit(lax.stop_gradient(s.mantissa))
     return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, _exponent_of(unit)))
 
 
@@ -126,6 +127,10 @@ def _largest(x: Any) -> Any:
     return lax.reduce_max(x, tuple(range(x.ndim)))
 
 
+def _smallest(x: Any) -> Any:
+    return lax.reduce_min(x, tuple(range(x.ndim)))
+
+
 def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
     """|value|^p; scaled by an exact power of two first, so that it cannot overflow.
 
@@ -139,10 +144,10 @@ def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
 
 @partial(jax.jit, static_argnames=("p", "dtype", "sample"))
 def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
-    x = abs(value.astype(dtype))
+    x = value.astype(dtype)
     seen = x[tuple(slice(None, None, max(1, n // 16)) for n in x.shape)] if sample else x
     unit = _common_unit(lax.stop_gradient(seen))
-    x = x * (1 / unit)
+    x = abs(x) * (1 / unit)
     k = _exponent_of(unit)
     exponent, fraction = times(k, p, x.dtype)
     if p % 1 == 0:
