@@ -18,8 +18,10 @@ from jax import lax
 from jaxinv._layer_values import Operator
 from jaxinv.typing import Array
 
-# Up to this many rows or columns, whichever are fewer, all singular values are computed.
-_DENSE = 1024
+# Up to this many rows or columns, whichever are fewer, all singular values are computed. For larger
+# matrices LAPACK has threads of its own, and inside a compiled program these and XLA's can wait for
+# each other for good (seen with OpenBLAS on two busy cores).
+_DENSE = 64
 _EXACT = lax.Precision.HIGHEST
 
 
@@ -57,6 +59,26 @@ def _matrices(op: Operator, weight: Array) -> Array:
     return weight.transpose(*batch, *inputs, *units).reshape(sizes)
 
 
+def _as_map(op: Operator, weight: Array) -> tuple[Array, Callable[..., Array], int, int]:
+    """(weights, (weights, vector) -> vector, sizes of the vectors) with the same norm."""
+    if op.eqn.name == "dot_general":
+        matrices = _matrices(op, weight)
+        if matrices.shape[0] == 1:
+            # The matrix once, at however many positions the program applies it.
+            _, size, out_size = matrices.shape
+            return matrices[0], _row_times_matrix, size, out_size
+    shape = data_shape(op)
+
+    def forward(w: Array, v: Array) -> Array:
+        return bound(op, w, v.reshape(shape)).ravel()
+
+    return weight, forward, math.prod(shape), math.prod(op.eqn.outputs[0].shape)
+
+
+def _row_times_matrix(matrix: Array, row: Array) -> Array:
+    return jnp.matmul(row, matrix, precision=_EXACT)
+
+
 def operator_norm(op: Operator, dtype: Any, tol: float, max_iterations: int) -> OperatorNorm:
     """‖A‖₂ with an estimate of its error; differentiable in the weights."""
     weight = op.weight.astype(dtype)
@@ -80,16 +102,10 @@ def operator_norm(op: Operator, dtype: Any, tol: float, max_iterations: int) -> 
             value = jnp.einsum("k,km,m", left, matrices[which], right, precision=_EXACT)
             error = max(matrices.shape[1:]) * eps * s[which, 0]
             return OperatorNorm(value * unit, error * unit, none)
-    shape = data_shape(op)
-
-    def forward(w: Array, v: Array) -> Array:
-        return bound(op, w, v.reshape(shape)).ravel()
-
+    weight, forward, size, out_size = _as_map(op, weight)
     fixed = lax.stop_gradient(weight)
-    size = math.prod(shape)
     probe = jax.ShapeDtypeStruct((size,), dtype)
     back = jax.linear_transpose(lambda v: forward(fixed, v), probe)
-    out_size = math.prod(op.eqn.outputs[0].shape)
 
     def gram(v: Array) -> Array:
         if size <= out_size:

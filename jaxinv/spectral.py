@@ -100,7 +100,7 @@ def spectral_norms(
     Returns:
         `SpectralNorms`. `values` is differentiable, and never above the true norm but for rounding.
         A singular value is within `errors` of it: residuals ‖AᵀA v − σ²v‖/σ, or, for matrices with
-        at most 1024 rows or columns, a bound on rounding. That it is the largest singular value is
+        at most 64 rows or columns, a bound on rounding. That it is the largest singular value is
         certain for those; else it holds once the iteration has converged, unless the random start
         was all but orthogonal to the largest ones.
 

@@ -101,6 +101,9 @@ def test_large_matrices_are_iterated_and_agree_with_the_singular_values(monkeypa
         found = spectral_norms(lambda w, x: x @ w, matrix, jnp.zeros((1, matrix.shape[0])))
         assert found.iterations[0] > 0
         np.testing.assert_allclose(found.values, [exact], rtol=1e-5)
+    gradient = jax.grad(lambda w: spectral_norms(lambda w, x: x @ w, w, x).values[0])(w)
+    u, _, vh = np.linalg.svd(w)
+    np.testing.assert_allclose(gradient, np.outer(u[:, 0], vh[0]), atol=1e-3)
     zero = spectral_norms(lambda w, x: x @ w, 0 * w, x)
     assert zero.values[0] == 0 and zero.errors[0] == 0
 
