@@ -16,7 +16,8 @@ A module ``jaxinv/experiments/NAME.py`` has these names, and one row in
 - ``plot(result, path)``: the figure, and ``FIGURE``, the name of its file.
 
 The command opens the store, with its lock, checksum and messages, and writes the record and the
-figure; the fields ``out`` and ``jobs`` of a ``Config`` play no part in whose results are whose.
+figure; the fields ``out`` and ``jobs`` of a ``Config`` play no part in whose results are whose. A
+row of tiny sizes in ``tests/experiments/test_kills.py`` has the new experiment killed there.
 """
 
 from typing import NamedTuple
