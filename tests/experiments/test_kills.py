@@ -225,7 +225,8 @@ def uninterrupted(compiled, tmp_path_factory):
                 out = tmp_path_factory.mktemp(f"{name}-{i}")
                 begin = time.monotonic()
                 process = _start(name, out, compiled)
-                assert process.wait() == 0, process.communicate()[0].decode()
+                output = process.communicate()[0].decode()
+                assert process.returncode == 0, output
             found[name] = _numbers(out), _cells(out), time.monotonic() - begin
         return found[name]
 
