@@ -423,8 +423,8 @@ def plot(result: Result, path: Path) -> None:
             line(right, x, np.exp(logs - logs[0].mean()), label)
         right.set(yscale="log", title=f"relative to H = {x[0]}, where the training error is zero")
     right.set(xlabel="hidden units H", ylabel="growth", xscale="log")
-    for axes in (left, middle, right):
-        axes.set_xticks(widths, [str(w) for w in widths], rotation=45)
+    for axes, shown in ((left, widths), (middle, widths), (right, [c["width"] for c in fit])):
+        axes.set_xticks(shown, [str(w) for w in shown], rotation=45)
         axes.minorticks_off()
         if axes.has_data():
             below = {} if axes is left else {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
