@@ -90,7 +90,7 @@ def assembled(
         tree=tree,
         leaf_names=tuple(leaf.name for leaf in leaves),
         leaf_shapes=tuple(leaf.shape for leaf in leaves),
-        layers=_layers(indices, rows, generator, exponents, total, len(columns)),
+        layers=layers_of(indices, rows, generator, exponents, total, len(columns)),
         unused=tuple(unused),
         pinned_by=tuple(domain.pinned_by),
         ignored=tuple(domain.ignored),
@@ -207,7 +207,7 @@ def _joint(terms: tuple[np.ndarray, ...]) -> list[np.ndarray]:
     return [scaling.columns_of(group).T for group in groups]
 
 
-def _layers(
+def layers_of(
     indices: list[tuple[np.ndarray, ...]],
     rows: np.ndarray,
     generator: np.ndarray,

@@ -3,7 +3,8 @@
 ``jaxinv reproduce EXPERIMENT`` runs one row of
 :data:`jaxinv.experiments.EXPERIMENTS`, prints its table and writes its figure
 and its numbers. ``jaxinv inspect MODULE:NAME`` reports on the user's own network, see
-:mod:`jaxinv.inspection`. A mistake of the user ends in one message and exit code 2.
+:mod:`jaxinv.inspection`. ``jaxinv report`` makes a page of
+either, see :mod:`jaxinv.pages`. A mistake of the user ends in one message and exit code 2.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jaxinv
@@ -37,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(argv).parse_args(argv)
     try:
-        {"reproduce": _reproduce, "inspect": _inspect}[arguments.command](arguments)
+        {"reproduce": _reproduce, "inspect": _inspect, "report": _report}[arguments.command](
+            arguments
+        )
     except (JaxinvError, OSError) as error:
         print(f"jaxinv: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -74,7 +78,38 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "MODULE is a file such as model.py, or an importable module",
     )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of text")
+    summary = "write one HTML page about your own network, or about a finished experiment"
+    page = commands.add_parser("report", help=summary, description=summary)
+    page.add_argument(
+        "target",
+        metavar="TARGET",
+        help="MODULE:NAME as for inspect; or results.json of an experiment, or its directory",
+    )
+    page.add_argument("--out", type=Path, default=Path("report.html"), help="default: report.html")
+    page.add_argument(
+        "--rank-limit",
+        type=int,
+        default=2000,
+        metavar="D",
+        help="rank and spectrum up to this many parameters (default: 2000)",
+    )
     return parser
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from jaxinv import inspection, pages
+    from jaxinv.experiments import files
+
+    target = Path(arguments.target)
+    if target.is_dir() or target.suffix == ".json":
+        text = pages.experiment_page(target)
+    else:
+        network = inspection.load(arguments.target)
+        title, limit = arguments.target, arguments.rank_limit
+        text = pages.model_page(*network, title=title, rank_limit=limit)
+    with files.replacing(arguments.out) as new:
+        new.write_text(text, encoding="utf-8")
+    print(f"wrote {arguments.out}")  # noqa: T201
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxinv"
 # A module imports only from rows below its own. A new module joins a row.
 LEVELS = [
     {"cli"},
+    {"pages"},
     {"experiments"},
     {"inspection", "natural", "transforms"},
     {"_kappa_scaling"},

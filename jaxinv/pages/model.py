@@ -1,0 +1,307 @@
+"""The page of a network: everything that jaxinv sees in it, as plain numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxinv
+from jaxinv import _checks
+from jaxinv.errors import JaxinvError
+from jaxinv.freedom import degrees_of_freedom
+from jaxinv.gauges import balance
+from jaxinv.inspection import inspect, unit_balance
+from jaxinv.pages.html import render
+from jaxinv.pages.unit_basis import unit_basis
+from jaxinv.pages.unit_graph import UnitGraph, unit_graph
+from jaxinv.paths import log_path_kappa, unit_path_norms
+from jaxinv.ranks import jacobian_spectrum
+from jaxinv.rescaling import RescalingGroup, rescaling_group
+from jaxinv.typing import Inputs, Network, Params
+
+RANK_LIMIT = 2000  # parameters: beyond, an SVD in float64 takes minutes
+_MOST_UNITS = 48  # drawn per column
+_MOST_EDGES = 8000  # drawn in all
+_BINS = 40
+
+
+def model_page(
+    fn: Network, params: Params, x: Inputs, *, title: str = "", rank_limit: int = RANK_LIMIT
+) -> str:
+    """The report on a network as one HTML page, which needs no network and no other file.
+
+    Args:
+        fn, params, x: as for `describe`.
+        title: the heading.
+        rank_limit: as for `describe`.
+
+    Returns:
+        The page. The same arguments give the same page.
+
+    Raises:
+        InvalidInput: as for `describe`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.pages import model_page
+        >>> page = model_page(lambda w, x: x @ w, jnp.ones((2, 1)), jnp.ones((1, 2)), title="a < b")
+        >>> page[:15], "<title>a &lt; b</title>" in page
+        ('<!DOCTYPE html>', True)
+    """
+    return render(title or "network", describe(fn, params, x, rank_limit=rank_limit))
+
+
+def describe(
+    fn: Network, params: Params, x: Inputs, *, rank_limit: int = RANK_LIMIT
+) -> dict[str, Any]:
+    """What the page of a network shows, as plain values.
+
+    Args:
+        fn: any JAX-traceable `fn(params, x) -> y`.
+        params: pytree of float arrays.
+        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s. Values are used for the
+            rank alone, if there are enough of them; else standard normal inputs are drawn.
+        rank_limit: networks with more parameters than this get no rank and no spectrum.
+
+    Returns:
+        A dictionary for JSON: numbers that are not finite are None.
+
+    Raises:
+        InvalidInput: for integer, NaN or missing params, or x without a batch axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.pages import describe
+        >>> found = describe(lambda w, x: (x @ w[0]) @ w[1],
+        ...                  [jnp.ones((2, 3)), jnp.ones((3, 1))], jnp.ones((1, 2)))
+        >>> found["group"]["dimension"], found["freedom"]["rank"], found["freedom"]["rescaling"]
+        (3, 2, 3)
+    """
+    report = inspect(fn, params, x)
+    group = unit_basis(rescaling_group(fn, params, x))
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    ratios = unit_balance(group, params)
+    log_norm, kappa, logs, outputs = report.log_path_norm, None, None, None
+    if log_norm is not None:
+        kappa = log_path_kappa(fn, params, x)
+        logs = [np.asarray(k, np.float64) for k in jax.tree.leaves(kappa)]
+        outputs = _outputs(fn, params, x)
+    graph = unit_graph(fn, params, x, group, kappa, log_norm)
+    names = group.structure.leaf_names
+    layers = np.array(group.structure.layers, np.int64)
+    spread = _spread(ratios, layers, len(names))
+    shares = np.bincount(graph.leaf, graph.share, len(names))
+    return {
+        "kind": "model",
+        "version": jaxinv.__version__,
+        "parameters": report.parameters,
+        "log10_path_norm": None if log_norm is None else _number(log_norm / math.log(10)),
+        "refused": report.refused,
+        "group": report.as_dict()["group"],
+        "freedom": _freedom(fn, params, x, report.parameters, rank_limit),
+        "leaves": [
+            {
+                "name": names[i],
+                "shape": list(leaf.shape),
+                "dtype": report.leaves[i][2],
+                "size": leaf.size,
+                "units": int((layers == i).sum()),
+                "norm": _number(np.linalg.norm(leaf)),
+                "largest": _number(abs(leaf).max(initial=0)),
+                "log10_kappa": None if logs is None else _number(_median(logs[i]) / math.log(10)),
+                "share": None if logs is None or i in graph.undrawn else _number(shares[i]),
+                "ratio": spread[i],
+            }
+            for i, leaf in enumerate(leaves)
+        ],
+        "outputs": outputs,
+        "kappa": None
+        if logs is None
+        else _histogram([k / math.log(10) for k in logs], list(names)),
+        "balance": _histogram(
+            [_log10(ratios[layers == i]) for i in np.unique(layers)],
+            [names[i] for i in np.unique(layers)],
+        ),
+        "picture": _picture(graph, group, params, ratios),
+    }
+
+
+def _number(value: Any) -> float | None:
+    """Six digits, which JSON can hold."""
+    value = float(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [_number(v) for v in values]
+
+
+def _median(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else math.nan
+
+
+def _log10(values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log10(values)
+
+
+def _spread(ratios: np.ndarray, layers: np.ndarray, count: int) -> list[list[float | None] | None]:
+    """Smallest, middle and largest ratio of the units of every leaf."""
+    found: list[list[float | None] | None] = [None] * count
+    for i in np.unique(layers):
+        ordered = np.sort(ratios[layers == i])
+        found[i] = [_number(ordered[k]) for k in (0, len(ordered) // 2, -1)]
+    return found
+
+
+def _histogram(parts: list[np.ndarray], names: list[str]) -> dict[str, Any]:
+    """Counts of every part on common bins; what is not finite is counted apart."""
+    finite = [p[np.isfinite(p)] for p in parts]
+    values = np.concatenate([*(f.ravel() for f in finite), np.zeros(0)])
+    low, high = (values.min(), values.max()) if values.size else (0.0, 1.0)
+    if high - low < 1e-3:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, _BINS + 1)
+    return {
+        "edges": _numbers(edges),
+        "parts": [
+            {
+                "name": name,
+                "counts": np.histogram(f, edges)[0].tolist(),
+                "not_finite": int(p.size - f.size),
+            }
+            for name, p, f in zip(names, parts, finite, strict=True)
+        ],
+    }
+
+
+def _outputs(fn: Network, params: Params, x: Inputs) -> dict[str, Any] | None:
+    try:
+        norms = unit_path_norms(fn, params, x)
+    except JaxinvError:  # an output without a batch axis has no units
+        return None
+    named = zip(_checks.leaf_names(norms, "y"), jax.tree.leaves(norms), strict=True)
+    return {name: _numbers(np.ravel(leaf)) for name, leaf in named}
+
+
+def _freedom(fn: Network, params: Params, x: Inputs, d: int, limit: int) -> dict[str, Any]:
+    """Rank and spectrum, or why there are none."""
+    if d > limit:
+        return {
+            "refused": f"not computed: {d:,} parameters, more than the limit of {limit:,} "
+            "(--rank-limit). An SVD takes time like the cube of that."
+        }
+    one = _checks.abstract_batch_of_one(x)
+    outputs = sum(
+        int(np.prod(y.shape[1:])) for y in jax.tree.leaves(jax.eval_shape(fn, params, one))
+    )
+    needed = 2 * -(-d // max(outputs, 1))
+    leaves = jax.tree.leaves(x)
+    given = min(jnp.shape(leaf)[0] for leaf in leaves)
+    concrete = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    if concrete and given * outputs >= d:
+        source = f"the {given} given inputs"
+    elif all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(one)):
+        draw = np.random.default_rng(0)
+        x = jax.tree.map(
+            lambda s: jnp.asarray(draw.standard_normal((needed, *s.shape[1:])), s.dtype), one
+        )
+        source = f"{needed} standard normal inputs (given: {given}, too few for a rank)"
+    else:
+        return {"refused": "not computed: integer inputs cannot be drawn; give more examples"}
+    try:
+        found = degrees_of_freedom(fn, params, x)
+        spectrum = np.asarray(jacobian_spectrum(fn, params, x))
+    except JaxinvError as error:
+        return {"refused": str(error)}
+    proven = not math.isfinite(float(found.evidence.largest))  # by a factorisation, not a spectrum
+    return {
+        "inputs": source,
+        **{k: int(getattr(found, k)) for k in ("rank", "rescaling", "dead", "hidden")},
+        "certain": bool(found.certain),
+        "evidence": f"rank {int(found.rank)}, proven by a Cholesky factorisation"
+        if proven
+        else str(found.evidence),
+        "spectrum": _numbers(spectrum),
+        "error": None if proven else _number(found.evidence.error),
+    }
+
+
+# --- the picture ----------------------------------------------------------------------
+
+
+def _picture(
+    graph: UnitGraph, group: RescalingGroup, params: Params, ratios: np.ndarray
+) -> dict[str, Any]:
+    """The units and edges that are drawn: the heaviest, where there are too many."""
+    count = len(graph.names)
+    has_paths = not np.isnan(graph.share).all() if len(graph.share) else False
+    heavy = np.nan_to_num(graph.share if has_paths else graph.square)
+    heavy_in = np.bincount(graph.target, heavy, count)
+    heavy_out = np.bincount(graph.source[graph.source >= 0], heavy[graph.source >= 0], count)
+    through = np.where(heavy_in > 0, heavy_in, heavy_out)
+    order = np.lexsort((np.arange(count), -through, graph.column))
+    starts = np.searchsorted(graph.column[order], graph.column[order])
+    shown = np.zeros(count, bool)
+    shown[order] = np.arange(count) - starts < _MOST_UNITS
+    number = np.where(shown, np.cumsum(shown) - 1, -1)
+    units = np.flatnonzero(shown)
+    position = np.zeros(count, np.int64)
+    by_column = np.argsort(graph.column, kind="stable")
+    column = graph.column[by_column]
+    position[by_column] = np.arange(count) - np.searchsorted(column, column)
+    drawn = (graph.source >= 0) & shown[graph.source] & shown[graph.target]
+    edges = np.flatnonzero(drawn)
+    leaves = len(group.structure.leaf_names)
+    limit = max(150, _MOST_EDGES // max(1, len(np.unique(graph.leaf[edges]))))
+    ranked = edges[np.lexsort((edges, -heavy[edges], graph.leaf[edges]))]
+    leaf = graph.leaf[ranked]
+    edges = np.sort(ranked[np.arange(len(ranked)) - np.searchsorted(leaf, leaf) < limit])
+    u = np.full(count, np.nan)
+    u[: group.dim] = np.asarray(balance(group, params).u) if group.dim else []
+    ratio = np.full(count, np.nan)
+    ratio[: group.dim] = ratios
+    all_edges = np.bincount(graph.leaf[graph.source >= 0], minlength=leaves)
+    drawn_edges = np.bincount(graph.leaf[edges], minlength=leaves)
+    biases = np.flatnonzero((graph.source < 0) & shown[graph.target])
+    return {
+        "measure": "share of the path norm" if has_paths else "norm of the weights",
+        "columns": [
+            {"name": c.name, "kind": c.kind, "total": int((graph.column == i).sum())}
+            for i, c in enumerate(graph.columns)
+        ],
+        "units": {
+            "name": [graph.names[i] for i in units],
+            "column": graph.column[units].tolist(),
+            "index": position[units].tolist(),
+            "through": _numbers(through[units]) if has_paths else [None] * len(units),
+            "ratio": _numbers(ratio[units]),
+            "u": _numbers(u[units]),
+        },
+        "edges": {
+            "source": number[graph.source[edges]].tolist(),
+            "target": number[graph.target[edges]].tolist(),
+            "leaf": graph.leaf[edges].tolist(),
+            "weights": graph.weights[edges].tolist(),
+            "norm": _numbers(np.sqrt(graph.square[edges])),
+            "log10_kappa": _numbers(graph.log_kappa[edges] / math.log(10)),
+            "share": _numbers(graph.share[edges]),
+        },
+        "biases": {
+            "unit": number[graph.target[biases]].tolist(),
+            "leaf": graph.leaf[biases].tolist(),
+            "norm": _numbers(np.sqrt(graph.square[biases])),
+            "share": _numbers(graph.share[biases]),
+        },
+        "connections": [
+            {"leaf": i, "total": int(all_edges[i]), "shown": int(drawn_edges[i])}
+            for i in range(leaves)
+            if all_edges[i]
+        ],
+        "undrawn": [group.structure.leaf_names[i] for i in graph.undrawn],
+    }

@@ -1,0 +1,210 @@
+"""Pages: numbers equal to jaxinv's own, names escaped, nothing loaded; drawn by a real browser."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxinv
+from jaxinv import cli, networks
+from jaxinv.inspection import unit_balance
+from jaxinv.pages import model_page
+
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)  # fmt: skip  # noqa: E501
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+EVIL = "</script><script>document.title='evil'</script><img src=x onerror=alert(1)>"
+
+
+def evil_net(w, x):
+    return jnp.tanh(jax.nn.relu(x @ w["in"]) @ w[EVIL]) @ w["out"]
+
+
+class Page(html.parser.HTMLParser):
+    """Tags and attributes, the text by id and by data-field, and what was logged."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.fields, self.stack = [], {}, {}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag not in ("meta", "img", "link", "br", "input"):
+            self.stack.append((tag, attributes))
+
+    def handle_endtag(self, tag):
+        while self.stack and self.stack.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        for _, attributes in self.stack:
+            for key, place in (("id", self.text), ("data-field", self.fields)):
+                if key in attributes:
+                    place[attributes[key]] = place.get(attributes[key], "") + data
+
+    def count(self, tag, **wanted):
+        return sum(
+            t == tag and all(a.get(k.replace("_", "-")) == v for k, v in wanted.items())
+            for t, a in self.tags
+        )
+
+
+def embedded(text):
+    return json.loads(Page(text).text["data"])
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    w = networks.init_mlp(jax.random.key(0), (3, 5, 4, 2), bias_std=0.5)
+    return networks.mlp, w, jax.random.normal(jax.random.key(1), (60, 3))
+
+
+@pytest.fixture(scope="module")
+def page(mlp):
+    return model_page(*mlp, title="a <b> & co")
+
+
+def test_the_numbers_in_the_page_are_those_of_jaxinv(mlp, page):
+    data = embedded(page)
+    w, group = mlp[1], jaxinv.rescaling_group(*mlp)
+    assert data["parameters"] == 54 and data["group"]["dimension"] == group.dim == 9
+    norm = np.log10(jaxinv.path_norm(*mlp))
+    assert data["log10_path_norm"] == pytest.approx(norm, rel=1e-5)
+    np.testing.assert_allclose(data["outputs"]["y"], jaxinv.unit_path_norms(*mlp), rtol=1e-5)
+    freedom = data["freedom"]
+    found = jaxinv.degrees_of_freedom(*mlp)
+    for part in ("rank", "rescaling", "dead", "hidden"):
+        assert freedom[part] == getattr(found, part)
+    assert freedom["inputs"] == "the 60 given inputs"
+    spectrum = np.asarray(jaxinv.jacobian_spectrum(*mlp))
+    np.testing.assert_allclose(freedom["spectrum"], spectrum, rtol=1e-5, atol=1e-12)
+    rank = int(found.rank)
+    assert spectrum[rank] < 1e-9 < spectrum[rank - 1]
+    leaf = next(x for x in data["leaves"] if x["name"] == "Dense_1/kernel")
+    assert leaf["shape"] == [5, 4] and leaf["units"] == 4
+    assert leaf["norm"] == pytest.approx(np.linalg.norm(w["Dense_1"]["kernel"]), rel=1e-5)
+    kappa = jaxinv.log_path_kappa(*mlp)["Dense_1"]["kernel"] / np.log(10)
+    assert leaf["log10_kappa"] == pytest.approx(np.median(kappa), rel=1e-4)
+    units = data["picture"]["units"]
+    ratio = dict(zip(units["name"], units["ratio"], strict=True))
+    for name, r in zip(group.names, unit_balance(group, w), strict=True):
+        assert ratio[name] == pytest.approx(r, rel=1e-5)
+    assert sum(sum(p["counts"]) for p in data["kappa"]["parts"]) == 54
+
+
+def test_the_page_is_the_same_every_time_and_loads_nothing(mlp, page):
+    assert model_page(*mlp, title="a <b> & co") == page
+    parsed = Page(page)
+    assert not any(k in ("src", "href") for _, a in parsed.tags for k in a)
+    assert set(re.findall(r"https?://[^\s\"'`)]+", page)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_names_do_not_become_markup():
+    w = {"in": jnp.ones((2, 3)), EVIL: jnp.ones((3, 4)), "out": jnp.ones((4, 1))}
+    x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    text = model_page(evil_net, w, x, title=EVIL, rank_limit=5)
+    assert Page(text).count("script") == 2 and Page(text).count("img") == 0
+    data = embedded(text)
+    assert data["title"] == EVIL and EVIL in [leaf["name"] for leaf in data["leaves"]]
+    assert "tanh" in data["refused"] and data["log10_path_norm"] is None and data["kappa"] is None
+    assert data["freedom"]["refused"].startswith("not computed: 22 parameters, more than the limit")
+
+
+def test_a_wide_layer_is_cut_to_its_heaviest_units_and_says_so():
+    w = networks.init_mlp(jax.random.key(0), (2, 60, 1))
+    data = embedded(model_page(networks.mlp, w, jnp.ones((1, 2)), rank_limit=1))
+    units = data["picture"]["units"]
+    assert data["picture"]["columns"][1]["total"] == 60 and units["column"].count(1) == 48
+    flow = np.sum(w["Dense_0"]["kernel"] ** 2, 0) * w["Dense_1"]["kernel"][:, 0] ** 2
+    shown = [i for i, c in zip(units["index"], units["column"], strict=True) if c == 1]
+    assert shown == sorted(np.argsort(-flow)[:48].tolist())
+
+
+def test_the_command_writes_a_page(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(
+        "import jax.numpy as jnp\ndef model():\n"
+        "    return (lambda w, x: x @ w), jnp.ones((2, 2)), jnp.ones((1, 2))\n"
+    )
+    out = tmp_path / "page.html"
+    assert cli.main(["report", f"{tmp_path / 'model.py'}:model", "--out", str(out)]) == 0
+    assert embedded(out.read_text())["parameters"] == 4 and str(out) in capsys.readouterr().out
+
+
+def test_a_damaged_or_unfinished_experiment_is_refused(tmp_path, capsys):
+    from jaxinv.experiments import files
+
+    path = tmp_path / "results.json"
+    header = {"experiment": "path-sgd", "config": {}, "environment": {}, "studies": {}}
+    files.write_json(path, {**header, "complete": False})
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "not finished" in capsys.readouterr().err
+    files.write_json(path, {**header, "complete": True})
+    path.write_text(path.read_text().replace("path-sgd", "geometry"))
+    assert cli.main(["report", str(path), "--out", str(tmp_path / "page.html")]) == 2
+    assert "checksum" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
+# --- in a browser ---------------------------------------------------------------------
+
+
+def drawn(text, tmp_path, fragment=""):
+    """The page after its script has run; fails on anything that the console reports."""
+    path = tmp_path / "page.html"
+    path.write_text(text, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    flags += " --disable-background-networking --disable-component-update --enable-logging=stderr"
+    flags += " --host-resolver-rules=MAP\t*\t~NOTFOUND --window-size=1280,900 --dump-dom"
+    command = [CHROMIUM, *(f.replace("\t", " ") for f in flags.split(" ")),
+               f"--user-data-dir={tmp_path / 'profile'}", f"file://{path}{fragment}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return Page(done.stdout)
+
+
+@browser
+def test_a_browser_draws_the_numbers_and_the_view_moves(page, tmp_path):
+    data, seen = embedded(page), drawn(page, tmp_path, "#check")
+    assert seen.fields["parameters"] == "54" and seen.fields["dimension"] == "9"
+    freedom = data["freedom"]
+    assert seen.fields["rank"] == str(freedom["rank"])
+    assert float(seen.fields["path-norm"]) == pytest.approx(10 ** data["log10_path_norm"], rel=1e-3)
+    assert seen.text["sum"].startswith(
+        f"54 parameters = {freedom['rank']} degrees of freedom + {freedom['rescaling']} rescalings"
+    )
+    assert "All units are shown. All 43 lines are shown." in seen.text["shown"]
+    kinds = {kind: seen.count("g", **{"data-kind": kind}) for kind in ("input", "hidden", "output")}
+    assert kinds == {"input": 3, "hidden": 9, "output": 2}
+    assert sum("data-edge" in a for _, a in seen.tags) == 3 * 5 + 5 * 4 + 4 * 2
+    assert sum("data-output" in a for _, a in seen.tags) == 2
+    checked = json.loads(seen.text["checked"])
+    assert checked["after"] == pytest.approx(checked["before"] * np.exp(0.8))
+    start, zoomed, dragged = (
+        [float(v) for v in re.findall(r"-?[\d.]+", checked[k])]
+        for k in ("start", "zoomed", "dragged")
+    )
+    # The point under the pointer stays where it is.
+    for axis, at in enumerate(checked["at"]):
+        assert (at - start[axis]) / start[2] == pytest.approx((at - zoomed[axis]) / zoomed[2])
+    np.testing.assert_allclose(np.subtract(dragged, zoomed), [30, -10, 0], atol=1e-6)
+    units = data["picture"]["units"]
+    for name, told in zip(units["name"], checked["unit"], strict=True):
+        assert told.split("\n")[0] == name
+    hidden = checked["unit"][units["name"].index("Dense_0/kernel out 2 → Dense_1/kernel in 2")]
+    ratio = float(re.search(r"outgoing norm ([\d.e-]+)", hidden)[1])
+    assert ratio == pytest.approx(units["ratio"][2], rel=1e-3)
+
+
+@browser
+def test_a_browser_shows_hostile_names_as_text(tmp_path):
+    w = {"in": jnp.ones((2, 3)), EVIL: jnp.ones((3, 4)), "out": jnp.ones((4, 1))}
+    seen = drawn(model_page(evil_net, w, jnp.ones((1, 2)), rank_limit=5), tmp_path)
+    assert seen.text["leaves"].count(EVIL) == 1 and seen.count("img") == 0
+    assert seen.fields["path-norm"] == "refused" and "rank" not in seen.fields
+    assert seen.count("g", **{"data-kind": "fixed"}) == 2
