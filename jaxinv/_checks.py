@@ -1,13 +1,22 @@
-"""What every public function checks of its arguments before it computes anything."""
+"""What every public function checks of its arguments before it computes anything.
+
+Every check is here once: what an array must be to be used at all, what parameters and inputs must
+be, what an option must be, and what becomes of an exception that the user's function raises.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from jaxinv.errors import InvalidInput
+from jaxinv.errors import InvalidInput, JaxinvError
 
 
 def leaf_names(tree: Any, root: str) -> list[str]:
@@ -23,10 +32,79 @@ def leaf_names(tree: Any, root: str) -> list[str]:
     return names
 
 
-def check_params(params: Any) -> None:
+# --- arrays ---------------------------------------------------------------------------
+
+
+def _check_usable(name: str, leaf: Any, values: bool) -> None:
+    """Raise `InvalidInput` unless jax can compute with `leaf` (its shape, if not `values`)."""
+    if values and isinstance(leaf, jax.ShapeDtypeStruct):
+        raise InvalidInput(f"{name} is a shape without values; pass the array itself.")
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    if values and getattr(leaf, "is_deleted", lambda: False)():
+        raise InvalidInput(
+            f"{name} has been deleted: its memory was donated to a jitted function "
+            "(donate_argnums). Use the array which that function returned, or do not donate it."
+        )
+    try:
+        jax.typeof(leaf)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"{name} is no array that jax can use: {error}\nConvert it, for instance with "
+            "jnp.asarray(np.asarray(a, np.float32))."
+        ) from error
+
+
+def check_floats(
+    name: str,
+    leaf: Any,
+    *,
+    what: str = "parameters",
+    finite: bool = True,
+    values: bool = True,
+    remedy: str = "",
+) -> None:
+    """Raise `InvalidInput` unless `leaf` is an array of real floats.
+
+    With `finite` its values are looked at, where they are concrete, that is outside `jit`.
+    """
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise InvalidInput(
+            f"{name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or "
+            "close over it if it is not a parameter."
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise InvalidInput(
+            f"{name} has dtype {leaf.dtype}, but {what} must be real floating-point arrays."
+            + (remedy and f"\n{remedy}")
+        )
+    _check_usable(name, leaf, values)
+    if not finite or isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    with jax.ensure_compile_time_eval():
+        bad = int(leaf.size - jnp.isfinite(leaf).sum())
+    if bad:
+        # A float64 NumPy array is float32 to jax unless 64-bit types are on.
+        used = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        within = "" if used == leaf.dtype else f" (as {used}, since 64-bit types are off)"
+        raise InvalidInput(
+            f"{name} has {bad} non-finite (NaN or infinite) of {leaf.size} values{within}; a "
+            "path through any of them has no length. Find the step that produced them, "
+            "e.g. with jax.debug_nans."
+        )
+
+
+_ONLY_FLOATS = (
+    "Pass only the float leaves as params and close over the others "
+    "(flax nnx: nnx.split(model, nnx.Param, ...); equinox: eqx.partition)."
+)
+
+
+def check_params(params: Any, *, values: bool = True) -> None:
     """Raise `InvalidInput` unless `params` is a non-empty pytree of finite real float arrays.
 
-    Values are looked at only where they are concrete, that is outside `jit`.
+    Values are looked at only where they are concrete, that is outside `jit`. Without `values`
+    shapes will do.
     """
     leaves = jax.tree.leaves(params)
     if not leaves:
@@ -35,38 +113,63 @@ def check_params(params: Any) -> None:
             "(for flax: variables['params'])."
         )
     for name, leaf in zip(leaf_names(params, "params"), leaves, strict=True):
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise InvalidInput(
-                f"{name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or "
-                "close over it if it is not a parameter."
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise InvalidInput(
-                f"{name} has dtype {leaf.dtype}, but parameters must be real floating-point "
-                "arrays.\n"
-                "Pass only the float leaves as params and close over the others "
-                "(flax nnx: nnx.split(model, nnx.Param, ...); equinox: eqx.partition)."
-            )
-        if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        check_floats(name, leaf, values=values, remedy=_ONLY_FLOATS)
+
+
+def _masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def check_start(params: Any) -> None:
+    """`check_params` for the init of a transformation: leaves may be masked, even all of them."""
+    if any(not _masked(leaf) for leaf in jax.tree.leaves(params, is_leaf=_masked)):
+        check_params(params)
+    elif not jax.tree.leaves(params, is_leaf=_masked):
+        check_params(params)
+
+
+def check_like(tree: Any, params: Any, name: str) -> None:
+    """Raise `InvalidInput` unless a tree holds floats in the structure and shapes of params.
+
+    Where a leaf of the tree is masked (by optax.masked or optax.partition) anything will do.
+    """
+    found: list[Any] = [jax.tree.structure(t, is_leaf=_masked) for t in (tree, params)]
+    if found[0] != found[1]:
+        raise InvalidInput(f"{name} must be a pytree like params, {found[1]}, not {found[0]}.")
+    leaves, weights = (jax.tree.leaves(t, is_leaf=_masked) for t in (tree, params))
+    masked = [_masked(leaf) for leaf in leaves]
+    names = iter(leaf_names(tree, name))
+    for leaf, weight, hidden in zip(leaves, weights, masked, strict=True):
+        if hidden or _masked(weight):
             continue
-        with jax.ensure_compile_time_eval():
-            bad = int(leaf.size - jnp.isfinite(leaf).sum())
-        if bad:
+        leaf_name = next(names)
+        check_floats(leaf_name, leaf, what="pytrees like params", finite=False)
+        if leaf.shape != jnp.shape(weight):
             raise InvalidInput(
-                f"{name} has {bad} non-finite (NaN or infinite) of {leaf.size} values; a "
-                "path through any of them has no length. Find the step that produced them, "
-                "e.g. with jax.debug_nans."
+                f"{leaf_name} has shape {leaf.shape}, but the parameter has {jnp.shape(weight)}."
             )
 
 
-def abstract_batch_of_one(x: Any) -> Any:
-    """Shapes of `x` with every leading batch axis set to 1; the values of `x` play no part."""
+def check_usable(tree: Any, name: str) -> None:
+    """Raise `InvalidInput` unless every leaf is something with values that jax can use."""
+    for leaf_name, leaf in zip(leaf_names(tree, name), jax.tree.leaves(tree), strict=True):
+        _check_usable(leaf_name, leaf, True)
+
+
+# --- inputs ---------------------------------------------------------------------------
+
+
+def check_inputs(x: Any, *, values: bool, finite: bool = False) -> None:
+    """Raise `InvalidInput` unless `x` is a pytree of arrays with a leading batch axis.
+
+    Without `values` shapes will do. With `finite` concrete values must be finite numbers.
+    """
     leaves = jax.tree.leaves(x)
     if not leaves:
         raise InvalidInput("x has no leaves; pass an array with a leading batch axis.")
-
-    def one(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        shape, dtype = jnp.shape(leaf), jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
+    for name, leaf in zip(leaf_names(x, "x"), leaves, strict=True):
+        _check_usable(name, leaf, values)
+        shape = jnp.shape(leaf)
         if not shape:
             raise InvalidInput(
                 f"{name} is a scalar, but every input needs a leading batch axis. "
@@ -75,9 +178,100 @@ def abstract_batch_of_one(x: Any) -> Any:
         if 0 in shape:
             raise InvalidInput(
                 f"{name} has shape {shape}: an axis of length 0 leaves no input element. "
-                "Pass at least one example (only shapes are used, jax.ShapeDtypeStruct will do)."
+                "Pass at least one example"
+                + ("." if values else " (only shapes are used, jax.ShapeDtypeStruct will do).")
             )
-        return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise InvalidInput(
+                f"{name} has dtype {leaf.dtype}; networks of complex numbers are not covered. Pass "
+                "real and imaginary parts as two inputs."
+            )
+        if not finite or isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+            continue
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        with jax.ensure_compile_time_eval():
+            fine = bool(jnp.isfinite(leaf).all())
+        if not fine:
+            raise InvalidInput(
+                f"{name} has non-finite (NaN or infinite) values, for which nothing can be "
+                "computed. Leave those examples out."
+            )
 
-    names = iter(leaf_names(x, "x"))
-    return jax.tree.map(lambda leaf: one(next(names), leaf), x)
+
+def abstract_batch_of_one(x: Any) -> Any:
+    """Shapes of `x` with every leading batch axis set to 1; the values of `x` play no part."""
+    check_inputs(x, values=False)
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
+        return jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), dtype)
+
+    return jax.tree.map(one, x)
+
+
+# --- the user's functions -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def calling(call: str, *arguments: Any, remedy: str = "") -> Iterator[None]:
+    """A scope that runs the user's code: what it raises becomes `InvalidInput`, with the shapes.
+
+    The original exception is the cause, so that its traceback is shown. Errors of jaxinv pass.
+    """
+    try:
+        yield
+    except JaxinvError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{_shown(a)}" for a in arguments)
+        raise InvalidInput(
+            f"{call} raised {type(error).__name__} when called with {shapes}: {error}"
+            + (remedy and f"\n{remedy}")
+        ) from error
+
+
+def _shown(tree: Any) -> str:
+    """The shapes and dtypes in a pytree."""
+
+    def one(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return type(leaf).__name__
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    return str(jax.tree.map(one, tree)).replace("'", "")
+
+
+# --- options --------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float | None:
+    """A real number known now, or None."""
+    if isinstance(value, jax.core.Tracer | str | bytes) or np.ndim(value):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def real(name: str, value: Any, accept: Callable[[float], bool], expected: str) -> float:
+    """An option as a float; `InvalidInput` unless it is a fixed real number that is accepted."""
+    found = _number(value)
+    if found is None or math.isnan(found) or not accept(found):
+        raise InvalidInput(f"{name} must be {expected}, not {value!r}.")
+    return found
+
+
+def integer(name: str, value: Any, least: int, also: str = "") -> int:
+    """An option as an int; `InvalidInput` unless it is a fixed integer >= least."""
+    found = _number(value)
+    if found is None or not math.isfinite(found) or int(found) != found or found < least:
+        raise InvalidInput(f"{name} must be {also}a fixed integer >= {least}, not {value!r}.")
+    return int(value)
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise `InvalidInput` unless an option is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidInput(f"{name} must be one of {', '.join(choices)}, not {value!r}.")

@@ -15,6 +15,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from jaxinv._checks import calling
 from jaxinv._jaxpr import equation, live_equations, sub_jaxprs
 from jaxinv.typing import Network, Params, PyTree
 
@@ -37,7 +38,8 @@ def check_examples_apart(fn: Network, params: Params, x: PyTree) -> None:
     size = _prime_foreign_to({n for leaf in leaves for n in jnp.shape(leaf)} - {0})
     many = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), params)
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, many)
+    with calling("fn(params, x)", shapes, many, remedy="It must accept any batch size."):
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, many)
     if any(s.shape[:1] != (size,) for s in jax.tree.leaves(out)):
         return
     num_params = len(jax.tree.leaves(params))

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives
 
-from jaxinv._checks import leaf_names
-from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv._checks import calling, leaf_names
+from jaxinv.errors import UnsupportedOperation
 
 # A `while` whose trip count is a constant is walked once per trip. Above this many trips the
 # trace itself would take minutes; `lax.scan` is the remedy and is walked once.
@@ -244,14 +244,12 @@ class Trace(NamedTuple):
 def trace(fn: Callable, params: Any, x: Any) -> Trace:
     """Trace `fn(params, x)` once, from shapes alone."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), params)
-    try:
+    remedy = (
+        "fn cannot be traced on a batch of one. It must accept any batch size (reshape with -1 or "
+        "x.shape[0] in place of a fixed batch size) and fit these params."
+    )
+    with calling("fn(params, x)", shapes, x, remedy=remedy):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, x)
-    except TypeError as error:
-        raise InvalidInput(
-            f"fn cannot be traced on a batch of one, {jax.tree.map(_short, x)}: {error}\n"
-            "Paths are computed for one example. fn must accept any batch size (reshape with -1 or "
-            "x.shape[0] in place of a fixed batch size)."
-        ) from error
     names = leaf_names(params, "params")
     return Trace(closed, len(names), names, jax.tree.structure(out))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv import _scaled
+from jaxinv._checks import check_like, check_start, integer
 from jaxinv._masking import hidden
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
@@ -57,6 +58,7 @@ def scale_by(
     """Divide gradients by κ^{2/p}, with κ of (parameters, number of the update, batch)."""
 
     def init_fn(params: Params) -> ScaleByPathKappaState:
+        check_start(params)
         dtype = _scaled.working_dtype(jax.tree.leaves(params))
         kappa: PyTree = ()
         if every > 1:
@@ -80,6 +82,7 @@ def scale_by(
     ) -> tuple[PyTree, ScaleByPathKappaState]:
         del extra_args
         whole = _all_params(params, full_params)
+        check_like(updates, whole, "updates")
 
         def fresh() -> PyTree:
             kappas = kappas_of(whole, state.count, batch)
@@ -124,8 +127,7 @@ def scale_by(
 
 def check_options(p: Any, every: Any, zero_kappa: Any) -> None:
     check_exponent(p)
-    if isinstance(every, jax.core.Tracer) or int(every) != every or every < 1:
-        raise InvalidInput(f"every must be a fixed integer >= 1, not {every}.")
+    integer("every", every, 1)
     if zero_kappa not in ("freeze", "pass"):
         raise InvalidInput(f"zero_kappa must be 'freeze' or 'pass', not {zero_kappa!r}.")
 
@@ -167,23 +169,23 @@ def _share_exponent(kappas: PyTree, updates: PyTree) -> tuple[PyTree, Array]:
 def _divide(
     gradient: Array, kappa: Scaled, p: float, eps: Any, zero_kappa: str, chosen: bool
 ) -> Scaled:
-    """gradient / (κ^{2/p} + eps), with the policy for κ = 0, as mantissa and exponent."""
+    """gradient / (κ^{2/p} + eps), with the policy for κ = 0, as mantissas and their exponents."""
     dtype = kappa.mantissa.dtype
     g, zero = gradient.astype(dtype), jnp.zeros((), jnp.int32)
     if not chosen:
         return Scaled(g, zero)
-    mantissa, exponent = _scaled.root_squared(kappa, p)
+    root = _scaled.root_squared(kappa, p)
     if not (isinstance(eps, int | float) and eps == 0):
-        mantissa = mantissa + _scaled.shift(jnp.asarray(eps, dtype), -exponent)
+        root = _scaled.add([root, Scaled(jnp.full((), eps, dtype), zero)])
+    mantissa, exponent = root
     # An infinite or NaN κ must show in the update: g/inf would be a silent 0.
     fine = jnp.isfinite(mantissa)
     present = kappa.mantissa != 0
-    quotient = jnp.where(present, g / jnp.where(present & fine, mantissa, 1), 0)
-    quotient = jnp.where(fine, quotient, jnp.nan)
+    quotient, own = _scaled.quotient(g, jnp.where(present & fine, mantissa, 1))
+    quotient = jnp.where(fine, jnp.where(present, quotient, 0), jnp.nan)
     if zero_kappa == "pass":
-        kept = jnp.where(present, quotient, _scaled.shift(g, exponent))
-        return Scaled(kept, -exponent)
-    return Scaled(quotient, -exponent)
+        return Scaled(jnp.where(present, quotient, g), jnp.where(present, own - exponent, 0))
+    return Scaled(quotient, own - exponent)
 
 
 def _matching_gain(updates: PyTree, scaled: PyTree, selected: PyTree, dtype: Any) -> Scaled:
@@ -191,10 +193,10 @@ def _matching_gain(updates: PyTree, scaled: PyTree, selected: PyTree, dtype: Any
     chosen = jax.tree.leaves(selected)
     quotients = jax.tree.leaves(scaled, is_leaf=lambda s: isinstance(s, Scaled))
     pairs = zip(jax.tree.leaves(updates), quotients, chosen, strict=True)
-    kept = [(g.astype(dtype), _scaled.normalize(s)) for g, s, c in pairs if c]
+    kept = [(g.astype(dtype), _scaled.shared(s)) for g, s, c in pairs if c]
     gradients, parts = [g for g, _ in kept], [s for _, s in kept]
     mantissas, exponent = _scaled.align(parts)
-    above, below = optax.tree.norm(gradients), optax.tree.norm(mantissas)
+    above, below = _scaled.norm(gradients), _scaled.norm(mantissas)
     fine = (above > 0) & (below > 0)
     gain = jnp.where(fine, above / jnp.where(fine, below, 1), 1).astype(dtype)
     return Scaled(gain, jnp.where(fine, -exponent, 0))

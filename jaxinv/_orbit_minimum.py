@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._scaling_action import reduced_to, transpose
+from jaxinv._scaling_action import log_add, transpose
 from jaxinv.rescaling import RescalingGroup, class_scales
 from jaxinv.typing import Array
 
@@ -42,18 +42,6 @@ class Weights(NamedTuple):
             sum((s[ids] for ids in terms), a)
             for a, terms in zip(self.logs, group.indices, strict=True)
         ]
-
-
-def _log_add(into: Array, parts: Sequence[tuple[Any, Array]]) -> Array:
-    """log(exp(into) + Σ exp(part) at the ids that come with it): no overflow, no underflow."""
-    top = into
-    for ids, part in parts:
-        top = top.at[ids].max(reduced_to(jnp.max, part, ids.shape))
-    shift = jnp.where(top > -jnp.inf, top, 0)
-    total = jnp.exp(into - shift)
-    for ids, part in parts:
-        total = total.at[ids].add(reduced_to(jnp.sum, jnp.exp(part - shift[ids]), ids.shape))
-    return shift + jnp.log(total)
 
 
 def total(leaves: Sequence[Array]) -> Array:
@@ -96,12 +84,12 @@ class Problem(NamedTuple):
         group, logs = self.group, self.weights.moved(self.group, point.u)
         of_class = jnp.full(group.structure.num_classes, -jnp.inf, logs[0].dtype)
         pairs = zip(logs, group.indices, strict=True)
-        of_class = _log_add(of_class, [(ids, a) for a, terms in pairs for ids in terms])
+        of_class = log_add(of_class, [(ids, a) for a, terms in pairs for ids in terms])
         nothing = jnp.full(group.dim, -jnp.inf, of_class.dtype)
         c = jnp.asarray(group.coefficients).astype(of_class.dtype)
         scale = jnp.log(self.multiplier) - point.log_sum
         up, down = (
-            _log_add(nothing, [(group.columns, jnp.log(jnp.maximum(b, 0)) + of_class[group.rows])])
+            log_add(nothing, [(group.columns, jnp.log(jnp.maximum(b, 0)) + of_class[group.rows])])
             for b in (c, -c)
         )
         return up + scale, down + scale

@@ -25,7 +25,9 @@ class Scaled(NamedTuple):
 
 def working_dtype(leaves: Sequence[Any]) -> Any:
     """float64 if a leaf is, else float32: half precision has neither the range nor the digits."""
-    double = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    # NumPy arrays of float64 are float32 to jax unless 64-bit types are on.
+    dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in leaves]
+    double = any(dtype == jnp.float64 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
@@ -266,6 +268,34 @@ def root(s: Scaled, p: float) -> Any:
     inverse = jnp.asarray(1 / p, s.mantissa.dtype)
     mantissa = s.mantissa if p == 1 else jnp.sqrt(s.mantissa) if p == 2 else s.mantissa**inverse
     return shift(mantissa * fraction, whole)
+
+
+def quotient(above: Any, below: Any) -> tuple[Any, Any]:
+    """(q, k) with above/below = q·2^k elementwise and q of the order of one; below > 0.
+
+    The plain quotient of two mantissas may leave the range of floats where the number that they
+    stand for, with its exponent, does not.
+    """
+    unit, other = _unit_of(abs(above)), _unit_of(below)
+    unit = jnp.where(jnp.isfinite(above), unit, 1)
+    return (above / unit) / (below / other), _exponent_of(unit) - _exponent_of(other)
+
+
+def shared(s: Scaled) -> Scaled:
+    """Mantissas with an exponent each over one exponent; the smallest may become 0."""
+    exponent = jnp.broadcast_to(s.exponent, s.mantissa.shape)
+    none = jnp.iinfo(jnp.int32).min // 2
+    top = jnp.max(jnp.where(s.mantissa != 0, exponent, none), initial=none)
+    top = jnp.where(top > none, top, 0)
+    return normalize(Scaled(shift(s.mantissa, exponent - top), top))
+
+
+def norm(leaves: Sequence[Any]) -> Any:
+    """(Σ x²)^{1/2} over all elements; squares neither overflow nor vanish."""
+    top = jnp.stack([jnp.max(abs(a), initial=0) for a in leaves]).max()
+    unit = _unit_of(jnp.where(jnp.isfinite(top), top, 1))
+    ratios = [a * _exact_power(-_exponent_of(unit), unit.dtype) for a in leaves]
+    return unit * jnp.sqrt(sum(jnp.sum(abs(r) ** 2) for r in ratios))
 
 
 @jax.jit

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinv._checks import calling, check_floats
 from jaxinv._scaling_group import Structure, generator_names
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, PyTree
@@ -87,8 +89,10 @@ class RescalingGroup(NamedTuple):
         return "\n".join(lines)
 
 
-def checked_leaves(group: RescalingGroup, tree: PyTree, what: str) -> list[Any]:
-    """Leaves of a pytree like params; `InvalidInput` if it is not one."""
+def checked_leaves(
+    group: RescalingGroup, tree: PyTree, what: str, *, finite: bool = False
+) -> list[Any]:
+    """Leaves of a pytree of floats like params; `InvalidInput` if it is not one."""
     s = group.structure
     if jax.tree.structure(tree) != s.tree:
         raise InvalidInput(
@@ -97,6 +101,7 @@ def checked_leaves(group: RescalingGroup, tree: PyTree, what: str) -> list[Any]:
         )
     leaves = jax.tree.leaves(tree)
     for name, shape, leaf in zip(s.leaf_names, s.leaf_shapes, leaves, strict=True):
+        check_floats(f"{what}: {name}", leaf, what=f"{what} to rescale", finite=finite)
         if jnp.shape(leaf) != shape:
             raise InvalidInput(
                 f"{what}: {name} has shape {jnp.shape(leaf)}, but the group was found for {shape}."
@@ -105,7 +110,11 @@ def checked_leaves(group: RescalingGroup, tree: PyTree, what: str) -> list[Any]:
 
 
 def checked_u(group: RescalingGroup, u: Any) -> Array:
-    u = jnp.asarray(u)
+    with calling("jnp.asarray(u)", u, remedy="u must be an array of numbers."):
+        u = jnp.asarray(u)
+    kinds = (jnp.floating, jnp.integer)
+    if not any(jnp.issubdtype(u.dtype, kind) for kind in kinds):
+        raise InvalidInput(f"u has dtype {u.dtype}, but it must hold real numbers.")
     if u.shape != (group.dim,):
         raise InvalidInput(
             f"u has shape {u.shape}, but the group has {group.dim} generators: pass ({group.dim},)."
@@ -139,6 +148,18 @@ def transpose(group: RescalingGroup, leaves: list[Array]) -> Array:
             totals = totals.at[ids].add(summed_to(leaf.astype(dtype), ids.shape))
     picked = jnp.asarray(group.coefficients).astype(dtype) * totals[group.rows]
     return jnp.zeros(group.dim, dtype).at[group.columns].add(picked)
+
+
+def log_add(into: Array, parts: Sequence[tuple[Any, Array]]) -> Array:
+    """log(exp(into) + Σ exp(part) at the ids that come with it): no overflow, no underflow."""
+    top = into
+    for ids, part in parts:
+        top = top.at[ids].max(reduced_to(jnp.max, part, ids.shape))
+    shift = jnp.where(top > -jnp.inf, top, 0)
+    total = jnp.exp(into - shift)
+    for ids, part in parts:
+        total = total.at[ids].add(reduced_to(jnp.sum, jnp.exp(part - shift[ids]), ids.shape))
+    return shift + jnp.log(total)
 
 
 def reduced_to(reduce: Any, array: Array, shape: tuple[int, ...]) -> Array:

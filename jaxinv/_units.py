@@ -13,7 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jaxinv._scaling_action import log_add
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling import RescalingGroup, summed_to
 from jaxinv.typing import Array
@@ -37,16 +39,41 @@ class Units(NamedTuple):
                 totals = totals.at[units].add(summed_to(kept, units.shape))
         return totals[:-1]
 
-    def spread(self, u: Array) -> list[Array | None]:
-        """u of the unit that each weight leads into, 0 for none; None for leaves without any."""
-        padded = jnp.append(u, jnp.zeros((1,), u.dtype))
+    def log_sums(self, logs: list[Array]) -> Array:
+        """log Σ exp(·) over the incoming weights of every unit, -inf for none; no overflow."""
+        parts = []
+        for log, found in zip(logs, self.leaves, strict=True):
+            if found is not None:
+                units, mask = found
+                parts.append((units, log if mask is None else jnp.where(mask, log, -jnp.inf)))
+        return log_add(jnp.full(self.dim + 1, -jnp.inf, logs[0].dtype), parts)[:-1]
+
+    def norms(self, leaves: list[Array]) -> Array:
+        """(Σ w²)^{1/2} over the incoming weights of every unit; squares do not overflow."""
+        sizes = [abs(leaf) for leaf in leaves]
+        logs = [jnp.log(lax.stop_gradient(size)) for size in sizes]
+        # About the norm itself, so that the ratios are of the order of one.
+        about = self.log_sums(logs)
+        scale = jnp.exp(jnp.where(about > -jnp.inf, about, 0))
+        ratios = [
+            leaf if s is None else leaf / s
+            for leaf, s in zip(leaves, self.spread(scale, 1), strict=True)
+        ]
+        squares = self.sums([r**2 for r in ratios])
+        # Of a unit of zeros the norm has no gradient.
+        return jnp.where(squares > 0, scale * jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+    def spread(self, u: Array, fill: float = 0) -> list[Array | None]:
+        """u of the unit that each weight leads into, `fill` for none; None for leaves without any."""
+        padded = jnp.append(u, jnp.full((1,), fill, u.dtype))
         spread: list[Array | None] = []
         for found in self.leaves:
             if found is None:
                 spread.append(None)
             else:
                 units, mask = found
-                spread.append(padded[units] if mask is None else jnp.where(mask, padded[units], 0))
+                part = padded[units]
+                spread.append(part if mask is None else jnp.where(mask, part, fill))
         return spread
 
 

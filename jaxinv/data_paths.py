@@ -52,19 +52,11 @@ def prepare(fn: Network, params: Params, x: Inputs) -> Problem:
     _checks.check_params(params)
     dtype = _scaled.working_dtype(jax.tree.leaves(params))
     params = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), params)
+    _checks.check_inputs(x, values=True, finite=True)
     one = _checks.abstract_batch_of_one(x)
     sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(x)}
     if len(sizes) > 1:
         raise InvalidInput(f"the leaves of x have different batch sizes, {sorted(sizes)}.")
-    for name, leaf in zip(_checks.leaf_names(x, "x"), jax.tree.leaves(x), strict=True):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise InvalidInput(f"{name} is a shape; data-dependent paths need the examples.")
-        if isinstance(leaf, jax.core.Tracer):
-            continue
-        with jax.ensure_compile_time_eval():
-            finite = bool(jnp.isfinite(leaf).all())
-        if not finite:
-            raise InvalidInput(f"{name} has non-finite (NaN or infinite) values.")
 
     def widened(leaf: Any) -> Any:
         half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
@@ -137,9 +129,7 @@ def _mixed(
 
 def check_alpha(alpha: Any) -> float:
     """alpha as a float; `InvalidInput` unless it is a fixed number in [0, 1]."""
-    if isinstance(alpha, jax.core.Tracer) or not 0 <= float(alpha) <= 1:
-        raise InvalidInput(f"alpha must be a fixed number in [0, 1], not {alpha}.")
-    return float(alpha)
+    return _checks.real("alpha", alpha, lambda a: 0 <= a <= 1, "a fixed number in [0, 1]")
 
 
 def data_dependent_path_norm(
@@ -241,10 +231,8 @@ def data_dependent_path_kappa(
 
 def check_probes(probes: Any) -> None:
     """Raise `InvalidInput` unless probes is None or a fixed integer >= 1."""
-    if probes is not None and (
-        isinstance(probes, jax.core.Tracer) or int(probes) != probes or probes < 1
-    ):
-        raise InvalidInput(f"probes must be None or an integer >= 1, not {probes}.")
+    if probes is not None:
+        _checks.integer("probes", probes, 1, also="None or ")
 
 
 def scaled_data_kappa(

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv import _scaled
-from jaxinv._checks import check_params, leaf_names
+from jaxinv._checks import check_like, check_params, integer, one_of, real
 from jaxinv._precision import call_in
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import (
@@ -84,8 +84,7 @@ def whitened(fn: Network, likelihood: Likelihood) -> Network:
         >>> print(jacobian(net, jnp.zeros((1, 1)), jnp.ones((1, 1))))  # √(½·½)
         [[0.5]]
     """
-    if likelihood not in get_args(Likelihood):
-        raise InvalidInput(f"likelihood must be one of {get_args(Likelihood)}, not {likelihood!r}.")
+    one_of("likelihood", likelihood, get_args(Likelihood))
 
     def one(y: Array) -> Array:
         if likelihood == "softmax" and (jnp.ndim(y) < 2 or y.shape[-1] < 2):
@@ -157,28 +156,6 @@ def fisher_product(
     check_like(v, params, "v")
     v = jax.tree.map(lambda a, w: jnp.asarray(a, dtype=w.dtype), v, params)
     return _operator(fn, params, x, likelihood)(v)
-
-
-def check_like(tree: PyTree, params: Params, name: str) -> None:
-    """Raise `InvalidInput` unless a tree holds floats in the structure and shapes of params.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxinv.fisher import check_like
-        >>> check_like([jnp.ones(2)], [jnp.zeros(2)], "gradient")
-    """
-    found: list[Any] = [jax.tree.structure(t) for t in (tree, params)]
-    if found[0] != found[1]:
-        raise InvalidInput(f"{name} must be a pytree like params, {found[1]}, not {found[0]}.")
-    pairs = zip(leaf_names(tree, name), jax.tree.leaves(tree), jax.tree.leaves(params), strict=True)
-    for leaf_name, leaf, weight in pairs:
-        if jnp.shape(leaf) != jnp.shape(weight):
-            raise InvalidInput(
-                f"{leaf_name} has shape {jnp.shape(leaf)}, but the parameter has "
-                f"{jnp.shape(weight)}."
-            )
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise InvalidInput(f"{leaf_name} has dtype {jnp.result_type(leaf)}: pass floats.")
 
 
 def _operator(
@@ -331,21 +308,17 @@ def check_options(
         1.0
     """
     whitened(lambda w, x: x, likelihood)
-    if solver not in get_args(Solver):
-        raise InvalidInput(f"solver must be one of {get_args(Solver)}, not {solver!r}.")
-    if rtol is not None and not rtol >= 0:
-        raise InvalidInput(f"rtol must be >= 0, not {rtol}.")
-    if isinstance(max_iterations, jax.core.Tracer) or max_iterations < 1:
-        raise InvalidInput(f"max_iterations must be a fixed integer >= 1, not {max_iterations}.")
+    one_of("solver", solver, get_args(Solver))
+    if rtol is not None:
+        real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
+    integer("max_iterations", max_iterations, 1)
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
         raise InvalidInput(f"dtype must be float32 or float64, not {jnp.dtype(dtype)}.")
     if jnp.shape(damping) != ():
         raise InvalidInput(f"damping must be a scalar, not of shape {jnp.shape(damping)}.")
     if isinstance(damping, jax.core.Tracer):
         return damping
-    if not 0 <= float(damping) < float("inf"):
-        raise InvalidInput(f"damping must be finite and >= 0, not {damping}.")
-    return float(damping)
+    return real("damping", damping, lambda d: 0 <= d < float("inf"), "finite and >= 0")
 
 
 def _exact(

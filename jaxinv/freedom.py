@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._checks import leaf_names
+from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names
 from jaxinv._precision import call_in
 from jaxinv._rank_evidence import column_sizes, known_ambiguities
 from jaxinv.errors import InvalidInput
@@ -223,10 +223,12 @@ def saturating_inputs(
         >>> saturating_inputs(networks.mlp, w, jnp.ones((100, 2))).ranks  # one input, repeated
         (1, 1)
     """
-    draw, most = _drawing(x, max_examples)
+    check_params(params)
+    draw, most = _drawing(x, integer("max_examples", max_examples, 1))
     key = jax.random.key(0) if key is None else key
     d = sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params))
-    one = jax.eval_shape(fn, params, draw(key, 1))
+    with calling("fn(params, x)", params):
+        one = jax.eval_shape(fn, params, draw(key, 1))
     out = sum(int(np.prod(y.shape[1:])) for y in jax.tree.leaves(one))
     size, sizes, ranks = min(-(-d // max(out, 1)), most), [], []
     while True:
@@ -243,6 +245,7 @@ def saturating_inputs(
 def _drawing(x: Any, most: int) -> tuple[Callable[[Array, int], Inputs], int]:
     if callable(x):
         return x, most
+    check_inputs(x, values=False)
     leaves = jax.tree.leaves(x)
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         length = min(jnp.shape(leaf)[0] for leaf in leaves)

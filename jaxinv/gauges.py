@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinv import _scaled
+from jaxinv import _checks, _scaled
 from jaxinv._orbit_minimum import Problem, Weights, minimize, most_terms, total
 from jaxinv._scaling_action import transpose
 from jaxinv._units import Units, units_of
@@ -68,13 +68,19 @@ def default_tolerance(dtype: Any) -> float:
 # --- the gauges -----------------------------------------------------------------------
 
 
+def _positive(value: float) -> bool:
+    return 0 < value < float("inf")
+
+
 def _logs(leaves: Sequence[Array], power: float) -> Weights:
     dtype = _scaled.working_dtype(leaves)
     return Weights([power * jnp.log(abs(leaf.astype(dtype))) for leaf in leaves])
 
 
 def _tolerance(tol: float | None, leaves: Sequence[Array]) -> float:
-    return default_tolerance(_scaled.working_dtype(leaves)) if tol is None else tol
+    if tol is None:
+        return default_tolerance(_scaled.working_dtype(leaves))
+    return _checks.real("tol", tol, lambda t: t >= 0, "a fixed number >= 0")
 
 
 def balance(
@@ -116,9 +122,8 @@ def balance(
         >>> round(balance(group, w).value.item(), 4)  # 2·(3·1 + 0.5·2)
         8.0
     """
-    if not norm > 0:
-        raise InvalidInput(f"norm must be positive, not {norm}.")
-    leaves = checked_leaves(group, params, "params")
+    norm = _checks.real("norm", norm, _positive, "a fixed number > 0")
+    leaves = checked_leaves(group, params, "params", finite=True)
     tol = _tolerance(tol, leaves)
     weights = _logs(leaves, norm)
     zero = jnp.zeros(group.dim, weights.logs[0].dtype)
@@ -173,10 +178,15 @@ def path_condition(
         ...                   atol=1e-4))
         True
     """
-    if not p > 0:
-        raise InvalidInput(f"p must be positive, not {p}.")
-    leaves = checked_leaves(group, params, "params")
+    p = _checks.real("p", p, _positive, "a fixed number > 0")
+    leaves = checked_leaves(group, params, "params", finite=True)
     logs = [jnp.asarray(k) for k in checked_leaves(group, log_kappa, "log_kappa")]
+    for name, k in zip(_checks.leaf_names(log_kappa, "log_kappa"), logs, strict=True):
+        if not isinstance(k, jax.core.Tracer) and bool((jnp.isnan(k) | (k == jnp.inf)).any()):
+            raise InvalidInput(
+                f"{name} has NaN or inf: log κ must be a number, or -inf for a weight on no path. "
+                "A κ that float32 has lost is NaN; compute it in float64."
+            )
     tol = _tolerance(tol, leaves)
     dtype = _scaled.working_dtype([*leaves, *logs])
     weights = Weights([k.astype(dtype) for k in logs])
@@ -224,9 +234,8 @@ def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge
         >>> {name: round(leaf.item(), 4) for name, leaf in gauge.params.items()}
         {'a': 1.0, 'b': 4.0, 'in': 1.0, 'out': 4.0}
     """
-    if not norm > 0:
-        raise InvalidInput(f"norm must be positive, not {norm}.")
-    weights = _logs(checked_leaves(group, params, "params"), norm)
+    norm = _checks.real("norm", norm, _positive, "a fixed number > 0")
+    weights = _logs(checked_leaves(group, params, "params", finite=True), norm)
     v, steps, error = _unit_norms(group, weights, *units_of(group))
     u, converged = v / norm, error <= default_tolerance(v.dtype)
     return Gauge(rescale(group, params, u), u, error, steps, error, converged)
@@ -239,14 +248,14 @@ def _unit_norms(
     """v with Σ_{e into j} a_e exp((Bv)_e) = 1 for all j, by substitution layer after layer."""
     units = Units(leaves, dim, depth)
 
-    def sums(v: Array) -> Array:
-        found = units.sums([jnp.exp(a) for a in weights.moved(group, v)])
-        return jnp.where(found > 0, found, 1)
+    def log_sums(v: Array) -> Array:
+        found = units.log_sums(weights.moved(group, v))
+        return jnp.where(found > -jnp.inf, found, 0)
 
     def step(state: tuple) -> tuple:
         v, found, steps = state
-        v = v - jnp.log(found)
-        return v, sums(v), steps + 1
+        v = v - found
+        return v, log_sums(v), steps + 1
 
     # Each step puts right all units whose sources are right, so `depth` steps do it; rounding of
     # long sums may stay above the tolerance.
@@ -255,10 +264,13 @@ def _unit_norms(
 
     def unfinished(state: tuple) -> Array:
         _, found, steps = state
-        return (jnp.max(abs(found - 1), initial=0.0) > tol) & (steps < depth + 2)
+        return (error_of(found) > tol) & (steps < depth + 2)
 
-    v, found, steps = lax.while_loop(unfinished, step, (v, sums(v), jnp.zeros((), jnp.int32)))
-    return v, steps, jnp.max(abs(found - 1), initial=0.0)
+    def error_of(found: Array) -> Array:
+        return jnp.max(abs(jnp.expm1(found)), initial=0.0)
+
+    v, found, steps = lax.while_loop(unfinished, step, (v, log_sums(v), jnp.zeros((), jnp.int32)))
+    return v, steps, error_of(found)
 
 
 def distance_mod_rescaling(group: RescalingGroup, a: Params, b: Params) -> Array:
@@ -287,9 +299,12 @@ def distance_mod_rescaling(group: RescalingGroup, a: Params, b: Params) -> Array
         >>> f"{distance_mod_rescaling(group, one, two):.4f}"  # between (4, 4) and (1, 1)
         '4.2426'
     """
-    near, far = (balance(group, w).params for w in (a, b))
-    squares = [
-        jnp.sum((x - y) ** 2)
-        for x, y in zip(jax.tree.leaves(near), jax.tree.leaves(far), strict=True)
-    ]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
+    leaves = [checked_leaves(group, w, name) for w, name in ((a, "a"), (b, "b"))]
+    dtype = _scaled.working_dtype([*leaves[0], *leaves[1]])
+    near, far = (balance(group, jax.tree.unflatten(group.structure.tree, w)).params for w in leaves)
+    return _scaled.norm(
+        [
+            x.astype(dtype) - y.astype(dtype)
+            for x, y in zip(jax.tree.leaves(near), jax.tree.leaves(far), strict=True)
+        ]
+    )

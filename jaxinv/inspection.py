@@ -135,6 +135,7 @@ def inspect(fn: Network, params: Params, x: Inputs) -> Report:
             Dense_0/kernel → Dense_1/kernel
         path norm 10^1 (p = 2)
     """
+    _checks.check_params(params)
     group = rescaling_group(fn, params, x)
     leaves = jax.tree.leaves(params)
     names = [name or "params" for name in _checks.leaf_names(params, "")]

@@ -75,7 +75,10 @@ def function_invariance_error(
         >>> function_invariance_error(networks.mlp, w, there, x).absolute.item()
         0.0
     """
-    reference, other = fn(params, x), fn(other_params, x)
+    for name, tree in (("params", params), ("other_params", other_params), ("x", x)):
+        _checks.check_usable(tree, name)
+    with _checks.calling("fn(params, x)", params, x):
+        reference, other = fn(params, x), fn(other_params, x)
     structures: list[Any] = [jax.tree.structure(y) for y in (reference, other)]
     shapes = [jax.tree.map(jnp.shape, y) for y in (reference, other)]
     if structures[0] != structures[1] or shapes[0] != shapes[1]:
@@ -175,7 +178,7 @@ def gradient_orthogonality(
         >>> bool(abs(result.cosines).max() < 1e-6)
         True
     """
-    leaves = checked_leaves(group, params, "params")
+    leaves = checked_leaves(group, params, "params", finite=True)
     dtype = _scaled.working_dtype(leaves)
     tree = group.structure.tree
 
@@ -204,7 +207,8 @@ def gradient_orthogonality(
 
 def _scalar(loss: Loss) -> Loss:
     def checked(params: Params) -> Array:
-        value = loss(params)
+        with _checks.calling("loss(params)", params):
+            value = loss(params)
         if jnp.shape(value) != ():
             raise InvalidInput(
                 f"loss returns shape {jnp.shape(value)}, but it must be a scalar: take the mean or "
@@ -365,8 +369,7 @@ def equivariance_error(
         True
     """
     _checks.check_params(params)
-    if isinstance(steps, jax.core.Tracer) or int(steps) != steps or steps < 1:
-        raise InvalidInput(f"steps must be a fixed integer >= 1, not {steps}.")
+    steps = _checks.integer("steps", steps, 1)
     if x is not None and fn is None:
         raise InvalidInput("x was given without fn: pass the network whose outputs to compare.")
     if callable(optimizer):
@@ -463,7 +466,7 @@ def _minus(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _norm(tree: PyTree) -> Array:
-    return optax.tree.norm(tree)
+    return _scaled.norm(jax.tree.leaves(tree))
 
 
 def _apart(a: PyTree, b: PyTree) -> Array:

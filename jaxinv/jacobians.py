@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv import _kernel_factors, _scaled
-from jaxinv._checks import check_params, leaf_names
+from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names, one_of
 from jaxinv._examples import check_examples_apart
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
@@ -78,6 +78,7 @@ def outputs_of(fn: Network, params: Params, x: Inputs, dtype: Any) -> Array:
 def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
     """Check the arguments and read off the sizes of the Jacobian."""
     check_params(params)
+    check_inputs(x, values=True, finite=True)
     leaves = jax.tree.leaves(x)
     sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in leaves}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
@@ -86,7 +87,8 @@ def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
             f"x must hold arrays with one common leading batch axis of length >= 1, not {shapes}."
         )
     (examples,) = sizes
-    out = jax.eval_shape(fn, params, x)
+    with calling("fn(params, x)", params, x):
+        out = jax.eval_shape(fn, params, x)
     ys = jax.tree.leaves(out)
     for name, y in zip(leaf_names(out, "fn(params, x)"), ys, strict=True):
         if y.shape[:1] != (examples,) or not jnp.issubdtype(y.dtype, jnp.floating):
@@ -100,9 +102,16 @@ def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
     try:
         check_examples_apart(fn, params, one)
         apart = all(y.shape[:1] == (1,) for y in jax.tree.leaves(jax.eval_shape(fn, params, one)))
-    except (UnsupportedOperation, TypeError):
+    except (UnsupportedOperation, InvalidInput, TypeError):
         apart = False
     weights = jax.tree.leaves(params)
+    sizes_of = {"columns": [jnp.shape(w) for w in weights], "rows": [y.shape for y in ys]}
+    for what, found in sizes_of.items():
+        if not sum(int(np.prod(shape)) for shape in found):
+            raise InvalidInput(
+                f"the Jacobian has no {what}: params has shapes {sizes_of['columns']} and fn's "
+                f"output {sizes_of['rows']}. Neither may be empty."
+            )
     return _Shapes(
         int(examples or 0),
         sum(int(np.prod(y.shape[1:])) for y in ys),
@@ -113,8 +122,7 @@ def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
 
 
 def _check_chunk(chunk: int) -> None:
-    if chunk < 1:
-        raise InvalidInput(f"chunk must be at least 1, not {chunk}.")
+    integer("chunk", chunk, 1)
 
 
 # --- rows -----------------------------------------------------------------------------
@@ -185,8 +193,7 @@ def jacobian(
         [[ 3.  2.]
          [15. 10.]]
     """
-    if mode not in ("auto", "fwd", "rev"):
-        raise InvalidInput(f"mode must be 'auto', 'fwd' or 'rev', not {mode!r}.")
+    one_of("mode", mode, ("auto", "fwd", "rev"))
     _check_chunk(chunk)
     shapes = shapes_of(fn, params, x)
     passes = shapes.outputs if shapes.apart else shapes.rows

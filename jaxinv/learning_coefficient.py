@@ -125,12 +125,14 @@ def local_learning_coefficient(
         raise InvalidInput(
             "sgld needs a step_size: its bias grows with it, so there is no default."
         )
+    _check_sampling(beta, localization, step_size, scales)
     beta = 1 / float(np.log(num_examples)) if beta is None else beta
     scale = num_examples * beta
     center, unravel = ravel_pytree(params)
 
     def value(w: Array, batch: PyTree) -> Array:
-        found = loss(unravel(w)) if data is None else loss(unravel(w), batch)
+        with _checks.calling("loss", unravel(w)):
+            found = loss(unravel(w)) if data is None else loss(unravel(w), batch)
         if jnp.shape(found) != ():
             raise InvalidInput(f"loss must return a scalar, not an array of {jnp.shape(found)}.")
         return found.astype(center.dtype)
@@ -139,6 +141,9 @@ def local_learning_coefficient(
         found = value(w, batch)
         return scale * found + localization * jnp.sum((w - center) ** 2) / 2, found
 
+    at_center = value(center, data)
+    if not isinstance(at_center, jax.core.Tracer) and not bool(jnp.isfinite(at_center)):
+        raise InvalidInput(f"loss is {at_center} at params, where the chains start.")
     slope = jax.value_and_grad(potential, has_aux=True)
     start = 1 / (scale + localization) if step_size is None else step_size
     keys = jax.random.split(key, num_chains)
@@ -148,7 +153,7 @@ def local_learning_coefficient(
         assert batch_size is not None
         chain = _sgld(slope, data, batch_size, center, start, num_warmup, num_steps)
     losses, acceptance, steps = jax.jit(jax.vmap(chain))(keys)
-    excess = scale * (losses - value(center, data))
+    excess = scale * (losses - at_center)
     each, half = excess.mean(axis=1), num_steps // 2
     diverged = ~jnp.isfinite(losses).all(axis=1)
     error = each.std(ddof=1) / num_chains**0.5 if num_chains > 1 else jnp.full((), jnp.nan)
@@ -248,21 +253,33 @@ def _check_options(
     data: PyTree,
     batch_size: Any,
 ) -> None:
-    if not num_examples > 1:
-        raise InvalidInput(f"num_examples must be above 1, not {num_examples}.")
-    for name, number in (("num_chains", num_chains), ("num_steps", num_steps)):
-        if int(number) != number or number < 1:
-            raise InvalidInput(f"{name} must be an integer >= 1, not {number}.")
-    if int(num_warmup) != num_warmup or num_warmup < 0:
-        raise InvalidInput(f"num_warmup must be an integer >= 0, not {num_warmup}.")
-    if sampler not in get_args(Sampler):
-        raise InvalidInput(f"sampler must be one of {get_args(Sampler)}, not {sampler!r}.")
+    finite_above_one = lambda n: 1 < n < float("inf")  # noqa: E731
+    _checks.real("num_examples", num_examples, finite_above_one, "a number above 1")
+    _checks.integer("num_chains", num_chains, 1)
+    _checks.integer("num_steps", num_steps, 1)
+    _checks.integer("num_warmup", num_warmup, 0)
+    _checks.one_of("sampler", sampler, get_args(Sampler))
     if sampler == "sgld":
         if data is None or batch_size is None:
             raise InvalidInput("sgld draws minibatches: pass data and batch_size.")
+        _checks.check_usable(data, "data")
         size = len(jax.tree.leaves(data)[0])
+        _checks.integer("batch_size", batch_size, 1)
         if not 1 <= batch_size <= size:
             raise InvalidInput(f"batch_size must be from 1 to {size}, not {batch_size}.")
+
+
+def _check_sampling(beta: Any, localization: Any, step_size: Any, scales: Any) -> None:
+    def at_least(name: str, value: Any, strict: bool) -> None:
+        accept = lambda v: (v > 0 if strict else v >= 0) and v < float("inf")  # noqa: E731
+        _checks.real(name, value, accept, f"a fixed number {'>' if strict else '>='} 0")
+
+    if beta is not None:
+        at_least("beta", beta, True)
+    if step_size is not None:
+        at_least("step_size", step_size, True)
+    at_least("localization", localization, False)
+    at_least("scales", scales, False)
 
 
 class LearningCoefficientBounds(NamedTuple):

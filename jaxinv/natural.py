@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv import _scaled
+from jaxinv._checks import check_start
 from jaxinv._masking import of_visible
 from jaxinv.errors import InvalidInput
 from jaxinv.fisher import Likelihood, Solver, check_options, natural_gradient_direction
@@ -91,6 +92,7 @@ def scale_by_natural_gradient(
     check_options(likelihood, damping, solver, rtol, max_iterations)
 
     def init_fn(params: Params) -> ScaleByNaturalGradientState:
+        check_start(params)
         dtype = _scaled.working_dtype(jax.tree.leaves(params))
         zero = jnp.zeros((), jnp.int32)
         return ScaleByNaturalGradientState(zero, zero - 1, jnp.zeros((), dtype), zero)

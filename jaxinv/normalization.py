@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinv import _scaled
+from jaxinv._checks import real
 from jaxinv._data_domain import Data, DataDomain
 from jaxinv._jaxpr import Equation
 from jaxinv._path_domain import PathDomain
@@ -145,8 +146,7 @@ def ddp_normalize(
         [14.0, 11.5079, 10.0]
     """
     alpha = check_alpha(alpha)
-    if not eps >= 0:
-        raise InvalidInput(f"eps must be >= 0, not {eps}.")
+    eps = real("eps", eps, lambda e: 0 <= e < float("inf"), "a finite number >= 0")
 
     def run(params: Params, x: Inputs, given: Any) -> tuple[Outputs, tuple[UnitStatistics, ...]]:
         problem = prepare(fn, params, x)

@@ -23,7 +23,14 @@ import optax
 from jax.scipy.sparse.linalg import cg
 
 from jaxinv import _scaled
-from jaxinv._checks import abstract_batch_of_one
+from jaxinv._checks import (
+    abstract_batch_of_one,
+    check_like,
+    check_params,
+    check_start,
+    integer,
+    real,
+)
 from jaxinv._masking import of_visible
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
@@ -67,10 +74,8 @@ def _metric(fn: Network, params: Params, x: Inputs) -> _Metric:
 
 
 def _checked(tree: PyTree, params: Params, name: str) -> list[Array]:
-    shapes = jax.tree.map(jnp.shape, params)
-    structures: list[Any] = [jax.tree.structure(t) for t in (tree, params)]
-    if structures[0] != structures[1] or jax.tree.map(jnp.shape, tree) != shapes:
-        raise InvalidInput(f"{name} must have the structure and shapes of params, {shapes}.")
+    check_params(params)
+    check_like(tree, params, name)
     return jax.tree.leaves(tree)
 
 
@@ -192,11 +197,15 @@ def path_metric_solve(
     def apply(s: list[Array]) -> list[Array]:
         return [a + damping * b for a, b in zip(metric.apply(s), s, strict=True)]
 
+    # The equation is linear: of the order of one no norm overflows or vanishes.
+    top = jnp.stack([jnp.max(abs(a), initial=0) for a in right]).max()
+    unit = jnp.where(top > 0, top, 1)
+    right = [a / unit for a in right]
     solved, _ = cg(apply, right, tol=tol, maxiter=max_iterations)
     left = [a - b for a, b in zip(apply(solved), right, strict=True)]
     size = _norm(right)
     residual = _norm(left) / jnp.where(size > 0, size, 1)
-    v = [_over_root(s, r) for s, r in zip(solved, roots, strict=True)]
+    v = [_over_root(s, r) * unit for s, r in zip(solved, roots, strict=True)]
     return PathMetricSolution(jax.tree.unflatten(metric.structure, v), residual)
 
 
@@ -278,6 +287,7 @@ def scale_by_path_metric(
     _check_solver(max_iterations, tol, damping)
 
     def init_fn(params: Params) -> ScaleByPathMetricState:
+        check_start(params)
         dtype = _scaled.working_dtype(jax.tree.leaves(params))
         return ScaleByPathMetricState(jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
 
@@ -368,9 +378,7 @@ def path_metric_sgd(
 
 
 def _check_solver(max_iterations: Any, tol: Any, damping: Any) -> None:
-    if isinstance(max_iterations, jax.core.Tracer) or int(max_iterations) < 1:
-        raise InvalidInput(f"max_iterations must be a fixed integer >= 1, not {max_iterations}.")
-    if isinstance(tol, int | float) and not tol >= 0:
-        raise InvalidInput(f"tol must be >= 0, not {tol}.")
-    if isinstance(damping, int | float) and not damping >= 0:
-        raise InvalidInput(f"damping must be >= 0, not {damping}.")
+    integer("max_iterations", max_iterations, 1)
+    for name, value in (("tol", tol), ("damping", damping)):
+        if not isinstance(value, jax.core.Tracer):
+            real(name, value, lambda v: 0 <= v < float("inf"), "a finite number >= 0")

@@ -49,8 +49,8 @@ class _Problem(NamedTuple):
 
 def check_exponent(p: Any) -> None:
     """Raise `InvalidInput` unless p is a fixed real number with 1 <= p < inf."""
-    if isinstance(p, jax.core.Tracer) or not 1 <= float(p) < float("inf"):
-        raise InvalidInput(f"p must be a fixed real number with 1 <= p < inf, not {p}.")
+    accept = lambda p: 1 <= p < float("inf")  # noqa: E731
+    _checks.real("p", p, accept, "a fixed real number with 1 <= p < inf")
 
 
 def _prepare(fn: Network, params: Params, x: Inputs, p: float, sample: bool = False) -> _Problem:

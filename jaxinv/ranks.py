@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._checks import check_params
-from jaxinv._precision import call_in
+from jaxinv._checks import check_inputs, check_params, integer, one_of, real
+from jaxinv._precision import call_in, in_precision
 from jaxinv._rank_evidence import (
     column_sizes,
     error_of_jacobian,
@@ -59,7 +59,7 @@ class Rank(NamedTuple):
         rank 1 (certain): 1 proven from below, at most 1; ...
     """
 
-    rank: Array  # int32: singular values above the tolerance; -1 if a certificate failed
+    rank: Array  # int32: singular values above the tolerance; -1: not certified, or J not finite
     lower: Array  # int32: proven lower bound, up to rounding
     upper: Array  # int32: proven upper bound: min(rows, d − known ambiguities)
     certain: Array  # bool
@@ -76,6 +76,8 @@ class Rank(NamedTuple):
         if jnp.ndim(self.rank):
             return f"ranks {self.rank} ({int(self.certain.sum())} of {self.rank.size} certain)"
         if self.rank < 0:
+            if not jnp.isfinite(self.error):
+                return "no rank: the Jacobian is not finite"
             return f"rank not certified: at most {self.upper}"
         word = "certain" if self.certain else "NOT CERTAIN"
         return (
@@ -89,12 +91,23 @@ class Rank(NamedTuple):
 
 
 def _checked(method: str, dtype: Any) -> Any:
-    if method not in METHODS:
-        raise InvalidInput(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
-    dtype = jnp.dtype(dtype)
+    one_of("method", method, METHODS)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise InvalidInput(f"dtype must be float32 or float64, not {dtype!r}.") from error
     if dtype not in (jnp.float32, jnp.float64):
         raise InvalidInput(f"dtype must be float32 or float64, not {dtype}.")
     return dtype
+
+
+def _check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
+    """In the scope that will compute: a float64 array may hold more than float32 can."""
+    if chunk is not None:
+        integer("chunk", chunk, 1)
+    with in_precision(dtype):
+        check_params(params)
+        check_inputs(x, values=True, finite=True)
 
 
 # --- spectra --------------------------------------------------------------------------
@@ -179,7 +192,7 @@ def jacobian_spectrum(
     dtype = _checked(method, dtype)
     if method not in ("svd", "tsqr", "gram"):
         raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
-    check_params(params)
+    _check_values(params, x, dtype, chunk)
 
     def spectrum(params: Params, x: Inputs) -> Array:
         shapes_of(fn, params, x)
@@ -191,7 +204,10 @@ def jacobian_spectrum(
 # --- ranks ----------------------------------------------------------------------------
 
 
-def _decide(values: Array, upper: Array, error: Array, rtol: float | None, double: bool) -> Rank:
+def _decide(
+    values: Array, upper: Array, error: Array, rtol: float | None, double: bool, sizes: Array
+) -> Rank:
+    """`sizes` is Σ|J| over rows, per column."""
     largest = values[0]
     tolerance = error if rtol is None else rtol * largest
     rank = jnp.sum(values > tolerance).astype(jnp.int32)
@@ -205,8 +221,13 @@ def _decide(values: Array, upper: Array, error: Array, rtol: float | None, doubl
     certain = (firm == rank) & (rank == upper)
     if double:
         stands_out = smallest > _CERTAIN_GAP * jnp.maximum(error, following)
-        certain = certain | ((firm == rank) & stands_out & (following <= error))
-    certain = certain & jnp.isfinite(largest) & (rank <= upper)
+        # A column that is not 0, but below the error, could be one more direction: weights of very
+        # different sizes. Nothing says then that it is not.
+        seen = jnp.all((sizes == 0) | (sizes > error))
+        certain = certain | ((firm == rank) & stands_out & (following <= error) & seen)
+    finite = jnp.isfinite(values).all() & jnp.isfinite(error)
+    rank, lower = jnp.where(finite, rank, -1), jnp.where(finite, lower, 0)
+    certain = certain & finite & (rank <= upper)
     return Rank(rank, lower, upper, certain, tolerance, error, largest, smallest, gap)
 
 
@@ -237,7 +258,7 @@ def _rank_by_spectrum(
         # λ is good to max(rows, d)·eps·λ_1, so σ to its square root.
         rounding = float(np.sqrt(max(shapes.rows, d) * eps)) * values[0]
     error = rounding + error_of_jacobian(fn, params, x, J, dtype)
-    return _decide(values, upper, error, rtol, dtype == jnp.float64)
+    return _decide(values, upper, error, rtol, dtype == jnp.float64, sizes)
 
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
@@ -325,9 +346,9 @@ def jacobian_rank(
         (6, True)
     """
     dtype = _checked(method, dtype)
-    if rtol is not None and not rtol >= 0:
-        raise InvalidInput(f"rtol must be >= 0, not {rtol}.")
-    check_params(params)
+    if rtol is not None:
+        rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
+    _check_values(params, x, dtype, chunk)
 
     def rank(params: Params, x: Inputs) -> Rank:
         shapes = shapes_of(fn, params, x)

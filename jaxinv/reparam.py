@@ -37,10 +37,10 @@ _NEEDS_PARAMS = (
 # --- constrained and normalised units ----------------------------------------------
 
 
-def _squares(group: RescalingGroup, params: Params) -> list[Array]:
+def _weights(group: RescalingGroup, params: Params) -> list[Array]:
     leaves = checked_leaves(group, params, "params")
     dtype = _scaled.working_dtype(leaves)
-    return [jnp.asarray(leaf).astype(dtype) ** 2 for leaf in leaves]
+    return [jnp.asarray(leaf).astype(dtype) for leaf in leaves]
 
 
 def incoming_norms(group: RescalingGroup, params: Params) -> Array:
@@ -67,7 +67,7 @@ def incoming_norms(group: RescalingGroup, params: Params) -> Array:
         >>> incoming_norms(rescaling_group(networks.mlp, w, jnp.zeros((1, 2))), w).tolist()
         [5.0, 0.5]
     """
-    return jnp.sqrt(units_of(group).sums(_squares(group, params)))
+    return units_of(group).norms(_weights(group, params))
 
 
 # --- normalised -----------------------------------------------------------------------
@@ -132,14 +132,12 @@ def weight_normalize(fn: Network, group: RescalingGroup) -> WeightNormalized:
     units = units_of(group)
 
     def to_params(v: PyTree) -> Params:
-        squares = _squares(group, v)
-        found = units.sums(squares)
-        factors = units.spread(jax.lax.rsqrt(jnp.where(found > 0, found, 1)) - 1)
-        leaves = jax.tree.leaves(v)
-        # 1 + (1/‖v‖ − 1), so that weights that lead into no unit have factor one.
+        weights = _weights(group, v)
+        found = units.norms(weights)
+        norms = units.spread(jnp.where(found > 0, found, 1), 1)
         scaled = [
-            leaf if f is None else leaf * (1 + f).astype(leaf.dtype)
-            for leaf, f in zip(leaves, factors, strict=True)
+            leaf if n is None else (w / n).astype(leaf.dtype)
+            for leaf, w, n in zip(jax.tree.leaves(v), weights, norms, strict=True)
         ]
         return jax.tree.unflatten(group.structure.tree, scaled)
 
@@ -194,6 +192,8 @@ def project_to_unit_norm(group: RescalingGroup) -> optax.GradientTransformationE
         del extra
         if params is None:
             raise InvalidInput(_NEEDS_PARAMS)
+        checked_leaves(group, params, "params")
+        checked_leaves(group, updates, "updates")
         target = normalize(group, optax.apply_updates(params, updates)).params
         return jax.tree.map(lambda new, old: new - old, target, params), state
 
@@ -240,13 +240,15 @@ def tangent_gradient(group: RescalingGroup) -> optax.GradientTransformationExtra
         leaves = checked_leaves(group, params, "params")
         slopes = checked_leaves(group, updates, "updates")
         dtype = _scaled.working_dtype(leaves)
-        weights = [leaf.astype(dtype) for leaf in leaves]
-        squares = units.sums([w**2 for w in weights])
+        weights = [jnp.asarray(leaf).astype(dtype) for leaf in leaves]
+        found = units.norms(weights)
+        norms = units.spread(jnp.where(found > 0, found, 1), 1)
+        weights = [w if n is None else w / n for w, n in zip(weights, norms, strict=True)]
+        slopes = [jnp.asarray(g) for g in slopes]
         inner = units.sums([w * g.astype(dtype) for w, g in zip(weights, slopes, strict=True)])
-        shares = inner / jnp.where(squares > 0, squares, 1)
         tangent = [
             g if r is None else (g.astype(dtype) - w * r).astype(g.dtype)
-            for w, g, r in zip(weights, slopes, units.spread(shares), strict=True)
+            for w, g, r in zip(weights, slopes, units.spread(inner), strict=True)
         ]
         return jax.tree.unflatten(group.structure.tree, tangent), state
 

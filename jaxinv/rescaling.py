@@ -89,7 +89,7 @@ def rescaling_group(
         >>> print(group.names[2])
         in out 2 → mid in 2
     """
-    _checks.check_params(params)
+    _checks.check_params(params, values=False)
     one = _checks.abstract_batch_of_one(x)
     trace = _jaxpr.trace(fn, params, one)
     domain = ScalingDomain(ignore_epsilon)
@@ -178,6 +178,8 @@ def rescale(
 def _moved(group: RescalingGroup, leaves: list[Any], u: Array, base: float | None) -> list[Any]:
     """Leaves times exp(Bu); placeholders of masked leaves pass through."""
     u = checked_u(group, u)
+    if base is not None:
+        _checks.real("base", base, lambda b: 0 < b < float("inf"), "a fixed number > 0")
     exact = base == 2 and jnp.issubdtype(u.dtype, jnp.integer)
     if exact:
         u = u.astype(jnp.int32)
@@ -197,7 +199,9 @@ def _moved(group: RescalingGroup, leaves: list[Any], u: Array, base: float | Non
         if exact:
             wide = _scaled.shift(wide, jnp.broadcast_to(scale, wide.shape))
         else:
-            wide = wide * jnp.exp(scale).astype(wide.dtype)
+            # Two halves: a factor beyond the range of floats may well meet a weight that it suits.
+            half = jnp.exp(scale / 2).astype(wide.dtype)
+            wide = wide * half * half
         moved.append(wide.astype(leaf.dtype))
     return moved
 
@@ -222,7 +226,7 @@ def rescale_gradient(
         >>> [round(g.item(), 5) for g in there] == [round(g.item(), 5) for g in moved]
         True
     """
-    return rescale(group, gradients, -jnp.asarray(u), base=base)
+    return rescale(group, gradients, -checked_u(group, u), base=base)
 
 
 def rescale_state(
@@ -338,10 +342,13 @@ def random_rescaling(
         raise InvalidInput(
             f"kind must be 'lognormal', 'power_of_two' or 'unbalanced', not {kind!r}."
         )
-    if not std >= 0:
-        raise InvalidInput(f"std must be >= 0, not {std}.")
-    if units is not None and (kind != "unbalanced" or units < 1):
-        raise InvalidInput("units is a number >= 1 of units per layer, for kind='unbalanced' only.")
+    std = _checks.real("std", std, lambda s: 0 <= s < float("inf"), "a number >= 0")
+    if units is not None:
+        if kind != "unbalanced":
+            raise InvalidInput("units is a number of units per layer, for kind='unbalanced' only.")
+        _checks.integer("units", units, 1)
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise InvalidInput(f"dtype must be a floating-point type, not {jnp.dtype(dtype)}.")
     normal_key, choice_key = jax.random.split(key)
     normal = std * jax.random.normal(normal_key, (group.dim,), dtype)
     if kind == "lognormal":

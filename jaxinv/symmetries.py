@@ -152,6 +152,7 @@ def discover(
         (3, 0, 9)
     """
     _checks.check_params(params)
+    _checks.check_inputs(x, values=False, finite=True)
     for kind in kinds:
         if kind not in KINDS:
             raise InvalidInput(f"kinds must be among {', '.join(KINDS)}; {kind!r} is not.")
@@ -164,7 +165,12 @@ def discover(
         problem = Problem(
             fn, unravel, inputs_of(x), [jnp.shape(a) for a in jax.tree.leaves(params)]
         )
-        rows = problem.rows()
+        with _checks.calling("fn(params, x)", params, x):
+            rows = problem.rows()
+        if not rows or not theta.size:
+            raise InvalidInput(
+                f"params holds {theta.size} numbers and fn returns {rows}: neither may be none."
+            )
         sizes = {kind: problem.unknowns(kind) for kind in kinds}
         most = max(sizes.values(), default=1)
         samples = max(_LEAST_SAMPLES, math.ceil(most / rows))
