@@ -81,17 +81,26 @@ def check_floats(
     _check_usable(name, leaf, values)
     if not finite or isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
-    with jax.ensure_compile_time_eval():
-        bad = int(leaf.size - jnp.isfinite(leaf).sum())
+    # A float64 NumPy array is float32 to jax unless 64-bit types are on.
+    used = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    bad = leaf.size - _finite(leaf, used)
     if bad:
-        # A float64 NumPy array is float32 to jax unless 64-bit types are on.
-        used = jax.dtypes.canonicalize_dtype(leaf.dtype)
         within = "" if used == leaf.dtype else f" (as {used}, since 64-bit types are off)"
         raise InvalidInput(
             f"{name} has {bad} non-finite (NaN or infinite) of {leaf.size} values{within}; a "
             "path through any of them has no length. Find the step that produced them, "
             "e.g. with jax.debug_nans."
         )
+
+
+def _finite(leaf: Any, dtype: Any) -> int:
+    """How many values are finite in that dtype."""
+    if isinstance(leaf, jax.Array):
+        with jax.ensure_compile_time_eval():
+            return int(jnp.isfinite(leaf).sum())
+    # NumPy casts here: within jax a warning that it overflows ends the process if it is an error.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return int(np.isfinite(np.asarray(leaf).astype(dtype)).sum())
 
 
 _ONLY_FLOATS = (
@@ -121,10 +130,11 @@ def _masked(leaf: Any) -> bool:
 
 
 def check_start(params: Any) -> None:
-    """`check_params` for the init of a transformation: leaves may be masked, even all of them."""
-    if any(not _masked(leaf) for leaf in jax.tree.leaves(params, is_leaf=_masked)):
-        check_params(params)
-    elif not jax.tree.leaves(params, is_leaf=_masked):
+    """`check_params` for the init of a transformation: leaves may be masked, even all of them.
+
+    optax.tree.map_params calls it with a placeholder that has no leaves.
+    """
+    if jax.tree.leaves(params):
         check_params(params)
 
 
@@ -133,16 +143,26 @@ def check_like(tree: Any, params: Any, name: str) -> None:
 
     Where a leaf of the tree is masked (by optax.masked or optax.partition) anything will do.
     """
-    found: list[Any] = [jax.tree.structure(t, is_leaf=_masked) for t in (tree, params)]
-    if found[0] != found[1]:
-        raise InvalidInput(f"{name} must be a pytree like params, {found[1]}, not {found[0]}.")
-    leaves, weights = (jax.tree.leaves(t, is_leaf=_masked) for t in (tree, params))
-    masked = [_masked(leaf) for leaf in leaves]
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_masked)
+    try:
+        weights = structure.flatten_up_to(params)
+    except (ValueError, TypeError, KeyError):
+        weights = None
+    fits = weights is not None and all(
+        _masked(a) or _masked(w) or not isinstance(w, list | tuple | dict)
+        for a, w in zip(leaves, weights, strict=True)
+    )
+    if weights is None or not fits:
+        raise InvalidInput(
+            f"{name} must be a pytree like params, {jax.tree.structure(params)}, not {structure}."
+        )
     names = iter(leaf_names(tree, name))
-    for leaf, weight, hidden in zip(leaves, weights, masked, strict=True):
-        if hidden or _masked(weight):
+    for leaf, weight in zip(leaves, weights, strict=True):
+        if _masked(leaf):
             continue
         leaf_name = next(names)
+        if _masked(weight):
+            continue
         check_floats(leaf_name, leaf, what="pytrees like params", finite=False)
         if leaf.shape != jnp.shape(weight):
             raise InvalidInput(
@@ -190,9 +210,7 @@ def check_inputs(x: Any, *, values: bool, finite: bool = False) -> None:
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
-        with jax.ensure_compile_time_eval():
-            fine = bool(jnp.isfinite(leaf).all())
-        if not fine:
+        if _finite(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)) < leaf.size:
             raise InvalidInput(
                 f"{name} has non-finite (NaN or infinite) values, for which nothing can be "
                 "computed. Leave those examples out."

@@ -64,7 +64,7 @@ class Units(NamedTuple):
         return jnp.where(squares > 0, scale * jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
     def spread(self, u: Array, fill: float = 0) -> list[Array | None]:
-        """u of the unit that each weight leads into, `fill` for none; None for leaves without any."""
+        """u of the unit that each weight leads into, `fill` for none; None for a whole leaf."""
         padded = jnp.append(u, jnp.full((1,), fill, u.dtype))
         spread: list[Array | None] = []
         for found in self.leaves:

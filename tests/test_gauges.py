@@ -269,11 +269,11 @@ def test_the_distance_is_a_metric_on_orbits(x64):
 def test_errors_say_what_does_not_fit(x64):
     group, params, log_kappa = worked_example(False)
     for call in (balance, normalize):
-        with pytest.raises(InvalidInput, match="norm must be positive, not 0"):
+        with pytest.raises(InvalidInput, match="norm must be a fixed number > 0, not 0"):
             call(group, params, norm=0)
         with pytest.raises(InvalidInput, match="another tree structure"):
             call(group, {"Dense_0": params["Dense_0"]})
-    with pytest.raises(InvalidInput, match="p must be positive"):
+    with pytest.raises(InvalidInput, match="p must be a fixed number > 0"):
         path_condition(group, params, log_kappa, p=-1.0)
     with pytest.raises(InvalidInput, match="log_kappa"):
         path_condition(group, params, {"Dense_0": log_kappa["Dense_0"]})
