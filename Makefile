@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench clean api package test-minimal test-newest
 .NOTPARALLEL:
 
 help:
@@ -17,6 +17,9 @@ help:
 	@echo "make test    run the tests and the doctests (PYTEST_ARGS='-m slow' for the long ones)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   step time of Path-SGD; cost of kappa on ResNet-18/50; ranks"
+	@echo "make api     record the public interface in tests/api.txt after a change that is meant"
+	@echo "make package build wheel and sdist, install each in an environment of its own and try it"
+	@echo "make test-minimal, test-newest   core tests with the oldest and newest dependencies"
 	@echo "make clean   remove the environment, caches and build output"
 
 $(VENV)/.stamp-python:
@@ -43,6 +46,38 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_client.py
+
+api: $(VENV)/.stamp-test
+	$(BIN)/python -m tests.api
+
+# Each is installed and tried in an environment of its own, from outside the checkout.
+package: $(VENV)/.stamp-dev
+	rm -rf dist build/package
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m tests.archives dist
+	set -e; for file in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf build/package && $(PYTHON) -m venv build/package && \
+	  build/package/bin/python -m pip install --quiet $$file && \
+	  mkdir -p build/empty && cp tests/smoke.py build/empty/ && \
+	  (cd build/empty && JAX_PLATFORMS=cpu ../package/bin/python smoke.py); \
+	done
+
+# What the core of the package promises; extras and experiments follow the newest versions alone.
+CORE_TESTS := $(addprefix tests/test_,layout.py paths.py jaxpr.py rescaling.py ranks.py \
+  jacobians.py transforms.py gauges.py invalid_inputs.py)
+NEWEST_PYTHON ?= $(PYTHON)
+
+test-minimal:
+	$(PYTHON) -m venv build/minimal
+	build/minimal/bin/python -m pip install --quiet --constraint requirements/minimal.txt . \
+	  pytest hypothesis equinox dm-haiku
+	build/minimal/bin/python -m pytest $(CORE_TESTS) -W "ignore:jax.core:DeprecationWarning"
+
+test-newest:
+	$(NEWEST_PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --upgrade . pytest hypothesis equinox dm-haiku
+	build/newest/bin/python -m pytest $(CORE_TESTS)
 
 bench: $(VENV)/.stamp-cli
 	$(BIN)/python benchmarks/step_time.py

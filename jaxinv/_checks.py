@@ -143,6 +143,7 @@ def check_like(tree: Any, params: Any, name: str) -> None:
 
     Where a leaf of the tree is masked (by optax.masked or optax.partition) anything will do.
     """
+    structure: Any
     leaves, structure = jax.tree.flatten(tree, is_leaf=_masked)
     try:
         weights = structure.flatten_up_to(params)

@@ -70,11 +70,17 @@ class Problem(NamedTuple):
 
     def point(self, u: Array, shift: Array) -> tuple[_Point, Array]:
         """The point u and its value; `shift` is about the logarithm of the sum."""
+        shift = jnp.where(shift > -jnp.inf, shift, 0)  # -inf: all weights are 0
         parts = [jnp.exp(a - shift) for a in self.weights.moved(self.group, u)]
         mass = total(parts)
         log_sum = shift + jnp.log(mass)
-        value = self.multiplier * log_sum - jnp.vdot(self.linear, u)
-        return _Point(u, log_sum, [part / mass for part in parts]), value
+        shares = [part / jnp.where(mass > 0, mass, 1) for part in parts]
+        return _Point(u, log_sum, shares), self.value(u, log_sum)
+
+    def value(self, u: Array, log_sum: Array) -> Array:
+        """P·log Σ_e a_e exp((Bu)_e) − c·u; of no weights at all the sum does not count."""
+        counted = jnp.where(jnp.asarray(self.multiplier) > 0, self.multiplier * log_sum, 0)
+        return counted - jnp.vdot(self.linear, u)
 
     def forces(self, point: _Point) -> tuple[Array, Array]:
         """log P·Σ_e |B_ej| π_e over the parameters that generator j multiplies, and divides.
@@ -87,7 +93,8 @@ class Problem(NamedTuple):
         of_class = log_add(of_class, [(ids, a) for a, terms in pairs for ids in terms])
         nothing = jnp.full(group.dim, -jnp.inf, of_class.dtype)
         c = jnp.asarray(group.coefficients).astype(of_class.dtype)
-        scale = jnp.log(self.multiplier) - point.log_sum
+        empty = ~(point.log_sum > -jnp.inf)
+        scale = jnp.where(empty, 0, jnp.log(self.multiplier) - point.log_sum)
         up, down = (
             log_add(nothing, [(group.columns, jnp.log(jnp.maximum(b, 0)) + of_class[group.rows])])
             for b in (c, -c)
@@ -166,7 +173,7 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
             preconditioner,
             jnp.minimum(error, 0.1),
         )
-        value = problem.multiplier * point.log_sum - jnp.vdot(c, point.u)
+        value = problem.value(point.u, point.log_sum)
         slope = jnp.vdot(gradient, direction)
 
         def attempt(size: Array) -> tuple[_Point, Array]:
@@ -196,7 +203,7 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
     point, steps, error, _ = lax.while_loop(
         unfinished, newton, (point, sweeps, error, jnp.zeros((), bool))
     )
-    value = problem.multiplier * point.log_sum - jnp.vdot(c, point.u)
+    value = problem.value(point.u, point.log_sum)
     return point.u, value, steps, error
 
 

@@ -33,6 +33,10 @@ from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
+# Slopes of mantissas are shares of γ^p and so at most of the order of one: they start from this
+# power of two, which leaves float32 room for shares down to 2^-186.
+_HEADROOM = 60
+
 
 class _Problem(NamedTuple):
     """What one forward pass needs: the trace and the lengths |w|^p of the parameters."""
@@ -136,8 +140,10 @@ def scaled_kappa(
     norm, lengths = power_of_norm(fn, params, x, p, streaming=streaming)
     start = [s.mantissa for s in lengths]
     mantissa, pull_back, exponent = jax.vjp(norm, start, has_aux=True)
-    (gradients,) = pull_back(jnp.where(jnp.isfinite(mantissa), 1, jnp.nan).astype(mantissa.dtype))
-    return [Scaled(g, exponent - s.exponent) for g, s in zip(gradients, lengths, strict=True)]
+    seed = jnp.where(jnp.isfinite(mantissa), 2.0**_HEADROOM, jnp.nan).astype(mantissa.dtype)
+    (gradients,) = pull_back(seed)
+    shift = exponent - _HEADROOM
+    return [Scaled(g, shift - s.exponent) for g, s in zip(gradients, lengths, strict=True)]
 
 
 def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
@@ -222,7 +228,8 @@ def path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyT
 
     Notes:
         Where paths meet, a part that is 2^127 times smaller than the other (in float32) has lost
-        its κ, which is NaN then: the bias of a unit with path sums above 10^38, say. Use float64.
+        its κ, which is NaN then: the bias of a unit with path sums above 10^38, say. A weight whose
+        paths make up less than 10^-55 of γ_p^p counts as on no path. Use float64 for both.
 
     References:
         Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), eq. 6–8;

@@ -145,7 +145,9 @@ def value_cases(rng, count):
     def kappas():
         found = COMPILED["kappa", p](w, x)
         for k in found:
-            lost = np.isnan(np.asarray(found[k]))  # documented: next to a sum 2^127 times larger
+            # Documented: NaN next to a sum 2^127 times larger, 0 below 10^-55 of γ^p.
+            share = kappa[k] * np.abs(flushed(w)[k]) ** p
+            lost = np.isnan(np.asarray(found[k])) | (share < 1e-55 * gamma)
             agree(np.where(lost, 0, found[k]), np.where(lost, 0, kappa[k]), rtol, why="κ")
 
     def jacobians():
@@ -154,7 +156,7 @@ def value_cases(rng, count):
         found = COMPILED["jacobian"](w, x)
         z = np.asarray(x, np.float64) @ flushed(w)["a"] + flushed(w)["c"]
         terms = np.abs(np.asarray(x, np.float64)) @ np.abs(flushed(w)["a"])
-        if (np.abs(z) < 100 * coarse * (terms + np.abs(flushed(w)["c"]))).any():
+        if (np.abs(z) <= 100 * coarse * (terms + np.abs(flushed(w)["c"]))).any():
             return  # a gate within rounding: either side is right
         size = np.maximum(np.abs(J), np.abs(J).max(axis=1, keepdims=True) * 0 + 1e-30)
         top = np.concatenate([np.abs(J).max(axis=0, keepdims=True)] * len(J))
@@ -180,6 +182,7 @@ def value_cases(rng, count):
         for k in g:
             values = np.asarray(found[k], np.float64)
             lost = np.isnan(values)
+            lost |= two[k] * flushed(w)[k] ** 2 < 1e-55 * true_power(w, 2.0)
             right = np.where(two[k] > 0, 1 / np.where(two[k] > 0, two[k], 1), 0)
             vanished = (two[k] > 0) & (two[k] < 1e-37 * np.max(two[k])) & (values == 0)
             skip = lost | vanished

@@ -152,6 +152,24 @@ def test_eps_next_to_a_tiny_kappa_is_no_nan():
     np.testing.assert_allclose(found["a"], 1e3 * W["a"], rtol=1e-5)
 
 
+def test_a_small_bias_next_to_large_sums_has_its_kappa():
+    """Its share of γ² is 10⁻³⁹, below float32: κ was 0, and Path-SGD froze the bias."""
+
+    def with_bias(w, x):
+        return (x @ w["a"] + w["c"]) @ w["b"]
+
+    a, b = np.array([[1.6e7, 2e6]], np.float32), np.array([[1.2e-4], [7e-6]], np.float32)
+    w = {"a": a, "b": b, "c": np.array([3.9e-11, -4.8e-11], np.float32)}
+    kappa = jaxinv.path_kappa(with_bias, w, np.zeros((1, 1), np.float32))
+    np.testing.assert_allclose(kappa["c"], b[:, 0] ** 2, rtol=1e-5)
+
+
+def test_weights_that_are_all_zero_have_a_balance():
+    group = jaxinv.rescaling_group(net, W, X)
+    found = jaxinv.balance(group, {k: 0 * v for k, v in W.items()})
+    assert found.value == 0 and found.converged
+
+
 def test_orbits_that_differ_little_have_a_distance():
     """Squares of differences below 10⁻²³ vanished: the distance of two networks was 0."""
     group = jaxinv.rescaling_group(net, W, X)
