@@ -310,7 +310,7 @@ def check_options(
     whitened(lambda w, x: x, likelihood)
     one_of("solver", solver, get_args(Solver))
     if rtol is not None:
-        real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
+        real("rtol", rtol, lambda r: r >= 0, ">= 0")
     integer("max_iterations", max_iterations, 1)
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
         raise InvalidInput(f"dtype must be float32 or float64, not {jnp.dtype(dtype)}.")

@@ -399,7 +399,7 @@ def test_refusals():
         ({"alpha": float("nan")}, "alpha"),
         ({"x": jnp.full((2, 2), jnp.nan)}, "x has non-finite"),
         ({"x": jnp.zeros((0, 2))}, "length 0"),
-        ({"x": jax.ShapeDtypeStruct((3, 2), jnp.float32)}, "examples"),
+        ({"x": jax.ShapeDtypeStruct((3, 2), jnp.float32)}, "shape without values"),
         ({"x": {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 2))}}, "different batch sizes"),
         ({"params": jnp.ones((2, 2), jnp.int32)}, "int32"),
         ({"probes": 0}, "probes"),

@@ -587,7 +587,7 @@ def net(w, x):
         ({"dtype": np.float16}, "dtype must be float32 or float64, not float16"),
         ({"params": {"k": jnp.ones((2, 3), jnp.int32)}}, "params/k has dtype int32"),
         ({"params": {"k": jnp.full((2, 3), jnp.nan)}}, "params/k has 6 non-finite"),
-        ({"x": jnp.ones((0, 2))}, "leading batch axis of length >= 1"),
+        ({"x": jnp.ones((0, 2))}, "Pass at least one example"),
         ({"gradient": {"other": jnp.ones((2, 3))}}, "gradient must be a pytree like params"),
         ({"gradient": {"k": jnp.ones((3, 2))}}, r"gradient/k has shape \(3, 2\)"),
         ({"gradient": {"k": jnp.ones((2, 3), jnp.int32)}}, "gradient/k has dtype int32"),

@@ -349,8 +349,8 @@ def one_layer(w, x):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w, x: path_metric_product(one_layer, w, x, jnp.ones(3)), "structure and shapes"),
-        (lambda w, x: path_metric_product(one_layer, w, x, [w]), "structure and shapes"),
+        (lambda w, x: path_metric_product(one_layer, w, x, jnp.ones(3)), r"v has shape \(3,\)"),
+        (lambda w, x: path_metric_product(one_layer, w, x, [w]), "v must be a pytree like params"),
         (lambda w, x: path_metric_product(one_layer, w * jnp.nan, x, w), "non-finite"),
         (lambda w, x: path_metric_solve(one_layer, w.astype(int), x, w), "int32"),
         (lambda w, x: path_metric_solve(one_layer, w, x, w, damping=-1.0), "damping"),
