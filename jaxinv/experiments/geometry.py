@@ -287,8 +287,10 @@ def run(
                     for key, cell in future.result().items():
                         keep(futures[future], key, cell)
             except BaseException:
-                # What has not begun is left out, so that an interrupt does not wait for it.
+                # An interrupt does not wait for what is being trained, nor for what is to come.
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
                 raise
     studies = {
         name: {key: store(name, key, dict) for start in STARTS for key in keys[start]}
