@@ -46,17 +46,24 @@ _DENSE_PARAMETERS = 2000
 _EXACT = lax.Precision.HIGHEST
 
 
-def _root(y: Array, v: Array, likelihood: str) -> Array:
-    """R(y) v, with Λ(y) = RᵀR."""
+def root_product(y: Array, v: Array, likelihood: str) -> Array:
+    """R(y) v, with Λ(y) = RᵀR; differentiable in y and v.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.fisher import root_product
+        >>> print(root_product(jnp.zeros(1), jnp.ones(1), "bernoulli"))  # √(½·½)
+        [0.5]
+    """
     if likelihood == "gaussian":
         return v
     if likelihood == "softmax":
-        # R = (I − qqᵀ) diag(q) with q = √π, a unit vector.
-        q = jnp.sqrt(jax.nn.softmax(y, -1))
+        # R = (I − qqᵀ) diag(q) with q = √π, a unit vector. √0 would have no derivative.
+        q = jnp.exp(jax.nn.log_softmax(y, -1) / 2)
         scaled = q * v
         return scaled - q * jnp.sum(q * scaled, -1, keepdims=True)
     if likelihood == "bernoulli":
-        return jnp.sqrt(jax.nn.sigmoid(y) * jax.nn.sigmoid(-y)) * v
+        return jnp.exp((jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y)) / 2) * v
     return jnp.exp(y / 2) * v
 
 
@@ -92,7 +99,7 @@ def whitened(fn: Network, likelihood: Likelihood) -> Network:
                 f"softmax is over the last axis, but an output has shape {jnp.shape(y)}: it needs "
                 "a batch axis and an axis of at least two classes. One logit is 'bernoulli'."
             )
-        return _root(lax.stop_gradient(y), y, likelihood)
+        return root_product(lax.stop_gradient(y), y, likelihood)
 
     return lambda params, x: jax.tree.map(one, fn(params, x))
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxinv import _scaled
@@ -91,6 +92,7 @@ class WeightNormalized(NamedTuple):
     fn: Network  # fn(v, x) = original fn(to_params(v), x)
     to_params: Callable[[PyTree], Params]  # v ↦ w: incoming weights divided by their norm
     from_params: Callable[[Params], PyTree]  # w ↦ v of the same function: the normalised member
+    group: RescalingGroup  # the scale of every unit's v, which changes nothing
 
 
 def weight_normalize(fn: Network, group: RescalingGroup) -> WeightNormalized:
@@ -106,7 +108,8 @@ def weight_normalize(fn: Network, group: RescalingGroup) -> WeightNormalized:
 
     Returns:
         A `WeightNormalized`: `fn(v, x)`; `to_params(v)`, differentiable, gives weights for the
-        original network; `from_params(w)` gives a v with the same function as w.
+        original network; `from_params(w)` gives a v with the same function as w; `group`, of the
+        same dimension as the one passed, holds the scale invariances.
 
     Raises:
         InvalidInput: if a weight is an incoming weight of several units.
@@ -147,7 +150,21 @@ def weight_normalize(fn: Network, group: RescalingGroup) -> WeightNormalized:
     def from_params(params: Params) -> PyTree:
         return normalize(group, params).params
 
-    return WeightNormalized(normalized, to_params, from_params)
+    return WeightNormalized(normalized, to_params, from_params, _incoming_alone(group))
+
+
+def _incoming_alone(group: RescalingGroup) -> RescalingGroup:
+    """The generators without their outgoing halves: u_j multiplies what leads into unit j."""
+    rows, columns, coefficients = (np.asarray(v) for v in group[:3])
+    up = coefficients > 0
+    indices = [
+        # Class 0 has scale 0: what is no part of the norm has no share in its scale.
+        terms
+        if found is None or found[1] is None
+        else tuple(np.where(found[1], np.asarray(ids), 0) for ids in terms)
+        for terms, found in zip(group.indices, units_of(group).leaves, strict=True)
+    ]
+    return RescalingGroup(rows[up], columns[up], coefficients[up], tuple(indices), group.structure)
 
 
 # --- constrained ----------------------------------------------------------------------

@@ -16,7 +16,7 @@ LEVELS = [
     {"experiments"},
     {"inspection", "natural", "transforms"},
     {"_kappa_scaling"},
-    {"freedom", "bayes", "learning_coefficient", "capacity", "invariance"},
+    {"freedom", "bayes", "sampling", "learning_coefficient", "capacity", "invariance"},
     {"reparam", "fisher", "path_metric", "ranks", "spectral", "symmetries"},
     {"gauges"},
     {"_operator_norm", "_orbit_minimum", "_rank_evidence", "_units"},
@@ -32,7 +32,7 @@ LEVELS = [
     {"_layer_values", "_path_values", "_scaling_values"},
     {"_masking"},
     {"_examples", "_null_spaces", "_path_products", "_precision"},
-    {"_scaled", "_scaling_system", "_stream"},
+    {"_checkpoint", "_determinants", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
     {"rlct"},
     {"_checks"},
@@ -85,7 +85,7 @@ def test_modules_have_at_most_500_lines(path):
 
 
 def test_importing_jaxinv_imports_no_extra():
-    extras = ["matplotlib", "sklearn", "rich", "orbax", "haiku", "equinox"]
+    extras = ["matplotlib", "sklearn", "rich", "orbax", "haiku", "equinox", "blackjax", "arviz"]
     code = f"import sys, jaxinv; print([name for name in {extras} if name in sys.modules])"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent

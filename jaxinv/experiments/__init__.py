@@ -59,4 +59,8 @@ EXPERIMENTS = {
         "jaxinv.experiments.discussion",
         "Is rescaling all? The rank against inputs, draws, training, depth and width",
     ),
+    "bayes": Experiment(
+        "jaxinv.experiments.bayes",
+        "Posterior predictives under Jeffreys' and a Gaussian prior, in two parametrisations",
+    ),
 }

@@ -287,10 +287,8 @@ def run(
                     for key, cell in future.result().items():
                         keep(futures[future], key, cell)
             except BaseException:
-                # An interrupt does not wait for what is being trained, nor for what is to come.
+                # What has not begun is left out, so that an interrupt does not wait for it.
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()
                 raise
     studies = {
         name: {key: store(name, key, dict) for start in STARTS for key in keys[start]}

@@ -1,0 +1,77 @@
+"""Arrays in files that are written whole or not at all, and read only if they are sound.
+
+A file is an .npz without pickles. One entry more holds a JSON text: what the arrays belong to, and
+the SHA-256 of their names, types, shapes and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxinv.errors import InvalidInput
+
+_HEADER = "__header__"
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping[str, Any]) -> None:
+    """Write the arrays in one step: a reader sees the old file, or all of the new one."""
+    header = json.dumps({"identity": identity, "digest": digest(arrays)}, sort_keys=True)
+    buffer = io.BytesIO()
+    text = np.frombuffer(header.encode(), np.uint8)
+    np.savez(buffer, allow_pickle=False, **{_HEADER: text}, **arrays)
+    # Next to the target, because a rename is atomic only within one file system.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 is meant for secrets
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(path: Path, identity: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Read what `save` has written for the same identity.
+
+    Raises:
+        InvalidInput: if the file is damaged, or of another identity; the message names it.
+    """
+    remedy = "choose another checkpoint directory, or remove this one to begin anew"
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop(_HEADER).tobytes())
+        sound = header["digest"] == digest(arrays)
+        theirs = dict(header["identity"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{path}: damaged ({error}); {remedy}") from error
+    if not sound:
+        raise InvalidInput(f"{path}: damaged, its checksum is another; {remedy}")
+    ours = json.loads(json.dumps(identity))
+    if other := [name for name in ours if ours[name] != theirs.get(name)]:
+        was = ", ".join(f"{name} = {theirs.get(name)}, not {ours[name]}" for name in other)
+        raise InvalidInput(f"{path}: of another configuration ({was}); {remedy}")
+    return arrays
