@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0, 2 for a mistake of the user, 130 if interrupted, 143 if terminated.
 
-    >>> import tempfile
-    >>> main(["reproduce", "path-sgd", "--data", "nowhere", "--out", tempfile.mkdtemp()])
-    2
+    Example:
+        >>> import tempfile
+        >>> main(["reproduce", "path-sgd", "--data", "nowhere", "--out", tempfile.mkdtemp()])
+        2
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(argv).parse_args(argv)

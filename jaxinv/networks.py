@@ -1,9 +1,9 @@
 """Plain-pytree networks, for examples and tests.
 
-The rest of the package takes any ``fn(params, x)``; these two are merely the
+The rest of the package takes any `fn(params, x)`; these two are merely the
 shortest useful ones. Parameters are nested dictionaries with flax's names and
-layouts (``kernel`` is ``(in, out)`` or ``(height, width, in, out)``), so that
-what is shown here carries over to ``flax.linen`` unchanged.
+layouts (`kernel` is `(in, out)` or `(height, width, in, out)`), so that
+what is shown here carries over to `flax.linen` unchanged.
 """
 
 import math
@@ -32,26 +32,27 @@ def init_mlp(
     """Draw the parameters of a fully connected network.
 
     Kernels are independent normal variables of variance 2/fan_in (He et al.
-    2015); biases are normal with standard deviation ``bias_std``, which is zero
+    2015); biases are normal with standard deviation `bias_std`, which is zero
     biases by default.
 
     Args:
         key: a PRNG key.
-        sizes: widths ``(inputs, hidden, ..., outputs)``, at least two.
+        sizes: widths `(inputs, hidden, ..., outputs)`, at least two.
         bias: whether layers have biases.
         bias_std: standard deviation of the biases.
         dtype: floating-point type of every array.
 
     Returns:
-        ``{"Dense_0": {"kernel": (in, out), "bias": (out,)}, "Dense_1": ...}``.
+        `{"Dense_0": {"kernel": (in, out), "bias": (out,)}, "Dense_1": ...}`.
 
     Raises:
         InvalidInput: for fewer than two widths, or a width below 1.
 
-    >>> import jax
-    >>> params = init_mlp(jax.random.key(0), (64, 32, 10))
-    >>> jax.tree.map(jax.numpy.shape, params)["Dense_1"]
-    {'bias': (10,), 'kernel': (32, 10)}
+    Example:
+        >>> import jax
+        >>> params = init_mlp(jax.random.key(0), (64, 32, 10))
+        >>> jax.tree.map(jax.numpy.shape, params)["Dense_1"]
+        {'bias': (10,), 'kernel': (32, 10)}
     """
     if len(sizes) < 2 or min(sizes) < 1:
         raise InvalidInput(
@@ -72,22 +73,23 @@ def mlp(
     *,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
 ) -> jax.Array:
-    """Apply the fully connected network of :func:`init_mlp`.
+    """Apply the fully connected network of `init_mlp`.
 
     hᵢ₊₁ = activation(hᵢ Wᵢ + bᵢ), without activation after the last layer.
 
     Args:
-        params: as :func:`init_mlp` returns them; layers may lack a bias.
-        x: ``(n, ...)``; the trailing axes are flattened to ``inputs``.
+        params: as `init_mlp` returns them; layers may lack a bias.
+        x: `(n, ...)`; the trailing axes are flattened to `inputs`.
         activation: elementwise function between layers.
 
     Returns:
-        ``(n, outputs)``, in the promoted dtype of ``params`` and ``x``.
+        `(n, outputs)`, in the promoted dtype of `params` and `x`.
 
-    >>> import jax, jax.numpy as jnp
-    >>> params = init_mlp(jax.random.key(0), (64, 32, 10))
-    >>> mlp(params, jnp.ones((5, 8, 8))).shape
-    (5, 10)
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = init_mlp(jax.random.key(0), (64, 32, 10))
+        >>> mlp(params, jnp.ones((5, 8, 8))).shape
+        (5, 10)
     """
     x = x.reshape(x.shape[0], -1)
     for i in range(len(params)):
@@ -109,9 +111,9 @@ def init_cnn(
 ) -> Params:
     """Draw the parameters of a small residual convolutional network.
 
-    ``Conv_0`` is the stem, ``Conv_1`` and ``Conv_2`` the residual branch, all
-    3×3, and ``Dense_0`` the read-out. Kernels have variance 2/fan_in, as in
-    :func:`init_mlp`. No shape depends on the size of the images.
+    `Conv_0` is the stem, `Conv_1` and `Conv_2` the residual branch, all
+    3×3, and `Dense_0` the read-out. Kernels have variance 2/fan_in, as in
+    `init_mlp`. No shape depends on the size of the images.
 
     Args:
         key: a PRNG key.
@@ -123,16 +125,17 @@ def init_cnn(
         dtype: floating-point type of every array.
 
     Returns:
-        ``{"Conv_0": {"kernel": (3, 3, in_channels, channels), "bias":
-        (channels,)}, "Conv_1": ..., "Conv_2": ..., "Dense_0": ...}``.
+        `{"Conv_0": {"kernel": (3, 3, in_channels, channels), "bias":
+        (channels,)}, "Conv_1": ..., "Conv_2": ..., "Dense_0": ...}`.
 
     Raises:
         InvalidInput: for a number of channels or classes below 1.
 
-    >>> import jax
-    >>> params = init_cnn(jax.random.key(0), 4)
-    >>> jax.tree.map(jax.numpy.shape, params)["Conv_0"]
-    {'bias': (4,), 'kernel': (3, 3, 1, 4)}
+    Example:
+        >>> import jax
+        >>> params = init_cnn(jax.random.key(0), 4)
+        >>> jax.tree.map(jax.numpy.shape, params)["Conv_0"]
+        {'bias': (4,), 'kernel': (3, 3, 1, 4)}
     """
     if min(channels, in_channels, num_classes) < 1:
         raise InvalidInput(
@@ -153,26 +156,27 @@ def init_cnn(
 
 
 def cnn(params: Params, x: jax.Array) -> jax.Array:
-    """Apply the small residual convolutional network of :func:`init_cnn`.
+    """Apply the small residual convolutional network of `init_cnn`.
 
     h = max_pool(relu(x * W₀ + b₀)); h ← relu(h + relu(h * W₁ + b₁) * W₂ + b₂);
     y = mean(h) W₃ + b₃, with 3×3 "SAME" convolutions, a 2×2 max pool of stride
     2 and a mean over all positions.
 
     Args:
-        params: as :func:`init_cnn` returns them; layers may lack a bias.
-        x: images ``(n, height, width, in_channels)``, at least 2×2.
+        params: as `init_cnn` returns them; layers may lack a bias.
+        x: images `(n, height, width, in_channels)`, at least 2×2.
 
     Returns:
-        ``(n, num_classes)``, in the dtype of ``params``.
+        `(n, num_classes)`, in the dtype of `params`.
 
     Raises:
-        InvalidInput: if ``x`` is not a batch of images of at least 2×2.
+        InvalidInput: if `x` is not a batch of images of at least 2×2.
 
-    >>> import jax, jax.numpy as jnp
-    >>> params = init_cnn(jax.random.key(0))
-    >>> cnn(params, jnp.ones((5, 8, 8, 1))).shape
-    (5, 10)
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = init_cnn(jax.random.key(0))
+        >>> cnn(params, jnp.ones((5, 8, 8, 1))).shape
+        (5, 10)
     """
     if x.ndim != 4 or min(x.shape[1:3]) < 2:
         raise InvalidInput(

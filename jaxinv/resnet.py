@@ -35,11 +35,12 @@ def _conv(features: int, size: int, stride: int = 1) -> nn.Conv:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and the identity (ResNet-18 and -34).
 
-    >>> import jax, jax.numpy as jnp
-    >>> block = BasicBlock(4, stride=2)
-    >>> variables = block.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), False)
-    >>> block.apply(variables, jnp.ones((3, 8, 8, 4)), False).shape
-    (3, 4, 4, 4)
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> block = BasicBlock(4, stride=2)
+        >>> variables = block.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), False)
+        >>> block.apply(variables, jnp.ones((3, 8, 8, 4)), False).shape
+        (3, 4, 4, 4)
     """
 
     features: int
@@ -47,7 +48,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Map ``(n, h, w, c)`` to ``(n, ⌈h/stride⌉, ⌈w/stride⌉, features)``."""
+        """Map `(n, h, w, c)` to `(n, ⌈h/stride⌉, ⌈w/stride⌉, features)`."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         y = nn.relu(norm()(_conv(self.features, 3, self.stride)(x)))
         y = norm()(_conv(self.features, 3)(y))
@@ -59,13 +60,14 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1×1, 3×3 and 1×1 convolutions and the identity (ResNet-50 and deeper).
 
-    The block has 4·``features`` output channels.
+    The block has 4·`features` output channels.
 
-    >>> import jax, jax.numpy as jnp
-    >>> block = BottleneckBlock(4, stride=2)
-    >>> variables = block.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), False)
-    >>> block.apply(variables, jnp.ones((3, 8, 8, 4)), False).shape
-    (3, 4, 4, 16)
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> block = BottleneckBlock(4, stride=2)
+        >>> variables = block.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), False)
+        >>> block.apply(variables, jnp.ones((3, 8, 8, 4)), False).shape
+        (3, 4, 4, 16)
     """
 
     features: int
@@ -73,7 +75,7 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Map ``(n, h, w, c)`` to ``(n, ⌈h/stride⌉, ⌈w/stride⌉, 4·features)``."""
+        """Map `(n, h, w, c)` to `(n, ⌈h/stride⌉, ⌈w/stride⌉, 4·features)`."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         y = nn.relu(norm()(_conv(self.features, 1)(x)))
         y = nn.relu(norm()(_conv(self.features, 3, self.stride)(y)))
@@ -86,24 +88,25 @@ class BottleneckBlock(nn.Module):
 class ResNet(nn.Module):
     """A residual network of any depth.
 
-    A stem, one stage of blocks per entry of ``stage_sizes`` (64, 128, 256, ...
+    A stem, one stage of blocks per entry of `stage_sizes` (64, 128, 256, ...
     features by default, each stage after the first halving the image), a mean over all
     positions and a dense read-out. The stem is a 7×7 convolution of stride 2
-    with a 3×3 max pool of stride 2, or, for ``small_inputs`` such as 32×32
+    with a 3×3 max pool of stride 2, or, for `small_inputs` such as 32×32
     images, a 3×3 convolution of stride 1 without pooling.
 
     Args:
         num_classes: number of outputs.
         small_inputs: which stem.
         stage_sizes: blocks per stage.
-        block: :class:`BasicBlock` or :class:`BottleneckBlock`.
+        block: `BasicBlock` or `BottleneckBlock`.
         features: of the stem and the first stage.
 
-    >>> import jax, jax.numpy as jnp
-    >>> tiny = ResNet(3, small_inputs=True, stage_sizes=(1,))
-    >>> variables = tiny.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), False)
-    >>> tiny.apply(variables, jnp.ones((2, 8, 8, 3)), False).shape
-    (2, 3)
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> tiny = ResNet(3, small_inputs=True, stage_sizes=(1,))
+        >>> variables = tiny.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), False)
+        >>> tiny.apply(variables, jnp.ones((2, 8, 8, 3)), False).shape
+        (2, 3)
     """
 
     num_classes: int = 10
@@ -114,12 +117,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Map images ``(n, h, w, c)`` to logits ``(n, num_classes)``.
+        """Map images `(n, h, w, c)` to logits `(n, num_classes)`.
 
         Args:
             x: floating-point images.
-            train: whether batch norm uses the statistics of ``x`` (and updates
-                ``batch_stats``, which must then be mutable) or the running ones.
+            train: whether batch norm uses the statistics of `x` (and updates
+                `batch_stats`, which must then be mutable) or the running ones.
         """
         x = _conv(self.features, 3)(x) if self.small_inputs else _conv(self.features, 7, 2)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
@@ -135,12 +138,13 @@ class ResNet(nn.Module):
 class ResNet18(ResNet):
     """ResNet-18: 11,689,512 parameters with 1000 classes and the 7×7 stem.
 
-    >>> import jax, jax.numpy as jnp
-    >>> net = ResNet18(num_classes=10, small_inputs=True)
-    >>> x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    >>> shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, False), x)
-    >>> sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    11173962
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> net = ResNet18(num_classes=10, small_inputs=True)
+        >>> x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        >>> shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, False), x)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        11173962
     """
 
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
@@ -150,12 +154,13 @@ class ResNet18(ResNet):
 class ResNet50(ResNet):
     """ResNet-50: 25,557,032 parameters with 1000 classes and the 7×7 stem.
 
-    >>> import jax, jax.numpy as jnp
-    >>> x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    >>> init = lambda x: ResNet50().init(jax.random.key(0), x, False)
-    >>> shapes = jax.eval_shape(init, x)
-    >>> sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    25557032
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        >>> init = lambda x: ResNet50().init(jax.random.key(0), x, False)
+        >>> shapes = jax.eval_shape(init, x)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        25557032
     """
 
     num_classes: int = 1000

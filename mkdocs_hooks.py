@@ -1,0 +1,264 @@
+"""What the site needs beyond mkdocs: executed notebooks, MathML, tables from results, checks."""
+
+import hashlib
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from html import unescape as html_unescape
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import griffe
+import jupytext
+import latex2mathml.converter
+import nbclient
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+import jaxinv
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "benchmarks" / "results"
+CACHE = ROOT / "build" / "notebooks"
+
+# Functions that modules of jaxinv share among themselves, without a promise to users.
+INTERNAL = {
+    "data_paths": {
+        "Problem", "check_alpha", "check_probes", "interpret", "prepare", "scaled_data_kappa",
+        "squares",
+    },
+    "fisher": {"check_like", "check_options"},
+    "gauges": {"default_tolerance"},
+    "jacobians": {"flatten", "outputs_of", "shapes_of", "unflatten"},
+    "paths": {"PowerOfNorm", "check_exponent", "power_of_norm", "scaled_kappa"},
+    "rescaling": {"checked_leaves", "class_scales", "summed_to", "transpose"},
+}  # fmt: skip
+
+
+# --- the interface --------------------------------------------------------------------
+
+
+def public_names() -> set[str]:
+    """The full names of all functions and classes that users may rely on."""
+    names = set()
+    for path in (ROOT / "jaxinv").glob("*.py"):
+        if path.stem.startswith("_") or path.stem == "cli":
+            continue
+        module = import_module(f"jaxinv.{path.stem}")
+        for name, value in vars(module).items():
+            own = getattr(value, "__module__", None) == module.__name__
+            own = own or name in getattr(module, "__all__", ())
+            if own and callable(value) and not name.startswith("_"):
+                if name not in INTERNAL.get(path.stem, ()):
+                    names.add(f"{module.__name__}.{name}")
+    return names
+
+
+def short_names() -> dict[str, str]:
+    """What a name in backticks refers to, for names that belong to one thing only."""
+    found: dict[str, str] = {}
+    for full in sorted(public_names()):
+        name = full.rpartition(".")[2]
+        for short in (full, full.removeprefix("jaxinv."), name):
+            found[short] = full if found.get(short, full) == full else ""
+    for name in jaxinv.__all__:
+        value = getattr(jaxinv, name)
+        found[name] = found[f"jaxinv.{name}"] = f"{value.__module__}.{name}"
+    return {short: full for short, full in found.items() if full}
+
+
+def on_post_build(config: Any) -> None:
+    """Fail unless every public name has a docstring and a place on a page of the reference."""
+    pages = "".join(p.read_text() for p in Path(config["site_dir"], "reference").rglob("*.html"))
+    for full in sorted(public_names()):
+        module, _, name = full.rpartition(".")
+        if not getattr(import_module(module), name).__doc__:
+            raise PluginError(f"{full} has no docstring")
+        if f'id="{full}"' not in pages:
+            raise PluginError(f"{full} is public, but on no page under docs/reference")
+
+
+# --- docstrings -----------------------------------------------------------------------
+
+
+class Docstrings(griffe.Extension):
+    """Docstrings as markdown: names become links, formulas lose no characters."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Rewrite every docstring of the package."""
+        links = short_names()
+        for thing in _walk(pkg):
+            if thing.docstring is not None:
+                fields = _fields(thing) if thing.is_class else ""
+                thing.docstring.value += f"\n\nAttributes:\n{fields}" if fields else ""
+                thing.docstring.value = as_markdown(thing.docstring.value, links, thing.path)
+            for name in INTERNAL.get(thing.name, ()) if thing.is_module else ():
+                thing.members.pop(name, None)
+
+
+def _fields(named_tuple: Any) -> str:
+    """The fields of a NamedTuple, with the comments behind them."""
+    lines = []
+    for field in named_tuple.attributes.values():
+        if "instance-attribute" in field.labels:
+            comment = "\n".join(field.lines).partition("  # ")[2].partition("\n")[0]
+            lines.append(f"    {field.name}: {comment or field.annotation}\n")
+    return "".join(lines)
+
+
+def _walk(thing: Any) -> Iterator[Any]:
+    if thing.is_alias:
+        return
+    yield thing
+    for member in list(thing.members.values()):
+        yield from _walk(member)
+
+
+SECTION = re.compile(
+    r"^(Args|Attributes|Returns|Raises|Notes?|References?|Example):\n((?: {4}.*\n|\n)+)", re.MULTILINE
+)
+
+
+def as_markdown(docstring: str, links: dict[str, str], here: str = "") -> str:
+    """A docstring whose prose is markdown and whose examples and formulas are untouched."""
+    parts, end = [], 0
+    for found in SECTION.finditer(docstring + "\n"):
+        title, body = found.groups()
+        parts.append(prose(docstring[end : found.start()], links, here=here))
+        if title == "Example":
+            parts.append(f"Examples:\n{body}")
+        elif title.startswith(("Returns", "Note", "Reference")):  # prose, not lists of names
+            body = prose(textwrap.dedent(body), links, here=here)
+            parts.append(f"**{title}**\n\n{body}")
+        else:
+            parts.append(f"{title}:\n{prose(body, links, base=4, here=here)}")
+        end = found.end()
+    return "".join(parts) + prose(docstring[end:], links, here=here)
+
+
+def prose(text: str, links: dict[str, str], *, base: int = 0, here: str = "") -> str:
+    """Text in which * and _ of formulas stay, and names of the interface are links."""
+    lines, code, blank = [], False, True
+    for line in text.splitlines(keepends=True):
+        if line.strip():
+            indented = len(line) - len(line.lstrip()) >= base + 4
+            code, blank = indented and (code or blank), False
+        else:
+            blank = True
+        # In a list of arguments what stands before the colon are names.
+        names, colon, rest = line.partition(": ") if base and line[base : base + 1].strip() else ("", "", line)
+        lines.append(line if code else names + colon + _inline(rest, links, here))
+    return "".join(lines)
+
+
+def _inline(line: str, links: dict[str, str], here: str) -> str:
+    pieces = re.split(r"(`+[^`]+`+)", line)
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            # A star behind a letter that opens no emphasis is a star: the minimum w*.
+            kept = re.split(r"((?<![\w*])\*{1,2}\S(?:[^*]*\S)?\*{1,2}(?![\w*]))", piece)
+            kept[::2] = [re.sub(r"(?<=[\w)\]])\*", r"\\*", part) for part in kept[::2]]
+            pieces[i] = "".join(kept).replace("_", r"\_").replace("][", r"]\[")
+        else:
+            full = links.get(piece.strip("`").removesuffix("()"))
+            if full and full != here:
+                pieces[i] = f"[{piece}][{full}]"
+    return "".join(pieces)
+
+
+# --- pages ----------------------------------------------------------------------------
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Names become links, tables of measured results appear, figures are found."""
+    for name, table in TABLES.items():
+        if f"<!-- {name} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {name} -->", table())
+    up = "../" * page.file.src_uri.count("/")
+    markdown = markdown.replace(f"{up}../benchmarks/results/", f"{up}results/")
+    links, parts = short_names(), re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)
+    parts[::2] = [_linked(part, links) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _linked(markdown: str, links: dict[str, str]) -> str:
+    def link(found: re.Match[str]) -> str:
+        full = links.get(found[1].removesuffix("()"))
+        return f"[{found[0]}][{full}]" if full else found[0]
+
+    return re.sub(r"(?<![\[`])`([\w.]+(?:\(\))?)`(?![\]`])", link, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """TeX becomes MathML, which browsers draw without scripts."""
+
+    def mathml(found: re.Match[str]) -> str:
+        inline, block = found[2], found[3]
+        tex = html_unescape(inline or block).strip()
+        return latex2mathml.converter.convert(tex, display="inline" if inline else "block")
+
+    pattern = r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>'
+    return re.sub(pattern, mathml, html, flags=re.DOTALL)
+
+
+def invariance_table() -> str:
+    """Which optimizer is invariant, from the measured errors."""
+    errors = json.loads((RESULTS / "invariance-mnist" / "results.json").read_text())["errors"]
+    rows = ["| optimizer | rescaling | any reparametrisation |", "|---|---|---|"]
+    for name, found in errors.items():
+        cells = [_verdict(found[kind]) for kind in ("rescaling", "general")]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    mark = "**yes**" if found["verdict"] == "invariant to rounding" else "no"
+    return f"{mark}, {found['trajectory']:.1e}"
+
+
+TABLES = {"invariance": invariance_table}
+
+
+# --- notebooks and figures ------------------------------------------------------------
+
+
+def on_files(files: Files, config: Any, **_: Any) -> Files:
+    """Add the executed notebooks and the figures of the results."""
+    for path in sorted((ROOT / "notebooks").glob("*.py")):
+        for name, content in _executed(path).items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+    for path in sorted(RESULTS.rglob("*.png")):
+        name = f"results/{path.relative_to(RESULTS).as_posix()}"
+        files.append(File.generated(config, name, content=path.read_bytes()))
+    return files
+
+
+def _executed(path: Path) -> dict[str, str | bytes]:
+    """A notebook with its outputs as markdown, and its figures; kept until something changes."""
+    code = b"".join(p.read_bytes() for p in sorted((ROOT / "jaxinv").rglob("*.py")))
+    state = code + path.read_bytes() + metadata.version("jax").encode()
+    kept = CACHE / f"{path.stem}-{hashlib.sha256(state).hexdigest()[:16]}"
+    if not kept.is_dir():
+        notebook = jupytext.read(path)
+        folder = {"metadata": {"path": str(ROOT)}}
+        client = nbclient.NotebookClient(
+            notebook, timeout=600, kernel_name="python3", resources=folder
+        )
+        client.create_kernel_manager().transport = "ipc"  # no ports, and no warning about them
+        client.execute()
+        body, extra = MarkdownExporter().from_notebook_node(notebook)
+        written = {f"{path.stem}.md": body.encode()}
+        for name, figure in extra["outputs"].items():
+            written[f"{path.stem}-{name}"] = figure
+            written[f"{path.stem}.md"] = written[f"{path.stem}.md"].replace(
+                f"({name})".encode(), f"({path.stem}-{name})".encode()
+            )
+        kept.mkdir(parents=True)
+        for name, content in written.items():
+            (kept / name).write_bytes(content)
+    return {
+        p.name: p.read_text() if p.suffix == ".md" else p.read_bytes() for p in kept.iterdir()
+    }
