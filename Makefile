@@ -9,13 +9,14 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean api package test-minimal test-newest
+.PHONY: help demo test lint docs bench clean api package test-minimal test-newest
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    train SGD, AdaGrad, Adam and Path-SGD from both starts (digits, about a minute)"
 	@echo "make test    run the tests and the doctests (PYTEST_ARGS='-m slow' for the long ones)"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the documentation in build/site, executing the notebooks"
 	@echo "make bench   step time of Path-SGD; cost of kappa on ResNet-18/50; ranks"
 	@echo "make api     record the public interface in tests/api.txt after a change that is meant"
 	@echo "make package build wheel and sdist, install each in an environment of its own and try it"
@@ -78,6 +79,10 @@ test-newest:
 	$(NEWEST_PYTHON) -m venv build/newest
 	build/newest/bin/python -m pip install --quiet --upgrade . pytest hypothesis equinox dm-haiku
 	build/newest/bin/python -m pytest $(CORE_TESTS)
+
+# mkdocs-material announces its successor at every build unless told not to.
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.stamp-cli
 	$(BIN)/python benchmarks/step_time.py

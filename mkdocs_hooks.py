@@ -118,7 +118,8 @@ def _walk(thing: Any) -> Iterator[Any]:
 
 
 SECTION = re.compile(
-    r"^(Args|Attributes|Returns|Raises|Notes?|References?|Example):\n((?: {4}.*\n|\n)+)", re.MULTILINE
+    r"^(Args|Attributes|Returns|Raises|Notes?|References?|Example):\n((?: {4}.*\n|\n)+)",
+    re.MULTILINE,
 )
 
 
@@ -149,7 +150,9 @@ def prose(text: str, links: dict[str, str], *, base: int = 0, here: str = "") ->
         else:
             blank = True
         # In a list of arguments what stands before the colon are names.
-        names, colon, rest = line.partition(": ") if base and line[base : base + 1].strip() else ("", "", line)
+        names, colon, rest = (
+            line.partition(": ") if base and line[base : base + 1].strip() else ("", "", line)
+        )
         lines.append(line if code else names + colon + _inline(rest, links, here))
     return "".join(lines)
 
@@ -259,6 +262,4 @@ def _executed(path: Path) -> dict[str, str | bytes]:
         kept.mkdir(parents=True)
         for name, content in written.items():
             (kept / name).write_bytes(content)
-    return {
-        p.name: p.read_text() if p.suffix == ".md" else p.read_bytes() for p in kept.iterdir()
-    }
+    return {p.name: p.read_text() if p.suffix == ".md" else p.read_bytes() for p in kept.iterdir()}
