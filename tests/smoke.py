@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 import jaxinv
 
-here = pathlib.Path(__file__).resolve().parent.parent
-assert here not in pathlib.Path(jaxinv.__file__).resolve().parents, "this is the checkout"
+assert "site-packages" in pathlib.Path(jaxinv.__file__).parts, "this is no installed jaxinv"
 assert importlib.resources.files("jaxinv").joinpath("py.typed").is_file()
 
 
