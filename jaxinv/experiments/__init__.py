@@ -55,6 +55,10 @@ EXPERIMENTS = {
         "jaxinv.experiments.degrees_of_freedom",
         "Spectrum of the Jacobian and d = rank + rescaling + dead + hidden, on noise and on images",
     ),
+    "learning-coefficient": Experiment(
+        "jaxinv.experiments.learning_coefficient",
+        "Learning coefficients by sampling against exact ones, and between rank/2 and d/2",
+    ),
     "discussion": Experiment(
         "jaxinv.experiments.discussion",
         "Is rescaling all? The rank against inputs, draws, training, depth and width",
