@@ -34,8 +34,8 @@ from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 # Slopes of mantissas are shares of γ^p and so at most of the order of one: they start from this
-# power of two, which leaves float32 room for shares down to 2^-186.
-_HEADROOM = 60
+# power of two, which leaves float32 room for shares down to 2^-166.
+_HEADROOM = 40
 
 
 class _Problem(NamedTuple):
@@ -229,7 +229,7 @@ def path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyT
     Notes:
         Where paths meet, a part that is 2^127 times smaller than the other (in float32) has lost
         its κ, which is NaN then: the bias of a unit with path sums above 10^38, say. A weight whose
-        paths make up less than 10^-55 of γ_p^p counts as on no path. Use float64 for both.
+        paths make up less than 10^-49 of γ_p^p counts as on no path. Use float64 for both.
 
     References:
         Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), eq. 6–8;

@@ -37,6 +37,9 @@ from jaxinv._scaling_states import is_masked, like, transport
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
+# |log| of factors up to here are floats of every width that is computed in.
+_FAR = 80.0
+
 
 def rescaling_group(
     fn: Network, params: Params, x: Inputs, *, ignore_epsilon: bool = False
@@ -200,8 +203,10 @@ def _moved(group: RescalingGroup, leaves: list[Any], u: Array, base: float | Non
             wide = _scaled.shift(wide, jnp.broadcast_to(scale, wide.shape))
         else:
             # Two halves: a factor beyond the range of floats may well meet a weight that it suits.
-            half = jnp.exp(scale / 2).astype(wide.dtype)
-            wide = wide * half * half
+            # Elsewhere one factor, which is rounded once, and exact where u·log(base) is meant so.
+            far = abs(scale) > _FAR
+            half = jnp.exp(jnp.where(far, scale / 2, scale)).astype(wide.dtype)
+            wide = wide * half * jnp.where(far, half, 1)
         moved.append(wide.astype(leaf.dtype))
     return moved
 

@@ -1,7 +1,10 @@
 """Set up jax before anything imports it, and the fixtures every test may use."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 # Eight devices on one CPU, so that sharded parameters are tested on any machine.
 _flags = ["--xla_force_host_platform_device_count=8"]
@@ -19,6 +22,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one file or worker has compiled, the others read. For this run alone: it ends with the
+    # process that made it, the one which starts the workers.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="jaxinv-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+# Run by itself where only a wheel is installed; collecting it would run it here.
+collect_ignore = ["smoke.py"]
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -145,9 +145,9 @@ def value_cases(rng, count):
     def kappas():
         found = COMPILED["kappa", p](w, x)
         for k in found:
-            # Documented: NaN next to a sum 2^127 times larger, 0 below 10^-55 of γ^p.
+            # Documented: NaN next to a sum 2^127 times larger, 0 below 10^-49 of γ^p.
             share = kappa[k] * np.abs(flushed(w)[k]) ** p
-            lost = np.isnan(np.asarray(found[k])) | (share < 1e-55 * gamma)
+            lost = np.isnan(np.asarray(found[k])) | (share < 1e-49 * gamma)
             agree(np.where(lost, 0, found[k]), np.where(lost, 0, kappa[k]), rtol, why="κ")
 
     def jacobians():
@@ -182,7 +182,7 @@ def value_cases(rng, count):
         for k in g:
             values = np.asarray(found[k], np.float64)
             lost = np.isnan(values)
-            lost |= two[k] * flushed(w)[k] ** 2 < 1e-55 * true_power(w, 2.0)
+            lost |= two[k] * flushed(w)[k] ** 2 < 1e-49 * true_power(w, 2.0)
             right = np.where(two[k] > 0, 1 / np.where(two[k] > 0, two[k], 1), 0)
             vanished = (two[k] > 0) & (two[k] < 1e-37 * np.max(two[k])) & (values == 0)
             skip = lost | vanished

@@ -13,7 +13,12 @@ UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"
 UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 # Of numpy, torch, pandas: these unpickle, or may.
 UNSAFE_METHODS = {"load", "loads", "read_pickle"}
-SAFE_OWNERS = {"json", "datasets", "inspection"}  # json.loads; this package's own load
+SAFE_OWNERS = {
+    "json",
+    "datasets",
+    "inspection",
+    "_checkpoint",
+}  # json.loads; this package's own load
 
 
 def _unsafe(source: str) -> list[str]:
