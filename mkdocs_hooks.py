@@ -210,7 +210,7 @@ def on_page_content(html: str, **_: Any) -> str:
 def invariance_table() -> str:
     """Which optimizer is invariant, from the measured errors."""
     errors = json.loads((RESULTS / "invariance-mnist" / "results.json").read_text())["errors"]
-    rows = ["| optimizer | rescaling | any reparametrisation |", "|---|---|---|"]
+    rows = ["| optimizer | rescaling | general reparametrisation |", "|---|---|---|"]
     for name, found in errors.items():
         cells = [_verdict(found[kind]) for kind in ("rescaling", "general")]
         rows.append(f"| {name} | {' | '.join(cells)} |")
