@@ -62,16 +62,23 @@ class Store:
         if cell is None:
             self._same_environment()
         else:
-            self._asked.setdefault(study, {})[key] = cell
+            self._ask(study, key, cell)
         return cell
 
     def keep(self, study: str, key: str, cell: Mapping[str, Any]) -> Cell:
         """Hold a cell that was computed, and write it; returns it as JSON gives it back."""
         kept: Cell = files.plain(cell)
         self._held.setdefault(study, {})[key] = kept
-        self._asked.setdefault(study, {})[key] = kept
+        self._ask(study, key, kept)
         self._write({"complete": False})
         return kept
+
+    def _ask(self, study: str, key: str, cell: Cell) -> None:
+        # Moved to the end: cells that came in any order are in that of the last time of asking.
+        cells = self._asked.pop(study, {})
+        cells.pop(key, None)
+        cells[key] = cell
+        self._asked[study] = cells
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write all cells with what else the experiment records, as complete."""

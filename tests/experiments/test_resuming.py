@@ -50,6 +50,20 @@ def test_cells_are_written_in_the_order_asked_for_whatever_was_first(tmp_path):
     assert json.loads(a.read_text())["complete"]
 
 
+def test_cells_that_processes_finish_in_any_order_are_written_in_the_order_asked_for_last(tmp_path):
+    places = [("early", "x"), ("early", "y"), ("late", "z")]
+    for i, order in enumerate((places, places[::-1])):
+        with opened(tmp_path / str(i), "mine", Config()) as store:
+            for study, key in order:
+                assert store.get(study, key) is None
+                store.keep(study, key, _cell(1.0)())
+            for study, key in places:
+                store(study, key, _never)
+            store.finish({})
+    first, second = (tmp_path / i / "results.json" for i in "01")
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_a_finished_file_does_not_change_when_it_is_finished_again(tmp_path):
     for _ in range(2):
         with opened(tmp_path, "mine", Config()) as store:
