@@ -27,11 +27,16 @@ FLAGS = {
     "inductive-bias": {"hidden": "2,3,4", "examples": "100", "epochs": "3", "seeds": "1"},
     "discussion": {"width": "2", "networks": "1", "examples": "20", "epochs": "1", "draws": "2"}
     | {"parameters": "60", "depths": "1", "layer-widths": "2"},
+    "learning-coefficient": {"chains": "2", "steps": "20", "hidden": "2", "epochs": "2"},
+    "bayes": {"examples": "6", "chains": "2", "warmup": "20", "draws": "20"},
 }
-# Nearly all of the time of a small run is compilation, of each of seventy programs here.
+# Nearly all of the time of a small run is compilation, of each of seventy and forty programs here.
 BEFORE = {
     "invariance": "from jaxinv.experiments import invariance as e; rows = e.optimizers()\n"
     "e.optimizers = lambda: {name: rows[name] for name in ('sgd', 'adam', 'path_sgd')}\n",
+    "learning-coefficient": "from jaxinv.experiments import learning_coefficient as e\n"
+    "e.REDUCED_RANK, e.DEEP_LINEAR = e.REDUCED_RANK[:2], e.DEEP_LINEAR[:1]\n"
+    "e.GROWING, e._SIZES = e.GROWING[:1], e._SIZES[:1]\n",
 }
 
 
