@@ -114,10 +114,11 @@ def assert_matches_enumeration(network, p):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_random_networks_agree_with_their_enumerated_paths(shape):
-    """Three shapes of input, 70 networks each."""
+@pytest.mark.parametrize("examples", [15, pytest.param(70, marks=pytest.mark.slow)])
+def test_random_networks_agree_with_their_enumerated_paths(shape, examples):
+    """Three shapes of input: dense, convolutional, residual, pooled, tied, recurrent layers."""
 
-    @settings(max_examples=70)
+    @settings(max_examples=examples)
     @given(random_networks(shape), exponents)
     def agree(network, p):
         assert_matches_enumeration(network, p)
@@ -168,9 +169,10 @@ def test_norm_of_a_network_without_a_path_is_zero():
     np.testing.assert_array_equal(path_kappa(fn, w, x), 1)
 
 
-def test_two_hundred_wide_layers_do_not_overflow_float32():
+@pytest.mark.parametrize("width", [64, pytest.param(512, marks=pytest.mark.slow)])
+def test_two_hundred_wide_layers_do_not_overflow_float32(width):
     """He init × 4 gives γ² ≈ 32^200: beyond float32, so only a scaled sum can hold it."""
-    depth, width = 200, 512
+    depth = 200
     rng = np.random.default_rng(0)
     kernels = rng.standard_normal((depth, width, width), np.float32) * np.float32(
         4 * np.sqrt(2 / width)
