@@ -17,7 +17,7 @@ help:
 	@echo "make test    run the tests and the doctests (PYTEST_ARGS='-m slow' for the long ones)"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation in build/site, executing the notebooks"
-	@echo "make bench   step time of Path-SGD; cost of kappa on ResNet-18/50; ranks"
+	@echo "make bench   step time of Path-SGD; cost of kappa on ResNet-18/50; ranks; growth; peers (with torch)"
 	@echo "make api     record the public interface in tests/api.txt after a change that is meant"
 	@echo "make package build wheel and sdist, install each in an environment of its own and try it"
 	@echo "make test-minimal, test-newest   core tests with the oldest and newest dependencies"
@@ -84,10 +84,12 @@ test-newest:
 docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.stamp-cli
+bench: $(VENV)/.stamp-bench
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/kappa_resnet.py
 	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/peers.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis jaxinv-results

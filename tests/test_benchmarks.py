@@ -2,14 +2,17 @@
 
 import json
 
+import growth
 import jax
 import jax.numpy as jnp
 import kappa_resnet
 import numpy as np
+import peers
 import pytest
 import step_time
 from _measure import interleaved_seconds, median_and_spread, publish, spelled
 
+from jaxinv import networks
 from jaxinv.resnet import ResNet
 
 TINY = ResNet(10, small_inputs=True, stage_sizes=(1,))
@@ -56,3 +59,49 @@ def test_kappa_of_a_resnet_is_measured():
     assert row["all_finite"] and jnp.isfinite(row["log_path_norm"])
     assert row["run_seconds"].shape == (2,) and row["trace_seconds"] > 0
     assert kappa_resnet.to_table([row]).rows[0][0] == "tiny"
+
+
+@pytest.mark.parametrize("make", [lambda: peers.mlp_network((5, 7, 3)),
+                                  lambda: peers.resnet_network(8, TINY)])  # fmt: skip
+def test_kappa_written_by_hand_in_pytorch_is_ours(make):
+    """The comparison itself raises where they differ."""
+    torch = pytest.importorskip("torch")
+    title, fn, params, stats, shape = make()
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    stats = jax.tree.map(lambda a: jax.random.uniform(next(keys), a.shape, minval=0.5), stats)
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), params)
+    if stats:  # fresh statistics would hide a wrong use of them
+        fn = lambda w, x: TINY.apply({"params": w, "batch_stats": stats}, x, False)  # noqa: E731
+    found = peers.kappa((title, fn, params, stats, shape), 1, torch.get_num_threads())
+    assert [c.task.split(" of ")[0] for c in found] == ["κ", "path norm"]
+    assert all("PyTorch" in c.seconds for c in found)
+    rows = peers.to_table(found).rows
+    assert [row[1] for row in rows[:2]] == ["jaxinv", "PyTorch"]
+
+
+def test_the_loop_over_units_ends_balanced():
+    params = networks.init_mlp(jax.random.key(0), (3, 5, 4, 2), bias_std=0.5)
+    (first, bias), (second, _), _ = peers.loop_over_units(params)
+    incoming = (first**2).sum(0) + bias**2
+    np.testing.assert_allclose(incoming, (second**2).sum(1), rtol=1e-4)
+
+
+def test_balance_meets_the_loop_and_a_peer_that_fails_has_a_row():
+    found = peers.balancing(1, (3, 5, 4, 2))
+    assert [list(c.seconds) for c in found] == [["jaxinv", "NumPy loop"]] * 2
+    failed = peers.Comparison("step", {"jaxinv": np.ones(2)}, {"other": "does not run: why"})
+    assert peers.to_table([failed]).rows[1] == ["step", "other", "–", "–", "does not run: why"]
+    try:
+        raise KeyError("name")
+    except KeyError as error:
+        assert peers.described(error).startswith("KeyError: 'name' (test_benchmarks.py, test_bal")
+
+
+def test_growth_is_fitted_and_drawn(tmp_path):
+    sizes = (2, 4, 8)
+    assert growth.exponent(sizes, [3 * s**2 for s in sizes]) == pytest.approx(2)
+    curve = growth.measure("κ", "width", (2, 3, 4), {"depth": 2, "inputs": 5}, 1)
+    assert all(b > 0 for b in curve.bytes)
+    assert growth.to_table([curve]).rows[-1][2] == "exponent"
+    growth.plot([curve], tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 1000
