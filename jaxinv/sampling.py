@@ -173,7 +173,9 @@ def sample_nuts(
     Notes:
         On densities with jumps (the Fisher information of ReLU networks has one wherever an
         example's activation pattern changes) trajectories are accepted or not as on others, so the
-        law is right, but steps across are rejected more. `diverging` counts attempts to enter
+        law is right, but steps across are rejected more. There a `target_acceptance` above 0.8
+        makes steps tiny; a dense mass matrix, and a small `orbit_scale` of
+        `jaxinv.bayes.jeffreys_log_prior`, help more. `diverging` counts attempts to enter
         regions of density 0, too.
 
     References:
@@ -418,7 +420,8 @@ def diagnostics(values: Any) -> Diagnostics:
         values: (chains, draws, ...), at least 2 chains and 4 draws.
 
     Returns:
-        `Diagnostics`, of arrays (...).
+        `Diagnostics`, of arrays (...). A quantity that is the same number in all draws has no error
+        and an R-hat of 1.
 
     Raises:
         InvalidInput: for too few chains or draws.
@@ -444,8 +447,12 @@ def diagnostics(values: Any) -> Diagnostics:
             "chains and 4 draws."
         )
     shape = values.shape[2:]
-    found = [
-        (v.mean(), float(arviz.mcse(v, method="mean")), float(arviz.ess(v)), float(arviz.rhat(v)))
-        for v in np.moveaxis(values.reshape(*values.shape[:2], -1), -1, 0)
-    ]
+
+    def of(v: np.ndarray) -> tuple[float, ...]:
+        if (v == v.flat[0]).all():  # 0/0 for arviz
+            return v.flat[0], 0.0, float(v.size), 1.0
+        error = arviz.mcse(v, method="mean")
+        return v.mean(), float(error), float(arviz.ess(v)), float(arviz.rhat(v))
+
+    found = [of(v) for v in np.moveaxis(values.reshape(*values.shape[:2], -1), -1, 0)]
     return Diagnostics(*(np.array(column).reshape(shape) for column in zip(*found, strict=True)))

@@ -79,7 +79,7 @@ def test_the_slice_density_has_the_same_integral_on_every_slice(likelihood, x64)
 
 
 @pytest.mark.parametrize("coordinate", [None, by_ratio])
-@pytest.mark.parametrize("orbit_scale", [0.3, 1.0])
+@pytest.mark.parametrize("orbit_scale", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_the_lift_of_a_coin_is_the_beta_law_whatever_the_orbit_law(coordinate, orbit_scale, x64):
     """∫ over the half plane w₁ > 0 is ∫ √(σ(1 − σ)) dθ = π; and the mean of σ² is 3/8."""
     density = jeffreys_log_prior(
@@ -128,16 +128,16 @@ def test_density_of_a_network_is_the_volume_of_its_slice(x64):
     )
     group = rescaling_group(mlp, w, x)
     flat, unravel = jax.flatten_util.ravel_pytree(w)
-    J = jax.jacobian(lambda f: mlp(unravel(f), x).ravel())(flat)
+    J = jax.jit(jax.jacobian(lambda f: mlp(unravel(f), x).ravel()))(flat)
     coordinate = jax.jit(lambda f: -normalize(group, unravel(f)).u)
     steps = 1e-5 * np.eye(len(flat))
     U = np.stack([(coordinate(flat + e) - coordinate(flat - e)) / 2e-5 for e in steps], 1)
     N = scipy.linalg.null_space(U)
     volume = np.linalg.slogdet(N.T @ (J.T @ J / len(x)) @ N)[1] / 2
-    on_slice = jeffreys_log_prior(mlp, group, x, "gaussian", convention="slice", chunk=16)(w)
+    on_slice = jeffreys_log_prior(mlp, group, x, "gaussian", convention="slice", chunk=16)
     assert np.isfinite(volume)
-    np.testing.assert_allclose(on_slice, volume, rtol=1e-6)
-    lift = jeffreys_log_prior(mlp, group, x, "gaussian", orbit_scale=0.7)(w)
+    np.testing.assert_allclose(jax.jit(on_slice)(w), volume, rtol=1e-6)
+    lift = jax.jit(jeffreys_log_prior(mlp, group, x, "gaussian", orbit_scale=0.7))(w)
     law = scipy.stats.norm.logpdf(coordinate(flat), scale=0.7).sum()
     np.testing.assert_allclose(lift, volume + np.linalg.slogdet(U @ U.T)[1] / 2 + law, rtol=1e-6)
 
@@ -173,16 +173,16 @@ def test_plain_and_weight_normalised_networks_have_one_density_of_functions(x64)
     for fn, start, own in ((mlp, w, group), (wn.fn, far, wn.group)):
         flat, unravel = jax.flatten_util.ravel_pytree(start)
         coordinate = log_incoming_norms(own)
-        C = jax.jacobian(lambda f: mix @ fn(unravel(f), x).ravel())(flat)  # noqa: B023
-        U = jax.jacobian(lambda f: coordinate(unravel(f)))(flat)  # noqa: B023
+        C = jax.jit(jax.jacobian(lambda f: mix @ fn(unravel(f), x).ravel()))(flat)  # noqa: B023
+        U = jax.jit(jax.jacobian(lambda f: coordinate(unravel(f))))(flat)  # noqa: B023
         law = jax.scipy.stats.norm.logpdf(coordinate(start), scale=0.5).sum()
-        lift = jeffreys_log_prior(fn, own, x, "gaussian")(start)
+        lift = jax.jit(jeffreys_log_prior(fn, own, x, "gaussian"))(start)
         found.append(lift - law - np.linalg.slogdet(np.concatenate([C, U]))[1])
     assert np.isfinite(found).all()
     np.testing.assert_allclose(*found, rtol=1e-8)
 
 
-@pytest.mark.parametrize("likelihood", ["softmax", "poisson"])
+@pytest.mark.parametrize("likelihood", ["softmax", pytest.param("poisson", marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_differences(likelihood, x64):
     """Of a likelihood whose Λ moves with the parameters, for float32 parameters too."""
 
@@ -200,7 +200,7 @@ def test_the_gradient_is_that_of_differences(likelihood, x64):
     slope = sum(jnp.vdot(a, b) for a, b in zip(gradient, direction, strict=True))
     np.testing.assert_allclose(slope, wanted, rtol=1e-4)
     single = jax.tree.map(lambda a: a.astype(jnp.float32), w)
-    for a, b in zip(jax.grad(log_density)(single), gradient, strict=True):
+    for a, b in zip(jax.jit(jax.grad(log_density))(single), gradient, strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 

@@ -22,7 +22,7 @@ from jaxinv.reparam import (
     tangent_gradient,
     weight_normalize,
 )
-from jaxinv.rescaling import random_rescaling, rescaling_group
+from jaxinv.rescaling import random_rescaling, rescale, rescaling_group
 
 
 def dense_norms(params):
@@ -113,14 +113,19 @@ def test_the_normalised_network_sees_directions_alone(problem, x64):
         name: {k: 3.0 * a if {name, f"{name}/{k}"} & set(tied) else a for k, a in layer.items()}
         for name, layer in params.items()
     }
-    gradient, scaled, error = jax.jit(
+    u = jnp.linspace(-2.0, 3.0, group.dim)
+    gradient, scaled, error, of_group, of_plain = jax.jit(
         lambda: (
             jax.grad(lambda v: loss(net.to_params(v)))(params),
             jax.grad(lambda v: loss(net.to_params(v)))(moved),
             function_invariance_error(net.fn, params, moved, x),
+            function_invariance_error(net.fn, params, rescale(net.group, params, u), x),
+            function_invariance_error(net.fn, params, rescale(group, params, u), x),
         )
     )()
     assert error.relative < 1e-14
+    assert net.group.dim == group.dim and of_group.relative < 1e-13
+    assert of_plain.relative > 1e-2  # outgoing weights of one unit are incoming ones of the next
     inner = sum(
         (gradient[name][k] * w).reshape(-1, w.shape[-1]).sum(axis=0)
         for name, layer in params.items()

@@ -45,6 +45,7 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_a_run_with_checkpoints_gives_the_draws_of_one_without(whole):
     samples, directory = whole
     assert samples.params["a"].shape == (4, 40, 2)
@@ -150,3 +151,5 @@ def test_diagnostics_agree_with_their_definition():
     np.testing.assert_allclose(found.mean, draws.mean((0, 1)))
     np.testing.assert_allclose(found.standard_error, 2 / 4000**0.5, rtol=0.15)
     assert (found.r_hat < 1.01).all() and (found.ess > 3000).all()
+    constant = diagnostics(np.full((2, 10), 3.0))
+    assert [float(v) for v in constant] == [3.0, 0.0, 20.0, 1.0]
