@@ -72,15 +72,26 @@ def markdown(table: Table) -> str:
     return "\n".join([table.title, "", head, "|" + "---|" * len(table.columns), *body])
 
 
+def numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers, to be compared from the right; names are read from the left.
+
+    >>> numeric(Table("", ["model", "λ", "error"], [["2-2", "1/2", "-1.8"], ["ReLU", "", "+2"]]))
+    [False, True, True]
+    """
+    empty = ("", "–")
+    return [
+        any(cells) and all(c in empty or c.lstrip("+-<")[:1].isdigit() for c in cells)
+        for cells in ([row[i] for row in table.rows] for i in range(len(table.columns)))
+    ]
+
+
 def print_table(table: Table) -> None:
     """Print ``table`` on the terminal; needs the extra ``cli``."""
     box = require("rich.box", "cli").SIMPLE  # no side borders: eight columns fit a terminal of 80
     rich_table = require("rich.table", "cli").Table(
         title=table.title, title_justify="left", box=box, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for i, column in enumerate(table.columns):
-        # Names are read from the left, numbers are compared from the right.
-        is_number = any(row[i][:1].isdigit() for row in table.rows)
+    for column, is_number in zip(table.columns, numeric(table), strict=True):
         rich_table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for row in table.rows:
         rich_table.add_row(*row)

@@ -77,8 +77,9 @@ def experiment_page(path: Path) -> str:
                 "title": table.title,
                 "columns": list(table.columns),
                 "rows": [list(row) for row in table.rows],
+                "numeric": report.numeric(table),
             },
-            "caption": inspect.getdoc(module.plot) or "",
+            "caption": _caption(module.plot),
             "figure": f"data:image/png;base64,{image}",
             "config": content["config"],
             "environment": content["environment"],
@@ -86,6 +87,12 @@ def experiment_page(path: Path) -> str:
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         },
     )
+
+
+def _caption(plot: Any) -> str:
+    """What a function says it draws: "Draw errors." gives "Errors."."""
+    text = (inspect.getdoc(plot) or "").removeprefix("Draw ").replace("\n", " ")
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text  # λ̂ is not Λ̂
 
 
 def _config(kind: Any, stored: dict[str, Any]) -> Any:

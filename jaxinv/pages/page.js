@@ -102,10 +102,14 @@ function model() {
 
 function experiment() {
   page.append(el("div", { class: "sub" }, data.summary));
-  page.append(section(data.table.title, null, table(data.table.columns.map((c, i) => [c, data.table.rows.some((r) => /^[\d<≤]/.test(r[i]))]), data.table.rows, "results")));
-  page.append(section("Figure", data.caption, el("figure", {}, el("img", { src: data.figure, alt: "figure of the experiment" }))));
-  const list = (values) => Object.entries(values).map(([k, v]) => [k, v === null ? "–" : typeof v === "object" ? JSON.stringify(v) : String(v)]);
-  page.append(section("How it was run", `From ${data.source}, SHA-256 ${data.sha256}.`, table([["setting"], ["value"]], list(data.config), "config"), el("p"), table([["environment"], ["value"]], list(data.environment), "environment")));
+  const { columns, rows } = data.table, [title, ...notes] = data.table.title.split("\n");
+  const results = table(columns.map((c, i) => [c, data.table.numeric[i]]), rows, "results");
+  results.classList.add("whole");
+  page.append(section(title, null, ...notes.map((n) => el("div", { class: "note", "data-note": "" }, n)), results));
+  page.append(section("Figure", data.caption, el("figure", {}, el("img", { src: data.figure, alt: data.caption }))));
+  const text = (v) => v === null ? "–" : Array.isArray(v) ? v.join(", ") : typeof v === "object" ? Object.entries(v).map((pair) => pair.join(" ")).join(", ") : String(v);
+  const list = (values) => Object.entries(values).map(([k, v]) => [k.replaceAll("_", " "), text(v)]);
+  page.append(section("How it was run", `From ${data.source}, SHA-256 of the file ${data.sha256}.`, table([["setting"], ["value"]], list(data.config), "config"), el("p"), table([["environment"], ["value"]], list(data.environment), "environment")));
 }
 
 const drawn = data.kind === "model" ? model() : (experiment(), null);

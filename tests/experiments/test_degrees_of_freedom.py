@@ -10,6 +10,7 @@ import pytest
 
 from jaxinv import cli
 from jaxinv.experiments import datasets, degrees_of_freedom
+from jaxinv.pages import experiment_page
 
 HIDDEN = 4
 PARAMETERS = 64 * HIDDEN + HIDDEN + HIDDEN * 10 + 10
@@ -59,6 +60,15 @@ def test_the_cliff_of_the_spectrum_is_at_the_rank(small_run):
         # float32 agrees where the values are far above its rounding.
         np.testing.assert_allclose(split["spectra"]["float32"][:20], s[:20], rtol=1e-4)
         assert split["numpy_rank"]["float64"] == r
+
+
+def test_the_page_shows_what_the_run_printed(small_run):
+    page = experiment_page(small_run[0])
+    table = json.loads(page.split('id="data">')[1].split("</script>")[0])["table"]
+    printed = [line.split() for line in small_run[2].splitlines()]
+    assert len(table["rows"]) == 2
+    for row in table["rows"]:
+        assert " ".join(row).split() in printed
 
 
 def test_numpy_rank_is_that_of_numpy():

@@ -1,7 +1,10 @@
 """Pages: numbers equal to jaxinv's own, names escaped, nothing loaded; drawn by a real browser."""
 
+import base64
+import hashlib
 import html.parser
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -13,8 +16,10 @@ import pytest
 
 import jaxinv
 from jaxinv import cli, networks
+from jaxinv.errors import InvalidInput
+from jaxinv.experiments import files
 from jaxinv.inspection import unit_balance
-from jaxinv.pages import model_page
+from jaxinv.pages import experiment_page, model_page
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)  # fmt: skip  # noqa: E501
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
@@ -30,7 +35,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.text, self.fields, self.stack = [], {}, {}, []
+        self.tags, self.text, self.fields, self.stack, self.cells = [], {}, {}, [], {}
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -38,6 +43,11 @@ class Page(html.parser.HTMLParser):
         self.tags.append((tag, attributes))
         if tag not in ("meta", "img", "link", "br", "input"):
             self.stack.append((tag, attributes))
+        table = [a["id"] for t, a in self.stack if t == "table"]
+        if table and tag == "tr":
+            self.cells.setdefault(table[-1], []).append([])
+        if table and tag in ("td", "th"):
+            self.cells[table[-1]][-1].append("")
 
     def handle_endtag(self, tag):
         while self.stack and self.stack.pop()[0] != tag:
@@ -48,6 +58,13 @@ class Page(html.parser.HTMLParser):
             for key, place in (("id", self.text), ("data-field", self.fields)):
                 if key in attributes:
                     place[attributes[key]] = place.get(attributes[key], "") + data
+        if self.stack and self.stack[-1][0] in ("td", "th"):
+            table = [a["id"] for t, a in self.stack if t == "table"][-1]
+            self.cells[table][-1][-1] += data
+
+    def rows(self, table):
+        """The cells of a table, row by row."""
+        return self.cells[table]
 
     def count(self, tag, **wanted):
         return sum(
@@ -138,8 +155,6 @@ def test_the_command_writes_a_page(tmp_path, capsys):
 
 
 def test_a_damaged_or_unfinished_experiment_is_refused(tmp_path, capsys):
-    from jaxinv.experiments import files
-
     path = tmp_path / "results.json"
     header = {"experiment": "path-sgd", "config": {}, "environment": {}, "studies": {}}
     files.write_json(path, {**header, "complete": False})
@@ -149,6 +164,51 @@ def test_a_damaged_or_unfinished_experiment_is_refused(tmp_path, capsys):
     path.write_text(path.read_text().replace("path-sgd", "geometry"))
     assert cli.main(["report", str(path), "--out", str(tmp_path / "page.html")]) == 2
     assert "checksum" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """A finished run: what its file says, read without jaxinv, and its page."""
+    content = json.loads((RESULTS / "bayes" / "results.json").read_text())
+    return content, experiment_page(RESULTS / "bayes")
+
+
+def rows_of(content):
+    """The table of the experiment on priors, from the numbers in its file."""
+    for prior, cells in content["studies"].items():
+        difference = content["differences"][prior]
+        z = np.abs(difference["z"])
+        for cell in cells.values():
+            mean, error = (cell[k][z.argmax()] for k in ("mean", "standard_error"))
+            log_density = cell["log_density"]
+            r_hat = max(*cell["r_hat"], log_density["r_hat"])
+            ess = min(*cell["ess"], log_density["ess"])
+            numbers = f"{mean:.4f} ± {error:.4f}|{z.max():.1f}|{r_hat:.4f}|{ess:.0f}"
+            yield [*numbers.split("|"), str(cell["divergences"])]
+
+
+def test_the_page_of_a_finished_experiment_holds_the_numbers_of_its_file(finished):
+    content, text = finished
+    data = embedded(text)
+    assert [row[2:] for row in data["table"]["rows"]] == list(rows_of(content))
+    assert data["table"]["numeric"] == [False] * 2 + [True] * 5
+    assert data["config"] == content["config"] and data["environment"] == content["environment"]
+    digest = hashlib.sha256((RESULTS / "bayes" / "results.json").read_bytes()).hexdigest()
+    assert data["sha256"] == digest and data["title"] == "bayes"
+    image = base64.b64decode(data["figure"].removeprefix("data:image/png;base64,"))
+    assert image.startswith(b"\x89PNG") and data["caption"].startswith("How far the predictive")
+    assert experiment_page(RESULTS / "bayes" / "results.json") == text
+
+
+def test_a_finished_file_that_lacks_a_cell_is_refused(tmp_path, finished):
+    content = {k: v for k, v in finished[0].items() if k != "sha256"}
+    kept = {"gaussian": content["studies"]["gaussian"]}
+    files.write_json(tmp_path / "results.json", {**content, "studies": kept})
+    with pytest.raises(InvalidInput, match="the results lack jeffreys: plain"):
+        experiment_page(tmp_path)
 
 
 # --- in a browser ---------------------------------------------------------------------
@@ -208,3 +268,20 @@ def test_a_browser_shows_hostile_names_as_text(tmp_path):
     assert seen.text["leaves"].count(EVIL) == 1 and seen.count("img") == 0
     assert seen.fields["path-norm"] == "refused" and "rank" not in seen.fields
     assert seen.count("g", **{"data-kind": "fixed"}) == 2
+
+
+@browser
+def test_a_browser_shows_the_numbers_of_a_finished_experiment(finished, tmp_path):
+    content, text = finished
+    seen = drawn(text, tmp_path)
+    rows = seen.rows("results")
+    assert [row[2:] for row in rows[1:]] == list(rows_of(content)) and len(rows) == 5
+    right = [a.get("class") == "n" for t, a in seen.tags if t == "th"][:7]
+    assert right == [False] * 2 + [True] * 5
+    told = {row[0].replace(" ", "_"): row[1] for row in seen.rows("config")[1:]}
+    assert {k: float(v) for k, v in told.items()} == content["config"]
+    told = {row[0].replace(" ", "_"): row[1] for row in seen.rows("environment")[1:]}
+    versions = content["environment"]["versions"]
+    assert told.pop("versions") == ", ".join(f"{k} {v}" for k, v in versions.items())
+    assert told == {k: str(v) for k, v in content["environment"].items() if k != "versions"}
+    assert seen.count("img", src=embedded(text)["figure"]) == 1
