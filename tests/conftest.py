@@ -1,6 +1,7 @@
 """Set up jax before anything imports it, and the fixtures every test may use."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -42,6 +43,13 @@ import pytest  # noqa: E402
 # derandomised, because a suite that fails one day in ten says nothing about today's change.
 hypothesis.settings.register_profile("jaxinv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jaxinv")
+
+
+def pytest_collection_finish():
+    """Tracing makes objects by the million, and those of the imports never die: look less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
