@@ -95,12 +95,17 @@ def check_floats(
 
 def _finite(leaf: Any, dtype: Any) -> int:
     """How many values are finite in that dtype."""
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and not _in_memory(leaf):
         with jax.ensure_compile_time_eval():
             return int(jnp.isfinite(leaf).sum())
     # NumPy casts here: within jax a warning that it overflows ends the process if it is an error.
     with np.errstate(over="ignore", invalid="ignore"):
-        return int(np.isfinite(np.asarray(leaf).astype(dtype)).sum())
+        return int(np.count_nonzero(np.isfinite(np.asarray(leaf).astype(dtype, copy=False))))
+
+
+def _in_memory(leaf: jax.Array) -> bool:
+    """Whether NumPy can look at an array where it is: jax would compile a program per shape."""
+    return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
 
 
 _ONLY_FLOATS = (

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
+from jaxinv import _scaled
 from jaxinv._checks import calling, check_floats
 from jaxinv._scaling_group import Structure, generator_names
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, PyTree
+
+# |log| of factors up to here are floats of every width that is computed in.
+_FAR = 80.0
 
 
 class RescalingGroup(NamedTuple):
@@ -148,6 +154,64 @@ def transpose(group: RescalingGroup, leaves: list[Array]) -> Array:
             totals = totals.at[ids].add(summed_to(leaf.astype(dtype), ids.shape))
     picked = jnp.asarray(group.coefficients).astype(dtype) * totals[group.rows]
     return jnp.zeros(group.dim, dtype).at[group.columns].add(picked)
+
+
+# Compiled whole: operation by operation, each would be a program for each shape of a leaf.
+@jax.jit
+def leaf_log_scales(group: RescalingGroup, u: Array) -> list[Array]:
+    s = class_scales(group, u)
+    leaves = []
+    for shape, terms in zip(group.structure.leaf_shapes, group.indices, strict=True):
+        total = jnp.zeros((1,) * len(shape), u.dtype)
+        for ids in terms:
+            total = total + s[ids]
+        leaves.append(total)
+    return leaves
+
+
+@functools.partial(jax.jit, static_argnums=(1, 5))
+def times_exp(
+    group: RescalingGroup,
+    touched: tuple[int, ...],
+    leaves: list[Array],
+    u: Array,
+    log_base: Array,
+    exact: bool,
+) -> list[Array]:
+    """The leaves of these numbers times exp(Bu), or by shifts of their exponents."""
+    moved: list[Array] = []
+    scales = leaf_log_scales(group, u if exact else u * log_base)
+    for i, leaf in zip(touched, leaves, strict=True):
+        scale = scales[i]
+        wide = leaf.astype(_scaled.working_dtype([leaf]))
+        if exact:
+            wide = _scaled.shift(wide, jnp.broadcast_to(scale, wide.shape))
+        else:
+            # Two halves: a factor beyond the range of floats may well meet a weight that it suits.
+            # Elsewhere one factor, which is rounded once, and exact where u·log(base) is meant so.
+            far = abs(scale) > _FAR
+            half = jnp.exp(jnp.where(far, scale / 2, scale)).astype(wide.dtype)
+            wide = wide * half * jnp.where(far, half, 1)
+        moved.append(wide.astype(leaf.dtype))
+    return moved
+
+
+@jax.jit
+def tangent(group: RescalingGroup, leaves: list[Array], u: Array) -> list[Array]:
+    scales = leaf_log_scales(group, u)
+    return [leaf * s.astype(leaf.dtype) for leaf, s in zip(leaves, scales, strict=True)]
+
+
+@jax.jit
+def cotangent(group: RescalingGroup, leaves: list[Array], g: list[Array]) -> Array:
+    products = [leaf * c.astype(leaf.dtype) for leaf, c in zip(leaves, g, strict=True)]
+    return transpose(group, products)
+
+
+@jax.jit
+def dense_tangents(group: RescalingGroup, leaves: list[Array]) -> Array:
+    eye = jnp.eye(group.dim, dtype=jnp.result_type(*leaves))
+    return jax.vmap(lambda u: ravel_pytree(tangent(group, leaves, u))[0])(eye).T
 
 
 def log_add(into: Array, parts: Sequence[tuple[Any, Array]]) -> Array:

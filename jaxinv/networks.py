@@ -196,7 +196,9 @@ def _init_layer(
     kernel_key, bias_key = jax.random.split(key)
     std = math.sqrt(2 / math.prod(shape[:-1]))
     layer = {"kernel": std * jax.random.normal(kernel_key, shape, dtype)}
-    if bias:
+    if bias and isinstance(bias_std, int | float) and bias_std == 0:
+        layer["bias"] = jnp.zeros(shape[-1:], dtype)
+    elif bias:
         layer["bias"] = bias_std * jax.random.normal(bias_key, shape[-1:], dtype)
     return layer
 

@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from jaxinv import _checks, _jaxpr, _scaled
 from jaxinv import _scaling_values as scaling
@@ -28,7 +27,12 @@ from jaxinv._scaling_action import (
     checked_leaves,
     checked_u,
     class_scales,
+    cotangent,
+    dense_tangents,
+    leaf_log_scales,
     summed_to,
+    tangent,
+    times_exp,
     transpose,
 )
 from jaxinv._scaling_domain import ScalingDomain
@@ -36,9 +40,6 @@ from jaxinv._scaling_group import assembled
 from jaxinv._scaling_states import is_masked, like, transport
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
-
-# |log| of factors up to here are floats of every width that is computed in.
-_FAR = 80.0
 
 
 def rescaling_group(
@@ -134,15 +135,7 @@ def log_scales(group: RescalingGroup, u: Array) -> PyTree:
         >>> [leaf.tolist() for leaf in log_scales(group, jnp.array([3.0, 5.0]))]
         [[[3.0, 5.0]], [[-3.0], [-5.0]]]
     """
-    u = checked_u(group, u)
-    s = class_scales(group, u)
-    leaves = []
-    for shape, terms in zip(group.structure.leaf_shapes, group.indices, strict=True):
-        total = jnp.zeros((1,) * len(shape), u.dtype)
-        for ids in terms:
-            total = total + s[ids]
-        leaves.append(total)
-    return jax.tree.unflatten(group.structure.tree, leaves)
+    return jax.tree.unflatten(group.structure.tree, leaf_log_scales(group, checked_u(group, u)))
 
 
 def rescale(
@@ -188,26 +181,16 @@ def _moved(group: RescalingGroup, leaves: list[Any], u: Array, base: float | Non
         u = u.astype(jnp.int32)
     else:
         # In the precision of the weights, or factors that should cancel would not.
-        arrays = [jnp.asarray(leaf) for leaf in leaves if not is_masked(leaf)]
-        dtype = _scaled.working_dtype([*arrays, u])
-        u = u.astype(dtype) * jnp.asarray(1.0 if base is None else np.log(base), dtype)
-    moved: list[Any] = []
-    scales = jax.tree.leaves(log_scales(group, u))
-    for leaf, scale, terms in zip(leaves, scales, group.indices, strict=True):
-        if is_masked(leaf) or not terms:
-            moved.append(leaf)
-            continue
-        leaf = jnp.asarray(leaf)
-        wide = leaf.astype(_scaled.working_dtype([leaf]))
-        if exact:
-            wide = _scaled.shift(wide, jnp.broadcast_to(scale, wide.shape))
-        else:
-            # Two halves: a factor beyond the range of floats may well meet a weight that it suits.
-            # Elsewhere one factor, which is rounded once, and exact where u·log(base) is meant so.
-            far = abs(scale) > _FAR
-            half = jnp.exp(jnp.where(far, scale / 2, scale)).astype(wide.dtype)
-            wide = wide * half * jnp.where(far, half, 1)
-        moved.append(wide.astype(leaf.dtype))
+        arrays = [jax.ShapeDtypeStruct((), jnp.result_type(a)) for a in leaves if not is_masked(a)]
+        u = jnp.asarray(u, _scaled.working_dtype([*arrays, u]))
+    touched = [i for i, leaf in enumerate(leaves) if not is_masked(leaf) and group.indices[i]]
+    if not touched:
+        return leaves
+    log_base = np.asarray(1.0 if base is None else np.log(base), u.dtype)
+    moved = list(leaves)
+    new = times_exp(group, tuple(touched), [leaves[i] for i in touched], u, log_base, exact)
+    for i, leaf in zip(touched, new, strict=True):
+        moved[i] = leaf
     return moved
 
 
@@ -436,23 +419,15 @@ def tangent_vectors(
     leaves = [jnp.asarray(leaf) for leaf in checked_leaves(group, params, "params")]
     tree = group.structure.tree
 
+    if dense:
+        return dense_tangents(group, leaves)
+
     def matvec(u: Array) -> PyTree:
-        scales = jax.tree.leaves(log_scales(group, u))
-        return jax.tree.unflatten(
-            tree, [leaf * s.astype(leaf.dtype) for leaf, s in zip(leaves, scales, strict=True)]
-        )
+        return jax.tree.unflatten(tree, tangent(group, leaves, checked_u(group, u)))
 
     def rmatvec(g: PyTree) -> Array:
-        cotangents = [
-            leaf * jnp.asarray(c).astype(leaf.dtype)
-            for leaf, c in zip(leaves, checked_leaves(group, g, "g"), strict=True)
-        ]
-        return transpose(group, cotangents)
+        return cotangent(group, leaves, checked_leaves(group, g, "g"))
 
-    if dense:
-        eye = jnp.eye(group.dim, dtype=jnp.result_type(*leaves))
-        flat = jax.vmap(lambda u: ravel_pytree(matvec(u))[0])(eye)
-        return flat.T
     size = sum(leaf.size for leaf in leaves)
     return TangentVectors(matvec, rmatvec, (size, group.dim))
 
