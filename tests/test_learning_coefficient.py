@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinv import InvalidInput
+from jaxinv.experiments.learning_coefficient import DEEP_LINEAR, REDUCED_RANK
 from jaxinv.learning_coefficient import (
     learning_coefficient_bounds,
     local_learning_coefficient,
@@ -42,19 +43,6 @@ def estimate(loss, params, n=10**4, **options):
     return local_learning_coefficient(loss, params, n, KEY, beta=1.0, **options)
 
 
-# All four cases of Aoyagi and Watanabe, of multiplicity one: see the test of multiplicity two.
-REDUCED_RANK = [
-    (2, 2, 2, 0),
-    (3, 2, 3, 0),
-    (4, 2, 3, 1),
-    (3, 1, 3, 1),
-    (2, 1, 7, 0),
-    (5, 1, 2, 0),
-    (2, 5, 2, 0),
-    (1, 4, 1, 0),
-]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", REDUCED_RANK, ids=str)
 def test_reduced_rank_regression_within_a_tenth(sizes):
@@ -66,15 +54,14 @@ def test_reduced_rank_regression_within_a_tenth(sizes):
 
 
 def test_the_settings_cover_the_four_cases():
+    """Of Aoyagi and Watanabe, with multiplicity one: see the test of multiplicity two."""
     cases = {(m + h < n + r, n + h < m + r, m + n < h + r) for m, h, n, r in REDUCED_RANK}
     assert len(cases) == 4
     assert all(reduced_rank(*sizes).multiplicity == 1 for sizes in REDUCED_RANK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("widths", "rank"), [((2, 3, 2, 3), 1), ((3, 2, 2, 3), 1), ((2, 4, 3, 2), 1)]
-)
+@pytest.mark.parametrize(("widths", "rank"), DEEP_LINEAR)
 def test_deep_linear_networks_within_a_tenth(widths, rank):
     exact = deep_linear(widths, rank)
     assert exact.multiplicity == 1

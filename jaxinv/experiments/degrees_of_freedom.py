@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxinv._checks import leaf_names
 from jaxinv.experiments import datasets, resuming
-from jaxinv.experiments.options import directory, option, positive_int, widths
+from jaxinv.experiments.options import data_option, hidden_option, option, out_option, positive_int
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Cell, Store, Thunks
 from jaxinv.freedom import dead_names, degrees_of_freedom
@@ -56,22 +56,9 @@ def spread(text: str) -> float:
 class Config:
     """Which network, on which inputs."""
 
-    data: Path | None = option(
-        None,
-        "directory with the four .gz files of MNIST or Fashion-MNIST "
-        "(default: the digits bundled with scikit-learn)",
-        parse=directory,
-        metavar="DIR",
-    )
-    out: Path = option(
-        Path("jaxinv-results/degrees-of-freedom"),
-        f"directory for {FIGURE} and results.json",
-        parse=directory,
-        metavar="DIR",
-    )
-    hidden: tuple[int, ...] = option(
-        (32, 32), "widths of the hidden layers", parse=widths, metavar="N,N,..."
-    )
+    data: Path | None = data_option()
+    out: Path = out_option("degrees-of-freedom", FIGURE)
+    hidden: tuple[int, ...] = hidden_option(32, 32)
     examples: int = option(
         1000,
         "standard normal inputs, and images of --data (of the digits all 1437 are taken); memory "

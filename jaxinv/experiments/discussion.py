@@ -30,7 +30,7 @@ import optax
 
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.ensembles import draw, first, parts, ranks
-from jaxinv.experiments.options import directory, option, positive_float, positive_int
+from jaxinv.experiments.options import data_option, option, out_option, positive_float, positive_int
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
 from jaxinv.networks import mlp
@@ -58,19 +58,11 @@ _number = functools.partial(option, parse=positive_int, metavar="N")
 class Config:
     """Sizes of the studies; larger ones take longer."""
 
-    data: Path | None = option(
-        None,
+    data: Path | None = data_option(
         "directory with the four .gz files of MNIST or Fashion-MNIST, as further inputs "
         "(28×28 images are averaged to 7×7); the digits of scikit-learn are always used",
-        parse=directory,
-        metavar="DIR",
     )
-    out: Path = option(
-        Path("jaxinv-results/discussion"),
-        f"directory for {FIGURE} and results.json",
-        parse=directory,
-        metavar="DIR",
-    )
+    out: Path = out_option("discussion", FIGURE)
     width: int = _number(8, "width of both hidden layers on images")
     networks: int = _number(3, "networks on images")
     examples: int = _number(360, "inputs of the networks on images, at most")

@@ -28,7 +28,7 @@ import optax
 
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets
-from jaxinv.experiments.options import directory, option, positive_int, widths
+from jaxinv.experiments.options import data_option, hidden_option, option, out_option, positive_int
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Cell, Cells, Store
 from jaxinv.experiments.starts import STARTS, unbalance
@@ -95,22 +95,9 @@ METHODS = {
 class Config:
     """What to train, on what, for how long."""
 
-    data: Path | None = option(
-        None,
-        "directory with the four .gz files of MNIST or Fashion-MNIST "
-        "(default: the digits bundled with scikit-learn)",
-        parse=directory,
-        metavar="DIR",
-    )
-    out: Path = option(
-        Path("jaxinv-results/geometry"),
-        f"directory for {FIGURE} and results.json",
-        parse=directory,
-        metavar="DIR",
-    )
-    hidden: tuple[int, ...] = option(
-        (64, 64), "widths of the hidden layers", parse=widths, metavar="N,N,..."
-    )
+    data: Path | None = data_option()
+    out: Path = out_option("geometry", FIGURE)
+    hidden: tuple[int, ...] = hidden_option(64, 64)
     examples: int = option(6000, "training examples, at most", parse=positive_int, metavar="N")
     epochs: int = option(10, "passes over them", parse=positive_int, metavar="N")
     batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")

@@ -30,7 +30,14 @@ from jaxinv.capacity import (
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.discussion import whole_numbers
-from jaxinv.experiments.options import directory, option, positive_float, positive_int, probability
+from jaxinv.experiments.options import (
+    data_option,
+    option,
+    out_option,
+    positive_float,
+    positive_int,
+    probability,
+)
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Cell, Cells, Store
 from jaxinv.networks import init_mlp, mlp
@@ -77,19 +84,8 @@ MEASURES = {
 class Config:
     """What to train, on what, until when."""
 
-    data: Path | None = option(
-        None,
-        "directory with the four .gz files of MNIST or Fashion-MNIST "
-        "(default: the digits bundled with scikit-learn)",
-        parse=directory,
-        metavar="DIR",
-    )
-    out: Path = option(
-        Path("jaxinv-results/inductive-bias"),
-        f"directory for {FIGURE} and results.json, from which a run goes on",
-        parse=directory,
-        metavar="DIR",
-    )
+    data: Path | None = data_option()
+    out: Path = out_option("inductive-bias", FIGURE)
     hidden: tuple[int, ...] = option(
         (8, 16, 32, 64, 128, 256, 512, 1024),
         "numbers of hidden units",

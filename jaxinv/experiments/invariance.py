@@ -26,7 +26,14 @@ import optax
 
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, resuming
-from jaxinv.experiments.options import directory, option, positive_float, positive_int, widths
+from jaxinv.experiments.options import (
+    data_option,
+    hidden_option,
+    option,
+    out_option,
+    positive_float,
+    positive_int,
+)
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Store
 from jaxinv.invariance import by_rescaling, equivariance_error
@@ -106,22 +113,9 @@ def _sgd_in_gauge(rate: float, setting: Setting) -> Any:
 class Config:
     """Which network, on what, for how long."""
 
-    data: Path | None = option(
-        None,
-        "directory with the four .gz files of MNIST or Fashion-MNIST "
-        "(default: the digits bundled with scikit-learn)",
-        parse=directory,
-        metavar="DIR",
-    )
-    out: Path = option(
-        Path("jaxinv-results/invariance"),
-        f"directory for {FIGURE} and results.json",
-        parse=directory,
-        metavar="DIR",
-    )
-    hidden: tuple[int, ...] = option(
-        (32, 32), "widths of the hidden layers", parse=widths, metavar="N,N,..."
-    )
+    data: Path | None = data_option()
+    out: Path = out_option("invariance", FIGURE)
+    hidden: tuple[int, ...] = hidden_option(32, 32)
     batch_size: int = option(100, "examples that define the loss", parse=positive_int, metavar="N")
     steps: int = option(10, "length of the compared trajectories", parse=positive_int, metavar="N")
     lr: float = option(

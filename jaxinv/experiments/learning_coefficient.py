@@ -30,7 +30,7 @@ import optax
 
 from jaxinv import rlct
 from jaxinv.experiments import datasets, resuming
-from jaxinv.experiments.options import directory, option, positive_int
+from jaxinv.experiments.options import option, out_option, positive_int
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
 from jaxinv.learning_coefficient import (
@@ -66,12 +66,7 @@ _SIZES = ((3, 4, 2), (4, 5, 3))
 class Config:
     """How long to sample."""
 
-    out: Path = option(
-        Path("jaxinv-results/learning-coefficient"),
-        f"directory for {FIGURE} and results.json",
-        parse=directory,
-        metavar="DIR",
-    )
+    out: Path = out_option("learning-coefficient", FIGURE)
     chains: int = option(16, "chains of each estimate", parse=positive_int, metavar="N")
     steps: int = option(
         20000,

@@ -39,6 +39,27 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def data_option(help: str = "") -> Any:
+    """Declare the field ``data``: where the images are, None for the bundled digits."""
+    help = help or (
+        "directory with the four .gz files of MNIST or Fashion-MNIST "
+        "(default: the digits bundled with scikit-learn)"
+    )
+    return option(None, help, parse=directory, metavar="DIR")
+
+
+def out_option(experiment: str, figure: str) -> Any:
+    """Declare the field ``out``: where the results go."""
+    default = Path("jaxinv-results") / experiment
+    help = f"directory for {figure} and results.json, from which a run goes on"
+    return option(default, help, parse=directory, metavar="DIR")
+
+
+def hidden_option(*default: int) -> Any:
+    """Declare the field ``hidden``: the widths of the hidden layers."""
+    return option(default, "widths of the hidden layers", parse=widths, metavar="N,N,...")
+
+
 def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
     """Add a flag ``--field-name`` to ``parser`` for each field of ``config``."""
     for field in dataclasses.fields(config):

@@ -25,7 +25,14 @@ import optax
 
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, resuming
-from jaxinv.experiments.options import directory, option, positive_float, positive_int, widths
+from jaxinv.experiments.options import (
+    data_option,
+    hidden_option,
+    option,
+    out_option,
+    positive_float,
+    positive_int,
+)
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Cell, Store, Thunks
 from jaxinv.gauges import normalize
@@ -46,22 +53,9 @@ _SAME = 1e-4
 class Config:
     """What to train, on what, for how long."""
 
-    data: Path | None = option(
-        None,
-        "directory with the four .gz files of MNIST or Fashion-MNIST "
-        "(default: the digits bundled with scikit-learn)",
-        parse=directory,
-        metavar="DIR",
-    )
-    out: Path = option(
-        Path("jaxinv-results/parametrizations"),
-        f"directory for {FIGURE} and results.json",
-        parse=directory,
-        metavar="DIR",
-    )
-    hidden: tuple[int, ...] = option(
-        (64, 64), "widths of the hidden layers", parse=widths, metavar="N,N,..."
-    )
+    data: Path | None = data_option()
+    out: Path = out_option("parametrizations", FIGURE)
+    hidden: tuple[int, ...] = hidden_option(64, 64)
     epochs: int = option(20, "passes over the training set", parse=positive_int, metavar="N")
     batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
     lr: float = option(0.1, "learning rate of SGD", parse=positive_float, metavar="RATE")

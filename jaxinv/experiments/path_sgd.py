@@ -25,12 +25,13 @@ import optax
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets
 from jaxinv.experiments.options import (
-    directory,
+    data_option,
+    hidden_option,
     option,
+    out_option,
     positive_float,
     positive_int,
     probability,
-    widths,
 )
 from jaxinv.experiments.report import Progress, Table, require
 from jaxinv.experiments.resuming import Cell, Store
@@ -70,22 +71,9 @@ _rate = partial(option, None, parse=positive_float, metavar="RATE")
 class Config:
     """What to train, on what, for how long."""
 
-    data: Path | None = option(
-        None,
-        "directory with the four .gz files of MNIST or Fashion-MNIST "
-        "(default: the digits bundled with scikit-learn)",
-        parse=directory,
-        metavar="DIR",
-    )
-    out: Path = option(
-        Path("jaxinv-results/path-sgd"),
-        f"directory for {FIGURE} and results.json",
-        parse=directory,
-        metavar="DIR",
-    )
-    hidden: tuple[int, ...] = option(
-        (512, 512), "widths of the hidden layers", parse=widths, metavar="N,N,..."
-    )
+    data: Path | None = data_option()
+    out: Path = out_option("path-sgd", FIGURE)
+    hidden: tuple[int, ...] = hidden_option(512, 512)
     dropout: float = option(
         0.0, "probability of dropping a hidden unit", parse=probability, metavar="P"
     )
