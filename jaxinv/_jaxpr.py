@@ -122,7 +122,12 @@ def _sub_jaxpr(eqn: Any) -> Any:
     for name in _CALL_JAXPR_NAMES:
         if name in eqn.params:
             return eqn.params[name]
-    raise NotImplementedError(f"{eqn.primitive} carries no jaxpr under {_CALL_JAXPR_NAMES}")
+    raise equation(eqn).refuse(
+        "jaxinv",
+        f"this version of jax keeps the called function under none of {_CALL_JAXPR_NAMES}.",
+        "use a version of jax that jaxinv is tested with, or call the function without the wrapper",
+        what=f"`{eqn.primitive}`, a call of a function,",
+    )
 
 
 def sub_jaxprs(eqn: Any, wanted: list[bool]) -> list[tuple[Any, int, list[bool]]] | None:

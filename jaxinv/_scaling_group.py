@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._scaling_domain import ScalingDomain, gather_parts
-from jaxinv._scaling_system import independent_columns, ranges
+from jaxinv._scaling_system import check_exact, independent_columns, ranges
 
 
 @jax.tree_util.register_static
@@ -54,6 +54,7 @@ def assembled(
     entries = []
     for c, ids in roots.items():
         which, free, numerator, denominator = solution.of(ids)
+        check_exact([c.numerator, c.denominator])
         entries.append(
             (starts[c] + which, free, numerator * c.numerator, denominator * c.denominator)
         )
@@ -83,7 +84,7 @@ def assembled(
     exponents = numerator * (multiple[generator] // denominator)
     divisor = np.zeros(len(columns), np.int64)
     np.gcd.at(divisor, generator, exponents)
-    exponents = exponents // divisor[generator]
+    exponents = check_exact(exponents // divisor[generator])
     structure = Structure(
         dim=len(columns),
         num_classes=total,

@@ -14,9 +14,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxinv.errors import ExponentOverflow
+
 # Integer elimination divides each row by its gcd, so coefficients stay tiny; beyond this they
 # would be about to overflow int64, and a wrong answer must not come out.
 _LARGEST = 2**30
+
+
+def check_exact(values: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Integers as int64; `ExponentOverflow` unless products of two of them fit into that."""
+    found = np.asarray(values, None if isinstance(values, np.ndarray) else object)
+    if np.abs(found).max(initial=0) > _LARGEST:
+        raise ExponentOverflow(
+            "exponents of the scale classes are too large to solve for exactly: the network raises "
+            f"values to powers that combine to more than {_LARGEST}. Use smaller powers, or apply "
+            "jaxinv to the part of the network before them."
+        )
+    return found.astype(np.int64)
 
 
 class System:
@@ -113,7 +127,7 @@ class System:
         row, col, val, done = [], [], [], 0
         for coefficients, ids in self.blocks:
             denominator = lcm(*[c.denominator for c in coefficients])
-            integers = np.array([int(c * denominator) for c in coefficients], np.int64)
+            integers = check_exact([int(c * denominator) for c in coefficients])
             row.append(np.repeat(np.arange(done, done + len(ids)), ids.shape[1]))
             col.append(ids.ravel())
             val.append(np.tile(integers, len(ids)))
@@ -202,8 +216,7 @@ def _merged(rows: Rows) -> Rows:
         row, col, val = row[val != 0], col[val != 0], val[val != 0]
     if not row.size:
         return Rows(row, col, val)
-    if np.abs(val).max() > _LARGEST:
-        raise OverflowError("exponents of the scale classes are too large to solve for exactly.")
+    check_exact(val)
     start, count = Rows(row, col, val).starts()
     divisor = np.gcd.reduceat(val, start) * np.sign(val[start + count - 1])
     val = val // np.repeat(divisor, count)

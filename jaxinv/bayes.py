@@ -41,7 +41,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxinv._checks import check_params
+from jaxinv._checks import check_params, one_of, real
 from jaxinv._determinants import log_det
 from jaxinv._precision import as_dtype, call_in
 from jaxinv._units import units_of
@@ -165,13 +165,10 @@ def jeffreys_log_prior(
         2.0
     """
     whitened(fn, likelihood)
-    if convention not in get_args(Convention):
-        raise InvalidInput(f"convention must be one of {get_args(Convention)}, not {convention!r}.")
-    if not 0 < orbit_scale < float("inf"):
-        raise InvalidInput(f"orbit_scale must be positive and finite, not {orbit_scale}.")
+    one_of("convention", convention, get_args(Convention))
+    _check_scale("orbit_scale", orbit_scale)
     dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.float32, jnp.float64):
-        raise InvalidInput(f"dtype must be float32 or float64, not {dtype}.")
+    one_of("dtype", dtype.name, ("float32", "float64"))
     given = coordinate is not None
     if group is not None and group.dim == 0:
         group = None
@@ -483,5 +480,4 @@ def posterior_predictive(
 
 
 def _check_scale(name: str, scale: Any) -> None:
-    if not 0 < scale < float("inf"):
-        raise InvalidInput(f"{name} must be positive and finite, not {scale}.")
+    real(name, scale, lambda s: 0 < s < float("inf"), "positive and finite")

@@ -82,8 +82,7 @@ def _log_sum(logs: Array, q: float) -> Array:
 
 def _check_exponents(p: Any, q: Any) -> None:
     check_exponent(p)
-    if isinstance(q, jax.core.Tracer) or not 1 <= float(q):
-        raise InvalidInput(f"q must be a fixed number with 1 <= q <= inf, not {q}.")
+    _checks.real("q", q, lambda q: q >= 1, "a fixed number with 1 <= q <= inf")
 
 
 def log_unit_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
@@ -434,8 +433,7 @@ def rescaling_invariance(
         >>> {name: bool(value) for name, value in found.invariant.items()}
         {'Frobenius': False, 'path': True}
     """
-    if draws < 1:
-        raise InvalidInput(f"draws must be an integer >= 1, not {draws}.")
+    draws = _checks.integer("draws", draws, 1)
     if group.dim == 0:
         raise InvalidInput("the group has no generators, so every measure is invariant under it.")
     us = jax.vmap(lambda k: random_rescaling(group, k, kind="power_of_two", std=std))(

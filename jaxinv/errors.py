@@ -26,6 +26,20 @@ class InvalidInput(JaxinvError, ValueError):
     """
 
 
+class MissingExtra(JaxinvError, ImportError):
+    """A library of an extra is needed and not installed; the message says what installs it.
+
+    Example:
+        >>> from jaxinv.errors import MissingExtra
+        >>> from jaxinv.experiments.report import require
+        >>> try:
+        ...     require("no_such_library", "cli")
+        ... except MissingExtra as error:
+        ...     print(str(error).split("; ")[1])
+        run: pip install 'jaxinv[cli]'
+    """
+
+
 class UnsupportedOperation(JaxinvError, NotImplementedError):
     """The function uses an operation that the theory in question does not cover.
 
@@ -40,4 +54,19 @@ class UnsupportedOperation(JaxinvError, NotImplementedError):
         ... except jaxinv.UnsupportedOperation as error:
         ...     print(str(error).splitlines()[0])
         `tanh` of values that depend on x is not covered by path semantics.
+    """
+
+
+class ExponentOverflow(UnsupportedOperation, OverflowError):
+    """The exponents of a rescaling group are too large to be solved for in exact arithmetic.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxinv
+        >>> def net(w, x):
+        ...     return jax.nn.relu(x @ w[0]) ** 1_234_567_890 @ w[1]
+        >>> try:
+        ...     jaxinv.rescaling_group(net, [jnp.ones((2, 1)), jnp.ones((1, 1))], jnp.ones((1, 2)))
+        ... except jaxinv.errors.ExponentOverflow as error:
+        ...     print(str(error).split(":")[0])
+        exponents of the scale classes are too large to solve for exactly
     """

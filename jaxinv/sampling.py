@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import _checkpoint
-from jaxinv._checks import check_params
-from jaxinv.errors import InvalidInput, JaxinvError
+from jaxinv._checks import check_params, integer, real
+from jaxinv.errors import InvalidInput, MissingExtra
 from jaxinv.typing import Array, Params, PyTree
 
 LogDensity = Callable[[Params], Array]
@@ -73,7 +73,7 @@ def _library(name: str) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise JaxinvError(
+        raise MissingExtra(
             f"this needs {name}, which is not installed; run: pip install 'jaxinv[bayes]'"
         ) from error
 
@@ -283,9 +283,9 @@ def sample_sgld(
         True
     """
     blackjax = _library("blackjax")
-    _check_positive(num_samples=num_samples, num_warmup=num_warmup + 1, block=block, thin=thin)
-    if not 0 < step_size < float("inf"):
-        raise InvalidInput(f"step_size must be positive and finite, not {step_size}.")
+    _check_positive(num_samples=num_samples, block=block, thin=thin)
+    integer("num_warmup", num_warmup, 0)
+    step_size = real("step_size", step_size, lambda s: 0 < s < float("inf"), "positive and finite")
     starts = _checked_starts(params)
     kernel = blackjax.sgld(lambda w, key: gradient(w, key))
 
@@ -403,8 +403,7 @@ def _checked_starts(params: Params) -> Params:
 
 def _check_positive(**sizes: Any) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or int(size) != size or size < 1:
-            raise InvalidInput(f"{name} must be a whole number of 1 or more, not {size}.")
+        integer(name, size, 1)
 
 
 # --- diagnostics ----------------------------------------------------------------------

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
+from jaxinv._checks import integer, real
 from jaxinv._layers import Layers, check_chain, prepare
 from jaxinv._operator_norm import data_shape, operator_norm, sum_of_unit_norms
-from jaxinv.errors import InvalidInput
 from jaxinv.gauges import default_tolerance
 from jaxinv.typing import Array, Inputs, Network, Params
 
@@ -126,11 +125,8 @@ def spectral_norms(
 def _spectral_norms(
     layers: Layers, dtype: Any, tol: float | None, max_iterations: int
 ) -> SpectralNorms:
-    if tol is not None and not tol > 0:
-        raise InvalidInput(f"tol must be positive, not {tol}.")
-    if isinstance(max_iterations, jax.core.Tracer) or max_iterations < 1:
-        raise InvalidInput(f"max_iterations must be a fixed integer >= 1, not {max_iterations}.")
-    tol = default_tolerance(dtype) if tol is None else tol
+    tol = default_tolerance(dtype) if tol is None else real("tol", tol, lambda t: t > 0, "positive")
+    max_iterations = integer("max_iterations", max_iterations, 1)
     found = [operator_norm(op, dtype, tol, max_iterations) for op in layers.operators]
     if not found:
         return SpectralNorms(*(jnp.zeros(0, t) for t in (dtype, dtype, jnp.int32)))

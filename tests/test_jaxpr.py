@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxinv import (
     UnsupportedOperation,
+    _jaxpr,
     log_path_norm,
     path_kappa,
     path_norm,
@@ -452,3 +453,10 @@ def test_equal_shapes_are_not_equal_values():
     assert np.isfinite(path_norm(own, W1, X))
     with pytest.raises(UnsupportedOperation, match="select_n"):
         path_norm(other, W1, X)
+
+
+def test_a_call_whose_function_jax_keeps_elsewhere_is_refused_by_name():
+    call = jax.make_jaxpr(jax.jit(lambda x: 2 * x))(X).jaxpr.eqns[0]
+    assert len(_jaxpr.sub_jaxprs(call, [True])) == 1
+    with pytest.raises(UnsupportedOperation, match=r"`\w+`, a call .*\n(.*\n)+.*under none of"):
+        _jaxpr.sub_jaxprs(call.replace(params={}), [True])

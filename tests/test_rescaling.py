@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxinv import InvalidInput, networks, path_sgd, resnet
+from jaxinv import InvalidInput, UnsupportedOperation, networks, path_sgd, resnet
+from jaxinv.errors import ExponentOverflow
 from jaxinv.rescaling import (
     log_scales,
     random_rescaling,
@@ -894,3 +895,17 @@ def test_errors_say_what_does_not_fit(x64):
         random_rescaling(group, jax.random.key(0), std=-1.0)
     with pytest.raises(InvalidInput, match="floating"):
         rescaling_group(lambda w, x: x @ w, np.ones((2, 2), int), np.ones((1, 2)))
+
+
+@pytest.mark.parametrize("powers", [(10**6, 10**6), (1000,) * 7, (3 * 10**9,)], ids=str)
+def test_exponents_that_would_overflow_are_refused(powers):
+    def fn(w, x):
+        h = jax.nn.relu(x @ w[0])
+        for power in powers:
+            h = h**power
+        return h @ w[1]
+
+    w, x = [jnp.ones((2, 3)), jnp.ones((3, 1))], jnp.ones((1, 2))
+    for kind in (OverflowError, UnsupportedOperation, ExponentOverflow):
+        with pytest.raises(kind, match="too large to solve for exactly"):
+            rescaling_group(fn, w, x)

@@ -11,14 +11,10 @@ from typing import Any, NamedTuple
 import jax
 
 import jaxinv
-from jaxinv.errors import JaxinvError
+from jaxinv.errors import MissingExtra
 
 # Called with the fraction done (0 to 1) and what is being done.
 Progress = Callable[[float, str], None]
-
-
-class MissingExtra(JaxinvError, ImportError):
-    """A library of an extra is needed and not installed."""
 
 
 def require(library: str, extra: str) -> Any:
@@ -39,7 +35,7 @@ def require(library: str, extra: str) -> Any:
     >>> require("no_such_library", "cli")
     Traceback (most recent call last):
     ...
-    jaxinv.experiments.report.MissingExtra: this needs no_such_library, which is not installed; run: pip install 'jaxinv[cli]'
+    jaxinv.errors.MissingExtra: this needs no_such_library, which is not installed; run: pip install 'jaxinv[cli]'
     """  # noqa: E501 (a doctest cannot break the message)
     try:
         return importlib.import_module(library)
