@@ -58,7 +58,11 @@ def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         return Paths(_scaled.add([left.sums, right.sums]))
     if is_zero(right):
         return Paths(left.sums)
-    raise eqn.refuse(
+    raise _threshold(eqn)
+
+
+def _threshold(eqn: Equation) -> Any:
+    return eqn.refuse(
         THEORY,
         f"{eqn.name} with a constant other than 0 (relu6, clip, thresholds) is not positively "
         "homogeneous; a path through it would be counted that the network never carries.",
@@ -175,6 +179,28 @@ def _as_sum(primitive: Any) -> Callable:
 
 rule("reduce_window_max", "reduce_window_min")(_as_sum(lax.reduce_window_sum_p))
 rule("cummax", "cummin")(_as_sum(lax.cumsum_p))
+
+
+@rule("scatter_max", "scatter_min")
+def _scatter_extremum(domain: Any, eqn: Equation, target: Any, index: Any, update: Any) -> Any:
+    if isinstance(index, Value):
+        raise indexed(eqn)
+    if not isinstance(target, Paths) and not isinstance(update, Paths):
+        return domain.default(eqn, target, index, update)
+    never = -np.inf if eqn.name == "scatter-max" else np.inf  # is never the one that is taken
+    parts = []
+    for value in (target, update):
+        if isinstance(value, Paths):
+            parts.append(value.sums)
+        elif is_concrete(value) and np.isin(np.asarray(value), (0, never)).all():
+            parts.append(domain.power(np.zeros(np.shape(value))))
+        else:
+            raise _threshold(eqn)
+    (into, arriving), exponent = _scaled.align(parts)
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    options = {name: eqn.params[name] for name in names}
+    sums = Scaled(lax.scatter_add(into, index, arriving, **options), exponent)
+    return Paths(_scaled.normalize(sums))
 
 
 @rule("sort")

@@ -2,12 +2,13 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from jaxinv import path_norm, unit_path_norms
+from jaxinv import UnsupportedOperation, path_kappa, path_norm, unit_path_norms
 
 W1 = np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32)
 X = np.ones((4, 3), np.float32)
@@ -70,3 +71,47 @@ def test_scatter_with_constant_indices(scatter):
     sums = np.square(W1).sum(0)
     norms = unit_path_norms(lambda w, x: scatter(x @ w), W1, X)
     np.testing.assert_allclose(norms**2, scatter(jnp.asarray(sums)[None])[0], rtol=1e-5)
+
+
+POOLS = {  # -> the hidden units that may arrive at each of two places
+    "max": (lambda h, at: jnp.zeros((len(h), 2)).at[:, at].max(h), [(0, 2), (1,)]),
+    "min": (lambda h, at: jnp.zeros((len(h), 2)).at[:, at].min(h), [(0, 2), (1,)]),
+    "into units": (lambda h, at: h[:, 1:].at[:, at].max(h), [(0, 2, 1), (1, 2)]),
+    "of segments": (lambda h, at: jax.ops.segment_max(h.T, at, 2).T, [(0, 2), (1,)]),
+    "dropped": (lambda h, at: h[:, :2].at[:, at + 1].max(h, mode="drop"), [(0,), (1, 0, 2)]),
+}
+
+
+@pytest.mark.parametrize(("pool", "arrive"), POOLS.values(), ids=POOLS)
+def test_maxima_at_constant_places_count_all_that_may_arrive(pool, arrive):
+    """All paths input -> hidden -> place -> output listed; κ is the sum over those of a weight."""
+    at, w = np.array([0, 1, 0]), {"in": W1, "out": W1[:2, :2] + 2}
+    paths = [(i, h, place, out) for i in range(3) for place in range(2)
+             for h in arrive[place] for out in range(2)]  # fmt: skip
+    kappa = {name: np.zeros(np.shape(leaf)) for name, leaf in w.items()}
+    for i, h, place, out in paths:
+        kappa["in"][i, h] += w["out"][place, out] ** 2
+        kappa["out"][place, out] += w["in"][i, h] ** 2
+
+    def fn(w, x):
+        return pool(x @ w["in"], at) @ w["out"]
+
+    found = path_kappa(fn, w, X)
+    for name in w:
+        np.testing.assert_allclose(found[name], kappa[name], rtol=1e-5)
+    assert squared_norm(fn, w, X) == pytest.approx(np.sum(kappa["out"] * w["out"] ** 2), rel=1e-5)
+
+
+REFUSED_POOLS = {
+    "threshold": lambda w, h: jnp.ones_like(h).at[:, 0].max(h[:, 1]),
+    "constant": lambda w, h: h.at[:, 0].max(1.0),
+    "weight": lambda w, h: h.at[:, 0].max(w[0, 0]),
+    "infinite": lambda w, h: h.at[:, 0].max(jnp.inf),
+    "places": lambda w, h: h.at[:, jnp.int32(w[0, 0])].max(h[:, 0]),
+}
+
+
+@pytest.mark.parametrize("pool", REFUSED_POOLS.values(), ids=REFUSED_POOLS)
+def test_maxima_at_places_with_thresholds_or_unknown_places_are_refused(pool):
+    with pytest.raises(UnsupportedOperation, match="scatter-max"):
+        path_norm(lambda w, x: pool(w, x @ w), W1, X)
