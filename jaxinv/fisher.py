@@ -249,7 +249,7 @@ def natural_gradient_direction(
             max_iterations < 1, or a gradient unlike params.
 
     References:
-        Amari 1998; Martens 2020 (see `fisher`), §6 for damping; conjugate gradients on F: Martens,
+        Amari 1998; Martens 2020 (see `fisher`); conjugate gradients on F: Martens,
         "Deep learning via Hessian-free optimization", ICML 2010; the pseudo-inverse solution from
         minimal residuals: Liu, Milzarek, Roosta, "Obtaining pseudo-inverse solutions with MINRES"
         (arXiv:2309.17096).

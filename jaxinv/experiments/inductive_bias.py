@@ -367,8 +367,8 @@ def table(result: Result) -> Table:
         )
     title = (
         f"{result.dataset}, {config.examples} examples at most, {config.seeds} seed(s); SGD "
-        f"{config.lr:g}, momentum {config.momentum:g},\nuntil the training error is 0 and the loss "
-        f"{config.loss:g}, or {config.epochs} epochs; γ: {_QUANTILE:.0%} quantile of the margins;\n"
+        f"{config.lr:g}, momentum {config.momentum:g}\nuntil the training error is 0 and the loss "
+        f"{config.loss:g}, or {config.epochs} epochs\nγ: {_QUANTILE:.0%} quantile of the margins; "
         f"norms: mean log₁₀; φ: path norms, R: spectral complexity\n{verdict(result)}"
     )
     return Table(title, columns, rows)
