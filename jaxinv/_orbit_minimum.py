@@ -116,7 +116,8 @@ class Problem(NamedTuple):
 def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
     """(u, value, steps, error): majorisation from afar, then Newton with conjugate gradients."""
     start = problem.start(jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype))
-    up, down = problem.forces(start)
+    # Forces go round the loops with their point: a program twice as large compiles twice as long.
+    forces = up, down = problem.forces(start)
     c = problem.linear
     # A generator whose sum has no minimum along it (a unit without incoming or without outgoing
     # weights) stays where it is.
@@ -139,8 +140,7 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         exp(Σ_j B_j δ_j) <= Σ_j (|B_j|/s) exp(s·sign(B_j)·δ_j) + 1 − Σ_j|B_j|/s for Σ|B_j| <= s, so
         up·exp(sδ) − down·exp(−sδ) = c: no step size, and never uphill.
         """
-        point, steps, _ = state
-        log_up, log_down = problem.forces(point)
+        point, (log_up, log_down), steps, _ = state
         # With z = exp(sδ)·√(up/down) it reads √(up·down)·(z − 1/z) = c. As forces may differ by
         # more than floats hold, all of it is solved in logarithms.
         middle, half = (log_up + log_down) / 2, (log_down - log_up) / 2
@@ -152,19 +152,20 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         delta = jnp.where(both, half + jnp.sign(c) * turn, alone)
         delta = jnp.where(active, delta, 0) / problem.terms
         point, _ = problem.point(point.u + delta, point.log_sum)
-        return point, steps + 1, error_of(*problem.forces(point))
+        forces = problem.forces(point)
+        return point, forces, steps + 1, error_of(*forces)
 
     def far(state: tuple) -> Array:
-        _, steps, error = state
+        _, _, steps, error = state
         return (error > _NEWTON_BELOW) & (steps < _MOST_SWEEPS)
 
-    point, sweeps, error = lax.while_loop(
-        far, sweep, (start, jnp.zeros((), jnp.int32), error_of(up, down))
+    point, forces, sweeps, error = lax.while_loop(
+        far, sweep, (start, forces, jnp.zeros((), jnp.int32), error_of(up, down))
     )
 
     def newton(state: tuple) -> tuple:
-        point, steps, error, _ = state
-        up, down = map(jnp.exp, problem.forces(point))
+        point, forces, steps, error, _ = state
+        up, down = map(jnp.exp, forces)
         gradient = jnp.where(active, up - down - c, 0)
         preconditioner = jnp.where(active & (up + down > 0), up + down, 1)
         direction = _conjugate_gradients(
@@ -176,9 +177,6 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         value = problem.value(point.u, point.log_sum)
         slope = jnp.vdot(gradient, direction)
 
-        def attempt(size: Array) -> tuple[_Point, Array]:
-            return problem.point(point.u + size * direction, point.log_sum)
-
         def uphill(state: tuple) -> Array:
             size, _, new = state
             # Rounding of the value hides decreases this small; the gradient decides those.
@@ -187,21 +185,25 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
 
         def halve(state: tuple) -> tuple:
             size = state[0] / 2
-            return (size, *attempt(size))
+            return (size, *problem.point(point.u + size * direction, point.log_sum))
 
-        one = jnp.ones((), value.dtype)
-        _, after, new = lax.while_loop(uphill, halve, (one, *attempt(one)))
-        after_error = error_of(*problem.forces(after))
+        # From a step of 2 that has no value, so that the first one tried is 1.
+        first = (jnp.full((), 2, value.dtype), point, jnp.full((), jnp.nan, value.dtype))
+        _, after, new = lax.while_loop(uphill, halve, first)
+        after_forces = problem.forces(after)
+        after_error = error_of(*after_forces)
         better = jnp.isfinite(new) & ((after_error < error) | (new < value))
-        chosen = jax.tree.map(lambda a, b: jnp.where(better, a, b), after, point)
-        return chosen, steps + 1, jnp.where(better, after_error, error), ~better
+        chosen = jax.tree.map(
+            lambda a, b: jnp.where(better, a, b), (after, after_forces), (point, forces)
+        )
+        return *chosen, steps + 1, jnp.where(better, after_error, error), ~better
 
     def unfinished(state: tuple) -> Array:
-        _, steps, error, stuck = state
+        _, _, steps, error, stuck = state
         return (error > tol) & ~stuck & (steps < sweeps + _MOST_NEWTON_STEPS)
 
-    point, steps, error, _ = lax.while_loop(
-        unfinished, newton, (point, sweeps, error, jnp.zeros((), bool))
+    point, _, steps, error, _ = lax.while_loop(
+        unfinished, newton, (point, forces, sweeps, error, jnp.zeros((), bool))
     )
     value = problem.value(point.u, point.log_sum)
     return point.u, value, steps, error
