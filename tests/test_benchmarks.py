@@ -35,7 +35,8 @@ def test_spread_is_the_interquartile_range():
 @pytest.mark.parametrize("make", [lambda: step_time.mlp_task((6, 8, 8, 3), 4),
                                   lambda: step_time.resnet_task(TINY, "tiny", 8, 4)])  # fmt: skip
 def test_both_loops_train_from_one_start(make):
-    comparison = step_time.compare(make(), steps=4, repeats=2)
+    # Two steps, as they are spelled out in the program on a CPU.
+    comparison = step_time.compare(make(), steps=2, repeats=2)
     sgd, path = comparison["losses"]["SGD"], comparison["losses"]["Path-SGD"]
     assert sgd[0] == path[0] and sgd[-1] != path[-1]
     assert np.isfinite(sgd).all() and np.isfinite(path).all()

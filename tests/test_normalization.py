@@ -81,10 +81,10 @@ def build(name, fast=False):
     module, shape = CASES[name]
     x = jax.random.normal(jax.random.key(0), shape)
     normalized = module(normalized=True, fast=fast)
-    variables = normalized.init(jax.random.key(1), x)
-    noise = iter(jax.random.split(jax.random.key(2), 100))
+    variables = jax.jit(normalized.init)(jax.random.key(1), x)
+    rng = np.random.default_rng(2)
     params = jax.tree.map(
-        lambda a: a + 0.3 * jax.random.normal(next(noise), a.shape), variables["params"]
+        lambda a: a + np.asarray(0.3 * rng.normal(size=a.shape), np.float32), variables["params"]
     )
     plain = module(normalized=False)
 
@@ -100,6 +100,7 @@ def test_values_and_gradients_are_those_of_flax(name, fast, standard_dtype_promo
     module, params, state, ours, x = build(name, fast)
     y = jax.random.normal(jax.random.key(5), (x.shape[0], 3))
 
+    @jax.jit
     def theirs(params):
         return module.apply({"params": params, "batch_stats": state}, x, mutable=["batch_stats"])[0]
 
@@ -108,7 +109,7 @@ def test_values_and_gradients_are_those_of_flax(name, fast, standard_dtype_promo
 
     values = jax.jit(ours.fn)(with_shifts(params), x)
     assert float(jnp.abs(values - theirs(params)).max()) <= 1e-5
-    expected = jax.grad(lambda p: loss(theirs(p)))(params)
+    expected = jax.jit(jax.grad(lambda p: loss(theirs(p))))(params)
     found = jax.jit(jax.grad(lambda p: loss(ours.fn(with_shifts(p), x))))(params)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert float(jnp.abs(a - b).max()) <= 1e-5
@@ -122,22 +123,22 @@ def test_running_statistics_are_those_of_flax(name, standard_dtype_promotion):
     norms = sorted(state)
     running = tuple(UnitStatistics(state[n]["mean"], state[n]["var"]) for n in norms)
     step = jax.jit(ours.statistics)
+    apply = jax.jit(lambda v, x: module.apply(v, x, mutable=["batch_stats"]))
     for i in range(3):
         batch = x + i
-        _, changed = module.apply(
-            {"params": params, "batch_stats": state}, batch, mutable=["batch_stats"]
-        )
+        _, changed = apply({"params": params, "batch_stats": state}, batch)
         state = changed["batch_stats"]
         running = moving_average(running, step(plain, batch), momentum=0.9)
     for n, found in zip(norms, running, strict=True):
         np.testing.assert_allclose(found.mean, state[n]["mean"], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found.variance, state[n]["var"], rtol=1e-4, atol=1e-5)
     evaluation = module.clone(train=False)
-    expected = evaluation.apply({"params": params, "batch_stats": state}, x)
-    found = jax.jit(ours.evaluate)(plain, running, x)
+    expected = jax.jit(evaluation.apply)({"params": params, "batch_stats": state}, x)
+    evaluate = jax.jit(ours.evaluate)
+    found = evaluate(plain, running, x)
     assert float(jnp.abs(found - expected).max()) <= 1e-5
     # With given statistics every example is apart.
-    one = ours.evaluate(plain, running, x[:1])
+    one = evaluate(plain, running, x[:1])
     np.testing.assert_allclose(one, found[:1], rtol=1e-4, atol=1e-5)
 
 
