@@ -168,7 +168,7 @@ def sample_nuts(
     Raises:
         InvalidInput: for bad params or sizes, a start of density 0, and for a checkpoint that is
             damaged or of another log density, start, key or setting.
-        JaxinvError: without blackjax.
+        MissingExtra: without blackjax.
 
     Notes:
         On densities with jumps (the Fisher information of ReLU networks has one wherever an
@@ -269,7 +269,7 @@ def sample_sgld(
     Raises:
         InvalidInput: for bad params, sizes or step size, and for a checkpoint that is damaged or of
             another configuration.
-        JaxinvError: without blackjax.
+        MissingExtra: without blackjax.
 
     References:
         Welling, Teh, "Bayesian learning via stochastic gradient Langevin dynamics", ICML 2011.
@@ -424,7 +424,7 @@ def diagnostics(values: Any) -> Diagnostics:
 
     Raises:
         InvalidInput: for too few chains or draws.
-        JaxinvError: without arviz.
+        MissingExtra: without arviz.
 
     References:
         Vehtari, Gelman, Simpson, Carpenter, Bürkner, "Rank-normalization, folding, and

@@ -1,6 +1,7 @@
 """Chains against known laws, and their checkpoints against an interrupted and a damaged run."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinv import InvalidInput
+from jaxinv.errors import MissingExtra
 from jaxinv.sampling import diagnostics, dispersed_starts, sample_nuts, sample_sgld
 
 pytestmark = pytest.mark.usefixtures("standard_dtype_promotion")
@@ -153,3 +155,30 @@ def test_diagnostics_agree_with_their_definition():
     assert (found.r_hat < 1.01).all() and (found.ess > 3000).all()
     constant = diagnostics(np.full((2, 10), 3.0))
     assert [float(v) for v in constant] == [3.0, 0.0, 20.0, 1.0]
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(
+        MissingExtra, match=r"needs arviz, .*pip install 'jaxinv\[bayes\]'"
+    ) as caught:
+        diagnostics(np.zeros((2, 4)))
+    assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_warmup": -1},
+        {"num_samples": 0},
+        {"thin": 1.5},
+        {"step_size": 0.0},
+        {"step_size": np.inf},
+    ],
+    ids=str,
+)
+def test_options_of_sgld_are_checked(option):
+    options = {"step_size": 1e-3, "num_samples": 4, "num_warmup": 0, **option}
+    (name,) = option
+    with pytest.raises(InvalidInput, match=f"{name} must be"):
+        sample_sgld(lambda w, key: w, STARTS, KEY, **options)
