@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ import jaxinv
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
 CACHE = ROOT / "build" / "notebooks"
+# What the outputs of a notebook and their markdown depend on.
+SHOWN_BY = "jax jaxlib flax optax numpy matplotlib scikit-learn nbconvert".split()
 
 # Functions that modules of jaxinv share among themselves, without a promise to users.
 INTERNAL = {
@@ -242,7 +245,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 def _executed(path: Path) -> dict[str, str | bytes]:
     """A notebook with its outputs as markdown, and its figures; kept until something changes."""
     code = b"".join(p.read_bytes() for p in sorted((ROOT / "jaxinv").rglob("*.py")))
-    state = code + path.read_bytes() + metadata.version("jax").encode()
+    versions = [f"{name} {metadata.version(name)}" for name in SHOWN_BY]
+    state = code + Path(__file__).read_bytes() + path.read_bytes() + " ".join(versions).encode()
     kept = CACHE / f"{path.stem}-{hashlib.sha256(state).hexdigest()[:16]}"
     if not kept.is_dir():
         notebook = jupytext.read(path)
@@ -251,15 +255,33 @@ def _executed(path: Path) -> dict[str, str | bytes]:
             notebook, timeout=600, kernel_name="python3", resources=folder
         )
         client.create_kernel_manager().transport = "ipc"  # no ports, and no warning about them
-        client.execute()
+        # In full, whatever the shell asks of the tests, and with figures in the page.
+        kept_out = ("JAXINV_SHORT", "MPLBACKEND")
+        client.execute(env={k: v for k, v in os.environ.items() if k not in kept_out})
         body, extra = MarkdownExporter().from_notebook_node(notebook)
+        figures = extra["outputs"]
+        body = _with_alternatives(path.name, body, notebook, figures)
         written = {f"{path.stem}.md": body.encode()}
-        for name, figure in extra["outputs"].items():
-            written[f"{path.stem}-{name}"] = figure
-            written[f"{path.stem}.md"] = written[f"{path.stem}.md"].replace(
-                f"({name})".encode(), f"({path.stem}-{name})".encode()
-            )
+        written |= {f"{path.stem}-{name}": figure for name, figure in figures.items()}
         kept.mkdir(parents=True)
         for name, content in written.items():
             (kept / name).write_bytes(content)
     return {p.name: p.read_text() if p.suffix == ".md" else p.read_bytes() for p in kept.iterdir()}
+
+
+def _with_alternatives(name: str, body: str, notebook: Any, figures: dict[str, bytes]) -> str:
+    """Each figure once, with the text that its cell has for it: `# %% alt="..."`."""
+    wanted = {
+        i: cell.metadata["alt"] for i, cell in enumerate(notebook.cells) if "alt" in cell.metadata
+    }
+    for figure in figures:  # output_CELL_OUTPUT.png
+        alt = wanted.pop(int(figure.split("_")[1]), None)
+        if alt is None:
+            raise PluginError(f'{name}: {figure} is from a cell without alt="..." for one figure')
+        stem = name.removesuffix(".py")
+        body, found = re.subn(rf"!\[[^]]*\]\({figure}\)", f"![{alt}]({stem}-{figure})", body)
+        if found != 1:
+            raise PluginError(f"{name}: {figure} is {found} times on the page")
+    if wanted:
+        raise PluginError(f"{name}: no figure for {list(wanted.values())}")
+    return body

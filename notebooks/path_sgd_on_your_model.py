@@ -11,6 +11,8 @@
 # lines work with flax nnx (`nnx.split`), equinox, haiku or plain pytrees.
 
 # %%
+import os
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from sklearn.datasets import load_digits
 
 from jaxinv import path_kappa, path_norm, path_sgd
 
+SHORT = os.environ.get("JAXINV_SHORT") == "1"  # fewer steps, as the tests run it
 data = load_digits()
 x, y = jnp.asarray(data.data / 16, jnp.float32), jnp.asarray(data.target)
 
@@ -74,7 +77,7 @@ print("κ ratio is s²:", bool(jnp.allclose(ratio, s**2, rtol=1e-3)))
 
 
 # %%
-def train(optimizer, params, steps=100):
+def train(optimizer, params, steps=10 if SHORT else 100):
     """Loss curve of full-batch training."""
 
     def loss(params):
