@@ -91,14 +91,13 @@ class Problem(NamedTuple):
         of_class = jnp.full(group.structure.num_classes, -jnp.inf, logs[0].dtype)
         pairs = zip(logs, group.indices, strict=True)
         of_class = log_add(of_class, [(ids, a) for a, terms in pairs for ids in terms])
-        nothing = jnp.full(group.dim, -jnp.inf, of_class.dtype)
+        nothing = jnp.full(2 * group.dim, -jnp.inf, of_class.dtype)
         c = jnp.asarray(group.coefficients).astype(of_class.dtype)
         empty = ~(point.log_sum > -jnp.inf)
         scale = jnp.where(empty, 0, jnp.log(self.multiplier) - point.log_sum)
-        up, down = (
-            log_add(nothing, [(group.columns, jnp.log(jnp.maximum(b, 0)) + of_class[group.rows])])
-            for b in (c, -c)
-        )
+        parts = [jnp.log(jnp.maximum(b, 0)) + of_class[group.rows] for b in (c, -c)]
+        columns = jnp.concatenate([group.columns, group.dim + group.columns])
+        up, down = jnp.split(log_add(nothing, [(columns, jnp.concatenate(parts))]), 2)
         return up + scale, down + scale
 
     def curvature(self, point: _Point, v: Array) -> Array:
