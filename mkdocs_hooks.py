@@ -18,6 +18,7 @@ import nbclient
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 import jaxinv
 
@@ -258,7 +259,8 @@ def _executed(path: Path) -> dict[str, str | bytes]:
         # In full, whatever the shell asks of the tests, and with figures in the page.
         kept_out = ("JAXINV_SHORT", "MPLBACKEND")
         client.execute(env={k: v for k, v in os.environ.items() if k not in kept_out})
-        body, extra = MarkdownExporter().from_notebook_node(notebook)
+        exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
+        body, extra = exporter.from_notebook_node(notebook)
         figures = extra["outputs"]
         body = _with_alternatives(path.name, body, notebook, figures)
         written = {f"{path.stem}.md": body.encode()}

@@ -103,8 +103,8 @@ assert gaps["float64"] > 1e6 > gaps["float32"]
 
 # %% alt="Singular values of the Jacobian on a logarithmic scale. In float64 they fall by many decades at the rank, in float32 by far fewer."
 figure, panel = plt.subplots(figsize=(7, 3), layout="constrained")
-for name, s in spectra.items():
-    panel.semilogy(np.arange(1, len(s) + 1), np.maximum(s, 1e-18), ".", ms=3, label=name)
+for size, (name, s) in zip((6, 2), spectra.items(), strict=True):
+    panel.semilogy(np.arange(1, len(s) + 1), np.maximum(s, 1e-18), ".", ms=size, label=name)
 panel.axvline(rank + 0.5, color="gray", linestyle=":", label=f"rank {rank}")
 panel.set(xlabel="number of the singular value", ylabel="singular value of J")
 _ = panel.legend()
@@ -166,7 +166,8 @@ assert dead.dead == 2 * 9 * CHANNELS + 1 and dead.rescaling == group.dim - 1
 
 # %% [markdown]
 # Inputs kill parameters too. Some pixels of the digits are always 0, and the weights behind them
-# cannot be seen on these data, whatever the network.
+# cannot be seen on these data, whatever the network. Directions that the images do not show either,
+# but that are none of a single weight, count as hidden.
 
 # %%
 dense = init_mlp(jax.random.key(1), (64, 4 if SHORT else 8, 10))
