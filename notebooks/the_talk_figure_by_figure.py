@@ -264,8 +264,8 @@ _ = panels[0].legend()
 # %% [markdown]
 # ## 7. Is node-wise rescaling all we should worry about?
 #
-# For wide layers at random weights, yes: section 5 left nothing over. For narrow ones often not. Here
-# are random networks 4-3-3-2 with random biases on 300 normal inputs. A unit may be silent on all of
+# For the wide layers of section 5 nothing was left over. For narrow ones often something is. Here are
+# random networks 4-3-3-2, with biases 0 and random, on 300 normal inputs. A unit may be silent on all of
 # them, and two units that fire on all of them mix linearly. So some draws have fewer degrees of
 # freedom than parameters less rescalings.
 
