@@ -223,8 +223,9 @@ class MixingDomain(DataDomain):
             value.finished = self._mixed(value)
         view = value.view()
         assert isinstance(view, Paths)
-        view.sums = value.finished
-        return view
+        finished = Paths(value.finished, view.multiples, view.floating)
+        finished.key = view.key
+        return finished
 
     def _mixed(self, value: Data) -> Any:
         assert isinstance(value.path, Paths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxinv import _scaled
 from jaxinv._jaxpr import Equation, Opaque, Value, is_concrete, rule_table
-from jaxinv._path_linear import assemble
+from jaxinv._path_linear import assemble, summed, summed_in_windows
 from jaxinv._path_values import (
     HOMOGENEITY,
     REMEDY,
@@ -57,7 +57,7 @@ def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
             return _gate(domain, shared[0], [left, right])
         return Paths(_scaled.add([left.sums, right.sums]))
     if is_zero(right):
-        return Paths(left.sums)
+        return Paths(left.rows, runs=left.runs)
     raise _threshold(eqn)
 
 
@@ -74,7 +74,7 @@ def _threshold(eqn: Equation) -> Any:
 @rule("abs")
 def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
     if isinstance(value, Paths):
-        return Paths(value.sums)
+        return Paths(value.rows, runs=value.runs)
     if isinstance(value, Weight) and value.length is not None:
         return Weight(abs(value.value), value.length, value.leaves)
     return domain.default(eqn, value)
@@ -150,7 +150,7 @@ def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
         return derived(eqn, [low, value, high])
     one_sided = (is_zero(low) and np.all(np.isposinf(high))) if is_concrete(high) else False
     if isinstance(value, Paths) and one_sided:
-        return Paths(value.sums)
+        return Paths(value.rows, runs=value.runs)
     raise eqn.refuse(
         THEORY, f"clipping to bounds other than [0, ∞) saturates; {HOMOGENEITY}", REMEDY
     )
@@ -161,24 +161,22 @@ def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
 
 @rule("reduce_max", "reduce_min")
 def _reduce_max(domain: Any, eqn: Equation, value: Any) -> Any:
+    return summed(eqn, value) if isinstance(value, Paths) else domain.default(eqn, value)
+
+
+@rule("reduce_window_max", "reduce_window_min")
+def _reduce_window_max(domain: Any, eqn: Equation, value: Any) -> Any:
     if not isinstance(value, Paths):
         return domain.default(eqn, value)
-    mantissa = jnp.sum(value.sums.mantissa, axis=eqn.params["axes"])
-    return Paths(_scaled.normalize(Scaled(mantissa, value.sums.exponent)))
+    return summed_in_windows(eqn._replace(primitive=lax.reduce_window_sum_p), value)
 
 
-def _as_sum(primitive: Any) -> Callable:
-    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
-        if not isinstance(value, Paths):
-            return domain.default(eqn, value)
-        sums = Scaled(primitive.bind(value.sums.mantissa, **eqn.params), value.sums.exponent)
-        return Paths(_scaled.normalize(sums))
-
-    return apply
-
-
-rule("reduce_window_max", "reduce_window_min")(_as_sum(lax.reduce_window_sum_p))
-rule("cummax", "cummin")(_as_sum(lax.cumsum_p))
+@rule("cummax", "cummin")
+def _cummax(domain: Any, eqn: Equation, value: Any) -> Any:
+    if not isinstance(value, Paths):
+        return domain.default(eqn, value)
+    sums = Scaled(lax.cumsum_p.bind(value.sums.mantissa, **eqn.params), value.sums.exponent)
+    return Paths(_scaled.normalize(sums))
 
 
 @rule("scatter_max", "scatter_min")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv import _path_products, _scaled, _stream
+from jaxinv import _path_products, _path_runs, _scaled, _stream
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
 from jaxinv._path_values import (
     REMEDY,
@@ -121,17 +122,41 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 def _renamed(value: Paths) -> Paths:
-    return Paths(value.sums, multiples_of(value))
+    return Paths(value.rows, multiples_of(value), runs=value.runs)
 
 
-def _linear(domain: Any, eqn: Equation, value: Any) -> Any:
+def _linear(function: Callable) -> Callable:
     """Sums of elements, each with weight one."""
-    if isinstance(value, Weight):
-        return derived(eqn, [value])
-    return Paths(_scaled.normalize(_sums_like(eqn, as_paths(domain, eqn, value).sums)))
+
+    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
+        if isinstance(value, Weight):
+            return derived(eqn, [value])
+        return function(eqn, as_paths(domain, eqn, value))
+
+    return apply
 
 
-rule("reduce_sum", "cumsum", "reduce_window_sum")(_linear)
+def summed(eqn: Equation, value: Paths) -> Paths:
+    """The sum over the axes that `eqn` reduces."""
+    axes = eqn.params["axes"]
+    rows, runs = _path_runs.counted(value.rows, value.runs, axes)
+    total = Scaled(jnp.sum(rows.mantissa, axis=axes), rows.exponent)
+    return Paths(_scaled.normalize(total), runs=runs)
+
+
+def summed_in_windows(eqn: Equation, value: Paths) -> Paths:
+    """The sum over every window of `eqn`."""
+    names = ("window_dimensions", "window_strides", "window_dilation", "padding")
+    windows = dict(enumerate(zip(*(eqn.params[name] for name in names), strict=True)))
+    if set(eqn.params["base_dilation"]) != {1}:
+        return Paths(_scaled.normalize(_sums_like(eqn, value.sums)))
+    rows, runs = _path_runs.sliding(value.rows, value.runs, windows)
+    return Paths(_scaled.normalize(_sums_like(eqn, rows)), runs=runs)
+
+
+rule("reduce_sum")(_linear(summed))
+rule("reduce_window_sum")(_linear(summed_in_windows))
+rule("cumsum")(_linear(lambda eqn, value: Paths(_scaled.normalize(_sums_like(eqn, value.sums)))))
 
 
 def assemble(positions: Callable[[int], Sequence[int]]) -> Callable:
@@ -203,6 +228,8 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         if is_zero(left) or is_zero(right):
             return jnp.zeros(eqn.outputs[0].shape, eqn.outputs[0].dtype)
         return derived(eqn, [left, right])
+    if isinstance(left, Paths) and eqn.name == "conv_general_dilated" and left.runs:
+        return _convolution(domain, eqn, left, right)
     operands = [
         as_paths(domain, eqn, v).sums if isinstance(v, Paths | Sign) else edge(domain, eqn, v)
         for v in (left, right)
@@ -211,12 +238,43 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         streamed = _streamed(domain, eqn, left, right, operands)
         if streamed is not None:
             return streamed
-    one, other = (s.mantissa for s in operands)
-    mantissa = _path_products.product(eqn, one, other, isinstance(left, Paths | Sign))
+    return Paths(_scaled.normalize(_contracted(eqn, *operands, isinstance(left, Paths | Sign))))
+
+
+def _contracted(eqn: Equation, left: Scaled, right: Scaled, weight_is_right: bool) -> Scaled:
+    mantissa = _path_products.product(eqn, left.mantissa, right.mantissa, weight_is_right)
     if mantissa is None:
         exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
-        mantissa = eqn.bind(one, other, **exact)
-    return Paths(_scaled.normalize(Scaled(mantissa, operands[0].exponent + operands[1].exponent)))
+        mantissa = eqn.bind(left.mantissa, right.mantissa, **exact)
+    return Scaled(mantissa, left.exponent + right.exponent)
+
+
+def _convolution(domain: Any, eqn: Equation, value: Paths, kernel: Any) -> Paths:
+    """A convolution of sums with runs: that of what is kept of them."""
+    names = ("window_strides", "rhs_dilation", "padding", "lhs_dilation")
+    numbers, out = eqn.params["dimension_numbers"], eqn.outputs[0]
+    sizes = [eqn.inputs[1].shape[axis] for axis in numbers.rhs_spec[2:]]
+    windows, to = {}, {}
+    for axis, out_axis, size, *window, dilation in zip(
+        numbers.lhs_spec[2:],
+        numbers.out_spec[2:],
+        sizes,
+        *(eqn.params[name] for name in names),
+        strict=True,
+    ):
+        if dilation == 1 and axis in value.runs:
+            windows[axis], to[axis] = (size, *window), out_axis
+    whole = {axis: run for axis, run in value.runs.items() if axis not in windows}
+    rows, runs = _path_runs.sliding(
+        _path_runs.spread(value.rows, whole), {a: value.runs[a] for a in windows}, windows
+    )
+    runs = {to[axis]: run for axis, run in runs.items()}
+    shape = [
+        n - (runs[a].count - runs[a].kept if a in runs else 0) for a, n in enumerate(out.shape)
+    ]
+    smaller = eqn._replace(outputs=(jax.ShapeDtypeStruct(shape, out.dtype),))
+    sums = _contracted(smaller, rows, edge(domain, eqn, kernel), True)
+    return Paths(_scaled.normalize(sums), runs=runs)
 
 
 rule("dot_general", "conv_general_dilated")(_bilinear)
@@ -295,7 +353,8 @@ def _times(value: Paths, slope: Scaled) -> Paths:
         return read
 
     multiples = {key: scaled(entry) for key, entry in multiples_of(value).items()}
-    return Paths(_scaled.normalize(_scaled.multiply(value.sums, slope)), multiples)
+    (rows, factor), runs = _path_runs.together([(value.rows, value.runs), (slope, {})])
+    return Paths(_scaled.normalize(_scaled.multiply(rows, factor)), multiples, runs=runs)
 
 
 def _weight_product(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
@@ -395,6 +454,7 @@ def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
                 else Weight(other.value, other.length, other.leaves)
             )  # fmt: skip
     if isinstance(left, Paths) or isinstance(right, Paths):
-        terms = [as_paths(domain, eqn, v).sums for v in (left, right)]
-        return Paths(_scaled.add(terms))
+        paths = [as_paths(domain, eqn, v) for v in (left, right)]
+        terms, runs = _path_runs.together([(v.rows, v.runs) for v in paths])
+        return Paths(_scaled.add(terms), runs=runs)
     return domain.default(eqn, left, right)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._jaxpr import Equation, Opaque, Value, is_concrete
+from jaxinv._path_runs import Runs, spread
 from jaxinv._scaled import Scaled
 
 THEORY = "path semantics"
@@ -50,13 +51,28 @@ class Paths(Value):
 
     `multiples` maps the key of another value u to a function that gives (paths of u, |slope|^p)
     where this value equals slope·u elementwise. It is how a gate written as
-    `where(x > 0, x, a * x)` is recognised.
+    `where(x > 0, x, a * x)` is recognised. For `runs` see `_path_runs`.
     """
 
-    __slots__ = ("sums", "multiples", "floating")
+    __slots__ = ("rows", "runs", "multiples", "floating", "_sums")
 
-    def __init__(self, sums: Scaled, multiples: dict | None = None, floating: bool = True):
-        self.sums, self.multiples, self.floating = sums, multiples or {}, floating
+    def __init__(
+        self,
+        rows: Scaled,
+        multiples: dict | None = None,
+        floating: bool = True,
+        runs: Runs | None = None,
+    ):
+        self.rows, self.runs = rows, runs or {}
+        self.multiples, self.floating = multiples or {}, floating
+        self._sums: Scaled | None = None
+
+    @property
+    def sums(self) -> Scaled:
+        """The sums at all positions; `rows` are the distinct ones if there is a runs."""
+        if self._sums is None:
+            self._sums = spread(self.rows, self.runs)
+        return self._sums
 
 
 class Sign(Value):

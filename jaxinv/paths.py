@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinv import _checks, _examples, _jaxpr, _scaled
+from jaxinv import _checks, _examples, _jaxpr, _path_runs, _scaled
 from jaxinv._path_domain import PathDomain
 from jaxinv._path_values import Paths, Weight, as_paths
 from jaxinv._scaled import Scaled
@@ -80,13 +80,10 @@ def _forward(
             leaves, mantissas, lengths, trace.param_names, strict=True
         )
     ]
-    starts = [
-        Paths(
-            Scaled(jnp.ones(s.shape, dtype), jnp.zeros((), jnp.int32)),
-            floating=jnp.issubdtype(s.dtype, jnp.floating),
-        )
-        for s in inputs
-    ]
+    starts = []
+    for s in inputs:
+        ones, runs = _path_runs.ones(s.shape, dtype)
+        starts.append(Paths(ones, None, jnp.issubdtype(s.dtype, jnp.floating), runs))
     outputs = _jaxpr.interpret(trace, weights, starts, domain)
     # Last, since what the interpretation refuses it refuses more to the point.
     _examples.check_examples_apart(problem.fn, problem.params, problem.one)

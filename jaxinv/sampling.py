@@ -46,7 +46,7 @@ class Samples(NamedTuple):
     log_density: Array  # (chains, draws); NaN from SGLD, which never computes it
     acceptance: Array  # (chains, draws): mean acceptance of each trajectory; 1 from SGLD
     diverging: Array  # bool (chains, draws): the trajectory left the region where it is accurate
-    step_size: Array  # (chains,)
+    step_size: Array  # (chains,), all equal
 
 
 class Diagnostics(NamedTuple):
@@ -147,14 +147,15 @@ def sample_nuts(
     block: int = 500,
     checkpoint: str | Path | None = None,
 ) -> Samples:
-    """The no-U-turn sampler, with its step size and mass matrix adapted in each chain by itself.
+    """The no-U-turn sampler, with one step size and one mass matrix adapted by all chains together.
 
     Args:
         log_density: of params, up to a constant; jit, vmap and grad must work on it.
         params: starts, leaves (chains, ...); see `dispersed_starts`.
         key: a jax random key.
         num_samples: draws kept per chain.
-        num_warmup: steps of adaptation before.
+        num_warmup: steps of adaptation before, each chain by itself; then the geometric mean of the
+            step sizes and the mean of the (inverse) mass matrices serve all.
         target_acceptance: nearer to 1 for smaller steps.
         dense_mass: adapt a full mass matrix rather than its diagonal.
         max_doublings: a trajectory has at most 2^max_doublings steps.
@@ -210,6 +211,16 @@ def sample_nuts(
         (state, found), _ = adaptation.run(key, start, num_warmup)
         return state, {name: found[name] for name in ("step_size", "inverse_mass_matrix")}
 
+    def begin(keys: Array) -> tuple[Any, dict[str, Array]]:
+        states, found = jax.vmap(warm)(keys, starts)
+        # Every chain has estimated the same two numbers, some badly: one whose step is eight times
+        # that of the others never moves where the density is rough.
+        shared = {
+            "step_size": jnp.exp(jnp.log(found["step_size"]).mean(0, keepdims=True)),
+            "inverse_mass_matrix": found["inverse_mass_matrix"].mean(0, keepdims=True),
+        }
+        return states, {k: jnp.broadcast_to(v, found[k].shape) for k, v in shared.items()}
+
     def step(key: Array, carry: Any) -> tuple[Any, tuple]:
         state, tuned = carry
         kernel = blackjax.nuts(log_density, max_num_doublings=max_doublings, **tuned)
@@ -224,9 +235,8 @@ def sample_nuts(
         "dense_mass": dense_mass,
         "max_doublings": max_doublings,
     }
-    begin = jax.jit(jax.vmap(warm))
     drawn, (_, tuned) = _blocks(
-        lambda: begin(jax.random.split(warm_key, chains), starts),
+        lambda: jax.jit(begin)(jax.random.split(warm_key, chains)),
         step,
         run_key,
         num_samples,

@@ -1,0 +1,142 @@
+"""Path sums that are equal by construction are computed once.
+
+Into an input run as many paths everywhere, so the sums after a convolution differ only where its
+windows meet the padding: of 56 × 56 positions in the first stage of a ResNet at most 12 × 12. Along
+each axis an array may therefore have a *run*: neighbours known, when tracing, to be equal, of which
+only a few are kept. A convolution needs no more of them than its window is wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv._scaled import Scaled
+
+
+class Run(NamedTuple):
+    """rows[start : start + kept] are equal and stand for `count` positions, kept <= count."""
+
+    start: int
+    kept: int
+    count: int
+
+
+Runs = Mapping[int, Run]  # by axis; along other axes every position has a row of its own
+
+
+def ones(shape: Sequence[int], dtype: Any) -> tuple[Scaled, Runs]:
+    """An array of ones: along every axis a run."""
+    runs = {axis: Run(0, 1, n) for axis, n in enumerate(shape) if n > 1}
+    rows = jnp.ones([1 if axis in runs else n for axis, n in enumerate(shape)], dtype)
+    return Scaled(rows, jnp.zeros((), jnp.int32)), runs
+
+
+def spread(rows: Scaled, runs: Runs) -> Scaled:
+    """The whole array."""
+    mantissa = rows.mantissa
+    for axis, run in runs.items():
+        mantissa = _resized(mantissa, axis, run, run.count)
+    return Scaled(mantissa, rows.exponent)
+
+
+def _resized(array: Any, axis: int, run: Run, kept: int) -> Any:
+    """The array with that many equal rows kept of the run."""
+    more = kept - run.kept
+    if more == 0:
+        return array
+    shape = list(array.shape)
+    if shape[axis] == 1:
+        shape[axis] = kept
+        return jnp.broadcast_to(array, shape)
+    end = run.start + run.kept
+    row = lax.slice_in_dim(array, run.start, run.start + 1, axis=axis)
+    shape[axis] = max(more, 0)
+    parts = [
+        lax.slice_in_dim(array, 0, end + min(more, 0), axis=axis),
+        jnp.broadcast_to(row, shape),
+        lax.slice_in_dim(array, end, array.shape[axis], axis=axis),
+    ]
+    return jnp.concatenate([part for part in parts if part.shape[axis]], axis)
+
+
+def _length(array: Any, axis: int, run: Run | None) -> int:
+    return array.shape[axis] + (run.count - run.kept if run else 0)
+
+
+def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Scaled, dict]:
+    """A shorter array in which the same windows meet everything that they meet in the whole one.
+
+    Args:
+        rows, runs: an array.
+        windows: axis -> (size, stride, dilation, (padding before, after)).
+
+    Returns:
+        The array, and the runs of what the windows make of it.
+    """
+    mantissa, out = rows.mantissa, dict(runs)
+    for axis, (size, stride, dilation, (low, high)) in windows.items():
+        run = runs.get(axis)
+        if run is None or (size, stride, low, high) == (1, 1, 0, 0):
+            continue
+        del out[axis]
+        span = (size - 1) * dilation + 1
+        # Enough for one window inside, wherever it starts; whole strides are left out.
+        least = span + stride - 1
+        kept = least + (run.count - least) % stride
+        if kept >= run.count or min(low, high) < 0:
+            mantissa = _resized(mantissa, axis, run, run.count)
+            continue
+        mantissa = _resized(mantissa, axis, run, kept)
+        first = -(-(run.start + low) // stride)
+        last = (run.start + low + kept - span) // stride
+        inside = last - first + 1
+        out[axis] = Run(first, inside, inside + (run.count - kept) // stride)
+    return Scaled(mantissa, rows.exponent), out
+
+
+def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[int, Run]]:
+    """Arrays for an elementwise operation, with runs where all of them have one."""
+    mantissas = [rows.mantissa for rows, _ in arrays]
+    common: dict[int, Run] = {}
+    for axis in set().union(*(runs for _, runs in arrays)):
+        # An axis of length 1, or none, is the same everywhere.
+        long = [
+            i
+            for i, (rows, runs) in enumerate(arrays)
+            if rows.mantissa.ndim and _length(rows.mantissa, axis, runs.get(axis)) > 1
+        ]
+        found = [arrays[i][1].get(axis) for i in long]
+        start = max(run.start if run else 0 for run in found)
+        stop = min(run.start + run.count if run else 0 for run in found)
+        if stop - start > 1:
+            common[axis] = Run(start, 1, stop - start)
+        for i, run in zip(long, found, strict=True):
+            if run:
+                left_out = common[axis].count - 1 if axis in common else 0
+                mantissas[i] = _resized(mantissas[i], axis, run, run.count - left_out)
+    scaled = [Scaled(m, rows.exponent) for m, (rows, _) in zip(mantissas, arrays, strict=True)]
+    return scaled, common
+
+
+def counted(rows: Scaled, runs: Runs, axes: Sequence[int]) -> tuple[Scaled, dict[int, Run]]:
+    """Rows times how often each is there, so that their sum over `axes` is that of all positions.
+
+    The runs are those of the sum, which lacks those axes.
+    """
+    mantissa = rows.mantissa
+    for axis in axes:
+        if axis in runs:
+            start, kept, count = runs[axis]
+            times = np.ones(mantissa.shape[axis])
+            times[start] += count - kept
+            others = [a for a in range(mantissa.ndim) if a != axis]
+            mantissa = mantissa * np.expand_dims(times, others).astype(mantissa.dtype)
+    left = [axis for axis in range(mantissa.ndim) if axis not in axes]
+    return Scaled(mantissa, rows.exponent), {
+        i: runs[axis] for i, axis in enumerate(left) if axis in runs
+    }
