@@ -238,7 +238,9 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         streamed = _streamed(domain, eqn, left, right, operands)
         if streamed is not None:
             return streamed
-    return Paths(_scaled.normalize(_contracted(eqn, *operands, isinstance(left, Paths | Sign))))
+    one, other = operands
+    out = _contracted(eqn, one, other, isinstance(left, Paths | Sign))
+    return Paths(_scaled.normalize(out))
 
 
 def _contracted(eqn: Equation, left: Scaled, right: Scaled, weight_is_right: bool) -> Scaled:

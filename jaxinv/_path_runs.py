@@ -19,11 +19,11 @@ from jaxinv._scaled import Scaled
 
 
 class Run(NamedTuple):
-    """rows[start : start + kept] are equal and stand for `count` positions, kept <= count."""
+    """rows[start : start + kept] are equal and stand for `length` positions, kept <= length."""
 
     start: int
     kept: int
-    count: int
+    length: int
 
 
 Runs = Mapping[int, Run]  # by axis; along other axes every position has a row of its own
@@ -40,7 +40,7 @@ def spread(rows: Scaled, runs: Runs) -> Scaled:
     """The whole array."""
     mantissa = rows.mantissa
     for axis, run in runs.items():
-        mantissa = _resized(mantissa, axis, run, run.count)
+        mantissa = _resized(mantissa, axis, run, run.length)
     return Scaled(mantissa, rows.exponent)
 
 
@@ -65,7 +65,7 @@ def _resized(array: Any, axis: int, run: Run, kept: int) -> Any:
 
 
 def _length(array: Any, axis: int, run: Run | None) -> int:
-    return array.shape[axis] + (run.count - run.kept if run else 0)
+    return array.shape[axis] + (run.length - run.kept if run else 0)
 
 
 def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Scaled, dict]:
@@ -87,15 +87,15 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
         span = (size - 1) * dilation + 1
         # Enough for one window inside, wherever it starts; whole strides are left out.
         least = span + stride - 1
-        kept = least + (run.count - least) % stride
-        if kept >= run.count or min(low, high) < 0:
-            mantissa = _resized(mantissa, axis, run, run.count)
+        kept = least + (run.length - least) % stride
+        if kept >= run.length or min(low, high) < 0:
+            mantissa = _resized(mantissa, axis, run, run.length)
             continue
         mantissa = _resized(mantissa, axis, run, kept)
         first = -(-(run.start + low) // stride)
         last = (run.start + low + kept - span) // stride
         inside = last - first + 1
-        out[axis] = Run(first, inside, inside + (run.count - kept) // stride)
+        out[axis] = Run(first, inside, inside + (run.length - kept) // stride)
     return Scaled(mantissa, rows.exponent), out
 
 
@@ -112,13 +112,13 @@ def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[
         ]
         found = [arrays[i][1].get(axis) for i in long]
         start = max(run.start if run else 0 for run in found)
-        stop = min(run.start + run.count if run else 0 for run in found)
+        stop = min(run.start + run.length if run else 0 for run in found)
         if stop - start > 1:
             common[axis] = Run(start, 1, stop - start)
         for i, run in zip(long, found, strict=True):
             if run:
-                left_out = common[axis].count - 1 if axis in common else 0
-                mantissas[i] = _resized(mantissas[i], axis, run, run.count - left_out)
+                left_out = common[axis].length - 1 if axis in common else 0
+                mantissas[i] = _resized(mantissas[i], axis, run, run.length - left_out)
     scaled = [Scaled(m, rows.exponent) for m, (rows, _) in zip(mantissas, arrays, strict=True)]
     return scaled, common
 
@@ -131,9 +131,9 @@ def counted(rows: Scaled, runs: Runs, axes: Sequence[int]) -> tuple[Scaled, dict
     mantissa = rows.mantissa
     for axis in axes:
         if axis in runs:
-            start, kept, count = runs[axis]
+            start, kept, length = runs[axis]
             times = np.ones(mantissa.shape[axis])
-            times[start] += count - kept
+            times[start] += length - kept
             others = [a for a in range(mantissa.ndim) if a != axis]
             mantissa = mantissa * np.expand_dims(times, others).astype(mantissa.dtype)
     left = [axis for axis in range(mantissa.ndim) if axis not in axes]
