@@ -271,9 +271,9 @@ def _convolution(domain: Any, eqn: Equation, value: Paths, kernel: Any) -> Paths
         _path_runs.spread(value.rows, whole), {a: value.runs[a] for a in windows}, windows
     )
     runs = {to[axis]: run for axis, run in runs.items()}
-    shape = [
-        n - (runs[a].count - runs[a].kept if a in runs else 0) for a, n in enumerate(out.shape)
-    ]
+    shape = list(out.shape)
+    for axis, run in runs.items():
+        shape[axis] -= run.length - run.kept
     smaller = eqn._replace(outputs=(jax.ShapeDtypeStruct(shape, out.dtype),))
     sums = _contracted(smaller, rows, edge(domain, eqn, kernel), True)
     return Paths(_scaled.normalize(sums), runs=runs)
