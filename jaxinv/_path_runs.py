@@ -9,8 +9,10 @@ only a few are kept. A convolution needs no more of them than its window is wide
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -38,30 +40,35 @@ def ones(shape: Sequence[int], dtype: Any) -> tuple[Scaled, Runs]:
 
 def spread(rows: Scaled, runs: Runs) -> Scaled:
     """The whole array."""
-    mantissa = rows.mantissa
-    for axis, run in runs.items():
-        mantissa = _resized(mantissa, axis, run, run.length)
-    return Scaled(mantissa, rows.exponent)
+    every = tuple((axis, run, run.length) for axis, run in runs.items())
+    return Scaled(_resized(rows.mantissa, every), rows.exponent)
 
 
-def _resized(array: Any, axis: int, run: Run, kept: int) -> Any:
-    """The array with that many equal rows kept of the run."""
-    more = kept - run.kept
-    if more == 0:
-        return array
-    shape = list(array.shape)
-    if shape[axis] == 1:
-        shape[axis] = kept
-        return jnp.broadcast_to(array, shape)
-    end = run.start + run.kept
-    row = lax.slice_in_dim(array, run.start, run.start + 1, axis=axis)
-    shape[axis] = max(more, 0)
-    parts = [
-        lax.slice_in_dim(array, 0, end + min(more, 0), axis=axis),
-        jnp.broadcast_to(row, shape),
-        lax.slice_in_dim(array, end, array.shape[axis], axis=axis),
-    ]
-    return jnp.concatenate([part for part in parts if part.shape[axis]], axis)
+def _resized(array: Any, changes: tuple[tuple[int, Run, int], ...]) -> Any:
+    """The array with another number of equal rows kept of its runs: (axis, run, number)."""
+    changes = tuple(change for change in changes if change[1].kept != change[2])
+    return _resize(array, changes) if changes else array
+
+
+@partial(jax.jit, static_argnums=1)  # traced once for layers of the same shape
+def _resize(array: Any, changes: tuple[tuple[int, Run, int], ...]) -> Any:
+    for change in changes:
+        array = _resize_axis(array, *change)
+    return array
+
+
+def _resize_axis(array: Any, axis: int, run: Run, kept: int) -> Any:
+    end, more = run.start + run.kept, kept - run.kept
+
+    def rows(start: int, stop: int) -> Any:
+        return lax.slice_in_dim(array, start, stop, axis=axis)
+
+    parts = [rows(0, end + min(more, 0)), rows(end, array.shape[axis])]
+    if more > 0:
+        shape = [more if a == axis else n for a, n in enumerate(array.shape)]
+        row = rows(run.start, run.start + 1)
+        parts.insert(1, lax.broadcast_in_dim(row, shape, range(array.ndim)))
+    return lax.concatenate([part for part in parts if part.shape[axis]], axis)
 
 
 def _length(array: Any, axis: int, run: Run | None) -> int:
@@ -78,7 +85,7 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
     Returns:
         The array, and the runs of what the windows make of it.
     """
-    mantissa, out = rows.mantissa, dict(runs)
+    changes, out = [], dict(runs)
     for axis, (size, stride, dilation, (low, high)) in windows.items():
         run = runs.get(axis)
         if run is None or (size, stride, low, high) == (1, 1, 0, 0):
@@ -89,19 +96,19 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
         least = span + stride - 1
         kept = least + (run.length - least) % stride
         if kept >= run.length or min(low, high) < 0:
-            mantissa = _resized(mantissa, axis, run, run.length)
+            changes.append((axis, run, run.length))
             continue
-        mantissa = _resized(mantissa, axis, run, kept)
+        changes.append((axis, run, kept))
         first = -(-(run.start + low) // stride)
         last = (run.start + low + kept - span) // stride
         inside = last - first + 1
         out[axis] = Run(first, inside, inside + (run.length - kept) // stride)
-    return Scaled(mantissa, rows.exponent), out
+    return Scaled(_resized(rows.mantissa, tuple(changes)), rows.exponent), out
 
 
 def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[int, Run]]:
     """Arrays for an elementwise operation, with runs where all of them have one."""
-    mantissas = [rows.mantissa for rows, _ in arrays]
+    changes: list[list] = [[] for _ in arrays]
     common: dict[int, Run] = {}
     for axis in set().union(*(runs for _, runs in arrays)):
         # An axis of length 1, or none, is the same everywhere.
@@ -118,9 +125,12 @@ def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[
         for i, run in zip(long, found, strict=True):
             if run:
                 left_out = common[axis].length - 1 if axis in common else 0
-                mantissas[i] = _resized(mantissas[i], axis, run, run.length - left_out)
-    scaled = [Scaled(m, rows.exponent) for m, (rows, _) in zip(mantissas, arrays, strict=True)]
-    return scaled, common
+                changes[i].append((axis, run, run.length - left_out))
+    resized = [
+        Scaled(_resized(rows.mantissa, tuple(change)), rows.exponent)
+        for (rows, _), change in zip(arrays, changes, strict=True)
+    ]
+    return resized, common
 
 
 def counted(rows: Scaled, runs: Runs, axes: Sequence[int]) -> tuple[Scaled, dict[int, Run]]:
