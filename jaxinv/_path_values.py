@@ -54,7 +54,7 @@ class Paths(Value):
     `where(x > 0, x, a * x)` is recognised. For `runs` see `_path_runs`.
     """
 
-    __slots__ = ("rows", "runs", "multiples", "floating", "_sums")
+    __slots__ = ("rows", "runs", "multiples", "floating")
 
     def __init__(
         self,
@@ -65,14 +65,11 @@ class Paths(Value):
     ):
         self.rows, self.runs = rows, runs or {}
         self.multiples, self.floating = multiples or {}, floating
-        self._sums: Scaled | None = None
 
     @property
     def sums(self) -> Scaled:
-        """The sums at all positions; `rows` are the distinct ones if there is a runs."""
-        if self._sums is None:
-            self._sums = spread(self.rows, self.runs)
-        return self._sums
+        """The sums at all positions; `rows` holds fewer where there are runs."""
+        return spread(self.rows, self.runs)
 
 
 class Sign(Value):

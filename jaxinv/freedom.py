@@ -36,10 +36,10 @@ class DegreesOfFreedom(NamedTuple):
     """
 
     parameters: Array  # int32: d
-    rank: Array  # int32
+    rank: Array  # int32; -1: not certified, or J not finite (see `evidence`)
     rescaling: Array  # int32: known rescalings that move parameters which are not dead
     dead: Array  # int32: parameters that change no output on these inputs
-    hidden: Array  # int32: what remains unexplained
+    hidden: Array  # int32: what remains unexplained; -1 where the rank is
     certain: Array  # bool
     evidence: Rank
     dead_mask: Params  # like params, bool
@@ -50,9 +50,12 @@ class DegreesOfFreedom(NamedTuple):
         if isinstance(self.rank, jax.core.Tracer) or jnp.ndim(self.rank):
             return repr(self)
         word = "certain" if self.certain else "NOT CERTAIN"
+        rank, hidden = f"{self.rank} degrees of freedom", f"{self.hidden} hidden ({word})"
+        if self.rank < 0:
+            rank, hidden = f"at most {self.evidence.upper} degrees of freedom", "unknown hidden"
         lines = [
-            f"{self.parameters} parameters = {self.rank} degrees of freedom + "
-            f"{self.rescaling} rescalings + {self.dead} dead + {self.hidden} hidden ({word})"
+            f"{self.parameters} parameters = {rank} + {self.rescaling} rescalings + "
+            f"{self.dead} dead + {hidden}"
         ]
         lines += [f"dead: {name}" for name in dead_names(self.dead_mask)]
         return "\n".join(lines)
@@ -118,7 +121,7 @@ def degrees_of_freedom(
         A `DegreesOfFreedom`.
 
     Raises:
-        InvalidInput: as for `jacobian_rank`.
+        InvalidInput: as for `jacobian_rank`; for a basis without a rank.
 
     Example:
         >>> import jax
@@ -135,11 +138,15 @@ def degrees_of_freedom(
     mask = unflatten(dead, jax.tree.map(lambda a: jnp.zeros(jnp.shape(a), bool), params))
     found = None
     if basis:
+        if evidence.rank < 0:
+            raise InvalidInput(
+                f"basis=True needs the rank, which method={method!r} did not find; use 'svd'."
+            )
         hidden_basis = partial(_hidden_basis, fn=fn, dtype=dtype, rank=int(evidence.rank))
         found = call_in(dtype, hidden_basis, params, x)
     d = jnp.asarray(dead.size, jnp.int32)
     num_dead = dead.sum(dtype=jnp.int32)
-    hidden = d - num_dead - count - evidence.rank
+    hidden = jnp.where(evidence.rank < 0, -1, d - num_dead - count - evidence.rank)
     return DegreesOfFreedom(
         d, evidence.rank, count, num_dead, hidden, evidence.certain, evidence, mask, found
     )

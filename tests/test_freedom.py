@@ -83,6 +83,18 @@ def twin(w, x):
     return relu(x @ (w["a"] + w["b"])) @ w["o"]
 
 
+def test_without_a_certified_rank_nothing_is_counted_as_hidden():
+    rng = np.random.default_rng(0)
+    w = {name: rng.normal(size=s) for name, s in {"a": (2, 3), "b": (2, 3), "o": (3, 1)}.items()}
+    x = rng.normal(size=(20, 2))
+    found = degrees_of_freedom(twin, w, x, method="certificate")
+    assert (int(found.rank), int(found.hidden), bool(found.certain)) == (-1, -1, False)
+    text = "15 parameters = at most 12 degrees of freedom + 3 rescalings + 0 dead + unknown hidden"
+    assert str(found) == text
+    with pytest.raises(InvalidInput, match="needs the rank"):
+        degrees_of_freedom(twin, w, x, method="certificate", basis=True)
+
+
 def test_hidden_directions_are_found_and_orthogonal_to_what_is_known(x64):
     rng = np.random.default_rng(0)
     w = {name: rng.normal(size=s) for name, s in {"a": (3, 4), "b": (3, 4), "o": (4, 2)}.items()}
