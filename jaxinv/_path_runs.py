@@ -28,6 +28,9 @@ class Run(NamedTuple):
     length: int
 
 
+# Lengths that are multiples of this: layers with wider and wider borders then have few shapes.
+_UNIT = 4
+
 Runs = Mapping[int, Run]  # by axis; along other axes every position has a row of its own
 
 
@@ -71,6 +74,12 @@ def _resize_axis(array: Any, axis: int, run: Run, kept: int) -> Any:
     return lax.concatenate([part for part in parts if part.shape[axis]], axis)
 
 
+def _spare(length: int, most: int) -> int:
+    """How many more positions to keep, for a round length."""
+    more = -length % _UNIT
+    return more if more <= most else 0
+
+
 def _length(array: Any, axis: int, run: Run | None) -> int:
     return array.shape[axis] + (run.length - run.kept if run else 0)
 
@@ -98,10 +107,14 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
         if kept >= run.length or min(low, high) < 0:
             changes.append((axis, run, run.length))
             continue
-        changes.append((axis, run, kept))
+        after = rows.mantissa.shape[axis] - run.start - run.kept
         first = -(-(run.start + low) // stride)
         last = (run.start + low + kept - span) // stride
-        inside = last - first + 1
+        total = (run.start + kept + after + low + high - span) // stride + 1
+        more = _spare(total, (run.length - kept) // stride)
+        kept += stride * more
+        changes.append((axis, run, kept))
+        inside = last - first + 1 + more
         out[axis] = Run(first, inside, inside + (run.length - kept) // stride)
     return Scaled(_resized(rows.mantissa, tuple(changes)), rows.exponent), out
 
@@ -121,10 +134,12 @@ def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[
         start = max(run.start if run else 0 for run in found)
         stop = min(run.start + run.length if run else 0 for run in found)
         if stop - start > 1:
-            common[axis] = Run(start, 1, stop - start)
+            whole = _length(arrays[long[0]][0].mantissa, axis, found[0])
+            kept = 1 + _spare(whole - (stop - start - 1), stop - start - 1)
+            common[axis] = Run(start, kept, stop - start)
         for i, run in zip(long, found, strict=True):
             if run:
-                left_out = common[axis].length - 1 if axis in common else 0
+                left_out = common[axis].length - common[axis].kept if axis in common else 0
                 changes[i].append((axis, run, run.length - left_out))
     resized = [
         Scaled(_resized(rows.mantissa, tuple(change)), rows.exponent)

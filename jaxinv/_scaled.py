@@ -52,7 +52,14 @@ def _common_unit(x: Any) -> Any:
     Of four, so that the square roots of what it divides still differ by powers of two exactly.
     """
     # Not the largest of abs(x): XLA's CPU backend would write abs(x) to memory first.
-    unit = _unit_of(lax.max(_largest(x), -_smallest(x)))
+    return _even_unit(lax.max(_largest(x), -_smallest(x)))
+
+
+# Functions of scalars are compiled for all shapes at once: tracing them anew for every array of a
+# network would take as long as all else.
+@jax.jit
+def _even_unit(x: Any) -> Any:
+    unit = _unit_of(x)
     odd = (_exponent_of(unit) & 1).astype(x.dtype)
     return unit * (1 - odd / 2)
 
@@ -114,6 +121,7 @@ def normalize(s: Scaled) -> Scaled:
     return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, _exponent_of(unit)))
 
 
+@jax.jit
 def _sum_once(a: Any, b: Any) -> Any:
     """a + b of int32 scalars, as a product with [1, 1], which XLA computes once.
 
@@ -195,16 +203,23 @@ def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
     """The mantissas over one common exponent, the largest among those of non-zero parts."""
     if len(parts) == 1:
         return [parts[0].mantissa], parts[0].exponent
+    tops = [_largest(abs(lax.stop_gradient(s.mantissa))) for s in parts]
+    factors, common = _alignment(tops, [s.exponent for s in parts])
+    return [_lowered(s.mantissa, f) for s, f in zip(parts, factors, strict=True)], common
+
+
+@jax.jit
+def _alignment(tops: list[Any], exponents: list[Any]) -> tuple[list[Any], Any]:
     none = jnp.int32(jnp.iinfo(jnp.int32).min // 2)
     common = none
-    for s in parts:
-        present = _largest(abs(lax.stop_gradient(s.mantissa))) > 0
-        common = lax.max(common, lax.select(present, s.exponent, none))
+    for top, exponent in zip(tops, exponents, strict=True):
+        common = lax.max(common, lax.select(top > 0, exponent, none))
     common = lax.select(common > none, common, jnp.int32(0))
     factors = [
-        _exact_power(lax.min(s.exponent - common, jnp.int32(126)), s.mantissa.dtype) for s in parts
+        _exact_power(lax.min(exponent - common, jnp.int32(126)), top.dtype)
+        for top, exponent in zip(tops, exponents, strict=True)
     ]
-    return [_lowered(s.mantissa, f) for s, f in zip(parts, factors, strict=True)], common
+    return factors, common
 
 
 @jax.custom_jvp
