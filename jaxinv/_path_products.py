@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,7 +83,8 @@ def convolution(eqn: Any, data: Any, kernel: Any) -> Any:
     if math.prod(sizes) > features and math.prod(windows) > 1:
         return None
     image = lax.transpose(data, (batch, *space, channel))[0]
-    rows = _patches(image, windows, sizes, padding, eqn.params)  # positions × taps × channels
+    grid = (eqn.params["window_strides"], eqn.params["rhs_dilation"], padding)
+    rows = _patches(image, tuple(windows), tuple(sizes), *map(tuple, grid))
     if summed[0] == in_axis:
         rows = rows.swapaxes(1, 2)
     rows = rows.reshape(rows.shape[0], -1)
@@ -95,9 +97,11 @@ def convolution(eqn: Any, data: Any, kernel: Any) -> Any:
     return lax.transpose(out, [where.index(i) for i in range(out.ndim)])
 
 
-def _patches(image: Any, windows: list, sizes: list, padding: Any, params: dict) -> Any:
+@partial(jax.jit, static_argnums=range(1, 6))  # traced once for layers of the same shape
+def _patches(
+    image: Any, windows: tuple, sizes: tuple, strides: tuple, dilation: tuple, padding: tuple
+) -> Any:
     """What the kernel meets at every position: positions × taps × channels."""
-    strides, dilation = params["window_strides"], params["rhs_dilation"]
     padded = jnp.pad(image, (*padding, (0, 0)))
     channels = image.shape[-1]
     parts = []

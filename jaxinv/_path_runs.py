@@ -74,10 +74,10 @@ def _resize_axis(array: Any, axis: int, run: Run, kept: int) -> Any:
     return lax.concatenate([part for part in parts if part.shape[axis]], axis)
 
 
-def _spare(length: int, most: int) -> int:
-    """How many more positions to keep, for a round length."""
+def _spare(length: int, whole: int) -> int:
+    """How many more positions to keep, for a round length; of short axes none."""
     more = -length % _UNIT
-    return more if more <= most else 0
+    return more if length + more <= whole and whole > 4 * _UNIT else 0
 
 
 def _length(array: Any, axis: int, run: Run | None) -> int:
@@ -111,7 +111,7 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
         first = -(-(run.start + low) // stride)
         last = (run.start + low + kept - span) // stride
         total = (run.start + kept + after + low + high - span) // stride + 1
-        more = _spare(total, (run.length - kept) // stride)
+        more = _spare(total, total + (run.length - kept) // stride)
         kept += stride * more
         changes.append((axis, run, kept))
         inside = last - first + 1 + more
@@ -135,7 +135,7 @@ def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[
         stop = min(run.start + run.length if run else 0 for run in found)
         if stop - start > 1:
             whole = _length(arrays[long[0]][0].mantissa, axis, found[0])
-            kept = 1 + _spare(whole - (stop - start - 1), stop - start - 1)
+            kept = 1 + _spare(whole - (stop - start - 1), whole)
             common[axis] = Run(start, kept, stop - start)
         for i, run in zip(long, found, strict=True):
             if run:
