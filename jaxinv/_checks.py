@@ -289,7 +289,7 @@ def real(name: str, value: Any, accept: Callable[[float], bool], expected: str) 
 
 def integer(name: str, value: Any, least: int, also: str = "") -> int:
     """An option as an int; `InvalidInput` unless it is a fixed integer >= least."""
-    found = _number(value)
+    found = None if isinstance(value, bool) else _number(value)
     if found is None or not math.isfinite(found) or int(found) != found or found < least:
         raise InvalidInput(f"{name} must be {also}a fixed integer >= {least}, not {value!r}.")
     return int(value)

@@ -66,6 +66,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit_and_can_be_lengthened(whole, tmp
     same(jax.tree.map(lambda a: a[:, :40], longer[:4]), samples[:4])
 
 
+def test_chains_share_what_they_adapted(whole):
+    step = np.asarray(whole[0].step_size)
+    assert step.shape == (4,) and (step == step[0]).all() and 0.1 < step[0] < 10
+
+
 def test_damaged_and_foreign_checkpoints_are_refused_by_name(whole, tmp_path):
     _, directory = whole
     for name in files_of(directory):
