@@ -213,16 +213,17 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def invariance_table() -> str:
     """Which optimizer is invariant, from the measured errors."""
-    errors = json.loads((RESULTS / "invariance-mnist" / "results.json").read_text())["errors"]
+    measured = json.loads((RESULTS / "invariance-mnist" / "results.json").read_text())
     rows = ["| optimizer | rescaling | general reparametrisation |", "|---|---|---|"]
-    for name, found in errors.items():
-        cells = [_verdict(found[kind]) for kind in ("rescaling", "general")]
+    for name, found in measured["studies"].items():
+        verdicts = measured["verdicts"][name]
+        cells = [_cell(found[kind], verdicts[kind]) for kind in ("rescaling", "general")]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    mark = "**yes**" if found["verdict"] == "invariant to rounding" else "no"
+def _cell(found: dict[str, float], verdict: str) -> str:
+    mark = "**yes**" if verdict == "invariant to rounding" else "no"
     return f"{mark}, {found['trajectory']:.1e}"
 
 
