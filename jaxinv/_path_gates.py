@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxinv import _scaled
 from jaxinv._jaxpr import Equation, Opaque, Value, is_concrete, rule_table
-from jaxinv._path_linear import assemble, summed, summed_in_windows
+from jaxinv._path_linear import accumulated, assemble, scattered, summed, summed_in_windows
 from jaxinv._path_values import (
     HOMOGENEITY,
     REMEDY,
@@ -159,24 +159,18 @@ def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
 # --- pooling by maximum: any element of the window may be the active path -------------
 
 
-@rule("reduce_max", "reduce_min")
-def _reduce_max(domain: Any, eqn: Equation, value: Any) -> Any:
-    return summed(eqn, value) if isinstance(value, Paths) else domain.default(eqn, value)
+def _as_sum(function: Callable, primitive: Any) -> Callable:
+    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
+        if not isinstance(value, Paths):
+            return domain.default(eqn, value)
+        return function(eqn._replace(primitive=primitive), value)
+
+    return apply
 
 
-@rule("reduce_window_max", "reduce_window_min")
-def _reduce_window_max(domain: Any, eqn: Equation, value: Any) -> Any:
-    if not isinstance(value, Paths):
-        return domain.default(eqn, value)
-    return summed_in_windows(eqn._replace(primitive=lax.reduce_window_sum_p), value)
-
-
-@rule("cummax", "cummin")
-def _cummax(domain: Any, eqn: Equation, value: Any) -> Any:
-    if not isinstance(value, Paths):
-        return domain.default(eqn, value)
-    sums = Scaled(lax.cumsum_p.bind(value.sums.mantissa, **eqn.params), value.sums.exponent)
-    return Paths(_scaled.normalize(sums))
+rule("reduce_max", "reduce_min")(_as_sum(summed, lax.reduce_sum_p))
+rule("reduce_window_max", "reduce_window_min")(_as_sum(summed_in_windows, lax.reduce_window_sum_p))
+rule("cummax", "cummin")(_as_sum(accumulated, lax.cumsum_p))
 
 
 @rule("scatter_max", "scatter_min")
@@ -195,10 +189,8 @@ def _scatter_extremum(domain: Any, eqn: Equation, target: Any, index: Any, updat
         else:
             raise _threshold(eqn)
     (into, arriving), exponent = _scaled.align(parts)
-    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
-    options = {name: eqn.params[name] for name in names}
-    sums = Scaled(lax.scatter_add(into, index, arriving, **options), exponent)
-    return Paths(_scaled.normalize(sums))
+    sums = scattered(lax.scatter_add, eqn, [into, index, arriving])
+    return Paths(_scaled.normalize(Scaled(sums, exponent)))
 
 
 @rule("sort")

@@ -147,16 +147,22 @@ def summed(eqn: Equation, value: Paths) -> Paths:
 def summed_in_windows(eqn: Equation, value: Paths) -> Paths:
     """The sum over every window of `eqn`."""
     names = ("window_dimensions", "window_strides", "window_dilation", "padding")
-    windows = dict(enumerate(zip(*(eqn.params[name] for name in names), strict=True)))
-    if set(eqn.params["base_dilation"]) != {1}:
-        return Paths(_scaled.normalize(_sums_like(eqn, value.sums)))
-    rows, runs = _path_runs.sliding(value.rows, value.runs, windows)
+    windows = enumerate(zip(*(eqn.params[name] for name in names), strict=True))
+    dilation = eqn.params["base_dilation"]
+    rows, runs = _path_runs.sliding(
+        value.rows, value.runs, {axis: w for axis, w in windows if dilation[axis] == 1}
+    )
     return Paths(_scaled.normalize(_sums_like(eqn, rows)), runs=runs)
+
+
+def accumulated(eqn: Equation, value: Paths) -> Paths:
+    """The running sum of `eqn`."""
+    return Paths(_scaled.normalize(_sums_like(eqn, value.sums)))
 
 
 rule("reduce_sum")(_linear(summed))
 rule("reduce_window_sum")(_linear(summed_in_windows))
-rule("cumsum")(_linear(lambda eqn, value: Paths(_scaled.normalize(_sums_like(eqn, value.sums)))))
+rule("cumsum")(_linear(accumulated))
 
 
 def assemble(positions: Callable[[int], Sequence[int]]) -> Callable:
@@ -192,9 +198,13 @@ def _bind_arrays(eqn: Equation, arrays: list[Any]) -> Any:
     """Bind an assembling operation; scatters carry a jaxpr typed for the original dtype."""
     if not eqn.name.startswith("scatter"):
         return eqn.bind(*arrays)
-    apply = lax.scatter_add if eqn.name == "scatter-add" else lax.scatter
+    return scattered(lax.scatter_add if eqn.name == "scatter-add" else lax.scatter, eqn, arrays)
+
+
+def scattered(scatter: Callable, eqn: Equation, arrays: Sequence[Any]) -> Any:
+    """`scatter` to the places of another scatter."""
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
-    return apply(*arrays, **{name: eqn.params[name] for name in names})
+    return scatter(*arrays, **{name: eqn.params[name] for name in names})
 
 
 rule("concatenate", "stack")(assemble(range))
@@ -264,12 +274,9 @@ def _convolution(domain: Any, eqn: Equation, value: Paths, kernel: Any) -> Paths
         *(eqn.params[name] for name in names),
         strict=True,
     ):
-        if dilation == 1 and axis in value.runs:
+        if dilation == 1:
             windows[axis], to[axis] = (size, *window), out_axis
-    whole = {axis: run for axis, run in value.runs.items() if axis not in windows}
-    rows, runs = _path_runs.sliding(
-        _path_runs.spread(value.rows, whole), {a: value.runs[a] for a in windows}, windows
-    )
+    rows, runs = _path_runs.sliding(value.rows, value.runs, windows)
     runs = {to[axis]: run for axis, run in runs.items()}
     shape = list(out.shape)
     for axis, run in runs.items():

@@ -28,10 +28,10 @@ class Run(NamedTuple):
     length: int
 
 
+Runs = Mapping[int, Run]  # by axis; along other axes every position has a row of its own
+
 # Lengths that are multiples of this: layers with wider and wider borders then have few shapes.
 _UNIT = 4
-
-Runs = Mapping[int, Run]  # by axis; along other axes every position has a row of its own
 
 
 def ones(shape: Sequence[int], dtype: Any) -> tuple[Scaled, Runs]:
@@ -89,17 +89,21 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
 
     Args:
         rows, runs: an array.
-        windows: axis -> (size, stride, dilation, (padding before, after)).
+        windows: axis -> (size, stride, dilation, (padding before, after)). Along other axes the
+            array becomes whole.
 
     Returns:
         The array, and the runs of what the windows make of it.
     """
-    changes, out = [], dict(runs)
-    for axis, (size, stride, dilation, (low, high)) in windows.items():
-        run = runs.get(axis)
-        if run is None or (size, stride, low, high) == (1, 1, 0, 0):
+    changes, out = [], {}
+    for axis, run in runs.items():
+        if axis not in windows:
+            changes.append((axis, run, run.length))
             continue
-        del out[axis]
+        size, stride, dilation, (low, high) = windows[axis]
+        if (size, stride, low, high) == (1, 1, 0, 0):
+            out[axis] = run
+            continue
         span = (size - 1) * dilation + 1
         # Enough for one window inside, wherever it starts; whole strides are left out.
         least = span + stride - 1
