@@ -18,7 +18,8 @@ import numpy as np
 from _measure import RESULTS, interleaved_seconds, median_and_spread, publish, spelled
 
 from jaxinv import jacobian_rank, networks
-from jaxinv.experiments.report import Table, environment, require
+from jaxinv._extras import require
+from jaxinv.experiments.report import Table, environment
 from jaxinv.paths import path_kappa
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxinv
+from jaxinv._extras import require
 from jaxinv.errors import JaxinvError
 from jaxinv.experiments import EXPERIMENTS
 
@@ -127,8 +128,8 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     from jaxinv.experiments import files, options, report, resuming
 
     # What the end needs is looked for at the beginning, not after minutes of training.
-    report.require("matplotlib", "cli")
-    rich_progress = report.require("rich.progress", "cli")
+    require("matplotlib", "cli")
+    rich_progress = require("rich.progress", "cli")
     module: Any = importlib.import_module(EXPERIMENTS[arguments.experiment].module)
     config = options.from_arguments(module.Config, arguments)
     figure = config.out / module.FIGURE

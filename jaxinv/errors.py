@@ -31,7 +31,7 @@ class MissingExtra(JaxinvError, ImportError):
 
     Example:
         >>> from jaxinv.errors import MissingExtra
-        >>> from jaxinv.experiments.report import require
+        >>> from jaxinv._extras import require
         >>> try:
         ...     require("no_such_library", "cli")
         ... except MissingExtra as error:

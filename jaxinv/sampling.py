@@ -9,7 +9,6 @@ one can be lengthened.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,8 @@ import numpy as np
 
 from jaxinv import _checkpoint
 from jaxinv._checks import check_params, integer, real
-from jaxinv.errors import InvalidInput, MissingExtra
+from jaxinv._extras import require
+from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Params, PyTree
 
 LogDensity = Callable[[Params], Array]
@@ -67,15 +67,10 @@ class Diagnostics(NamedTuple):
 
 
 def _library(name: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            # arviz announces its next major version at import.
-            warnings.simplefilter("ignore", FutureWarning)
-            return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"this needs {name}, which is not installed; run: pip install 'jaxinv[bayes]'"
-        ) from error
+    with warnings.catch_warnings():
+        # arviz announces its next major version at import.
+        warnings.simplefilter("ignore", FutureWarning)
+        return require(name, "bayes")
 
 
 def dispersed_starts(

@@ -35,7 +35,7 @@ LEVELS = [
     {"_checkpoint", "_determinants", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
     {"rlct"},
-    {"_checks"},
+    {"_checks", "_extras"},
     {"errors", "typing"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

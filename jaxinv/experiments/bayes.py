@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._extras import require
 from jaxinv.bayes import (
     gaussian_log_prior,
     jeffreys_log_prior,
@@ -26,7 +27,7 @@ from jaxinv.bayes import (
 )
 from jaxinv.experiments import resuming
 from jaxinv.experiments.options import option, out_option, positive_float, positive_int
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Cells, Store
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.reparam import weight_normalize

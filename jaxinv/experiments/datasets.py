@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxinv._extras import require
 from jaxinv.errors import JaxinvError
-from jaxinv.experiments.report import require
 
 FILES = {
     "x_train": "train-images-idx3-ubyte.gz",

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._checks import leaf_names
+from jaxinv._extras import require
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import data_option, hidden_option, option, out_option, positive_int
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Store, Thunks
 from jaxinv.freedom import dead_names, degrees_of_freedom
 from jaxinv.networks import init_mlp, mlp

@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._extras import require
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.ensembles import draw, first, parts, ranks
 from jaxinv.experiments.options import data_option, option, out_option, positive_float, positive_int
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
 from jaxinv.networks import mlp
 from jaxinv.typing import Params

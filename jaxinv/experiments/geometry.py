@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._extras import require
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets
 from jaxinv.experiments.options import data_option, hidden_option, option, out_option, positive_int
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Cells, Store
 from jaxinv.experiments.starts import STARTS, unbalance
 from jaxinv.natural import natural_gradient

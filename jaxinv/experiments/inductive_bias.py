@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._extras import require
 from jaxinv.capacity import (
     fisher_rao_norm,
     log_group_norm,
@@ -38,7 +39,7 @@ from jaxinv.experiments.options import (
     positive_int,
     probability,
 )
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Cells, Store
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.paths import log_path_norm

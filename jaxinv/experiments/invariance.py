@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._extras import require
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import (
@@ -34,7 +35,7 @@ from jaxinv.experiments.options import (
     positive_float,
     positive_int,
 )
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Store
 from jaxinv.invariance import by_rescaling, equivariance_error
 from jaxinv.networks import init_mlp, mlp

@@ -29,9 +29,10 @@ import numpy as np
 import optax
 
 from jaxinv import rlct
+from jaxinv._extras import require
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import option, out_option, positive_int
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
 from jaxinv.learning_coefficient import (
     LocalLearningCoefficient,

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._extras import require
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import (
@@ -33,7 +34,7 @@ from jaxinv.experiments.options import (
     positive_float,
     positive_int,
 )
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Store, Thunks
 from jaxinv.gauges import normalize
 from jaxinv.invariance import function_invariance_error

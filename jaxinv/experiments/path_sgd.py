@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._extras import require
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets
 from jaxinv.experiments.options import (
@@ -33,7 +34,7 @@ from jaxinv.experiments.options import (
     positive_int,
     probability,
 )
-from jaxinv.experiments.report import Progress, Table, require
+from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Store
 from jaxinv.experiments.starts import STARTS, Params, unbalance
 from jaxinv.networks import init_mlp, mlp

@@ -1,6 +1,5 @@
 """What every experiment and benchmark reports: where it ran, and a table."""
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -11,38 +10,10 @@ from typing import Any, NamedTuple
 import jax
 
 import jaxinv
-from jaxinv.errors import MissingExtra
+from jaxinv._extras import require
 
 # Called with the fraction done (0 to 1) and what is being done.
 Progress = Callable[[float, str], None]
-
-
-def require(library: str, extra: str) -> Any:
-    """Import ``library``, or say which extra brings it.
-
-    Args:
-        library: name of the module.
-        extra: the extra of jaxinv that installs it.
-
-    Returns:
-        the module.
-
-    Raises:
-        MissingExtra: if the module is not installed.
-
-    >>> require("math", "cli").sqrt(4.0)
-    2.0
-    >>> require("no_such_library", "cli")
-    Traceback (most recent call last):
-    ...
-    jaxinv.errors.MissingExtra: this needs no_such_library, which is not installed; run: pip install 'jaxinv[cli]'
-    """  # noqa: E501 (a doctest cannot break the message)
-    try:
-        return importlib.import_module(library)
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"this needs {library}, which is not installed; run: pip install 'jaxinv[{extra}]'"
-        ) from error
 
 
 class Table(NamedTuple):

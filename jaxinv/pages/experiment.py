@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jaxinv._extras import require
 from jaxinv.errors import InvalidInput
 from jaxinv.experiments import EXPERIMENTS, files, report, resuming
 from jaxinv.pages.html import render
@@ -50,7 +51,7 @@ def experiment_page(path: Path) -> str:
         ...
         jaxinv.experiments.files.DamagedFile: ...: has no checksum, ...
     """
-    report.require("matplotlib", "cli")
+    require("matplotlib", "cli")
     path = path / "results.json" if path.is_dir() else path
     remedy = "run the experiment again"
     content = files.read_json(path, remedy)
