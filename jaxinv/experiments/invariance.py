@@ -230,14 +230,28 @@ def _measure(
     return Errors(*map(float, last))._asdict()
 
 
-def verdict(errors: Errors, kind: str) -> str:
-    """Read the verdict off the numbers.
+def decisive(errors: Errors, kind: str) -> float:
+    """Choose the error that tells whether an optimizer is invariant.
 
     A rescaling is linear in θ, so an invariant algorithm stays on both
     trajectories; under a curved reparametrisation steps agree to first order
     only, hence the first step decides. An error of exactly 0 is that of an
     optimizer which does not move in its first step, such as rprop, and says
     nothing: then the trajectory decides there too.
+
+    >>> decisive(Errors(1e-15, 0.5, 0.1), "rescaling")
+    0.5
+    >>> decisive(Errors(1e-15, 0.5, 0.1), "general")
+    1e-15
+    """
+    if kind == "rescaling" or errors.first_step == 0:
+        # Unlike max, NaN (a run that diverged) counts as the largest.
+        return float(np.max([errors.first_step, errors.trajectory]))
+    return errors.first_step
+
+
+def verdict(errors: Errors, kind: str) -> str:
+    """Read the verdict off the numbers.
 
     >>> verdict(Errors(1e-15, 1e-14, 1e-14), "rescaling")
     'invariant to rounding'
@@ -246,11 +260,7 @@ def verdict(errors: Errors, kind: str) -> str:
     >>> verdict(Errors(0.0, 0.2, 0.2), "general")
     'not invariant'
     """
-    largest = errors.first_step
-    if kind == "rescaling" or errors.first_step == 0:
-        # Unlike max, NaN (a run that diverged) counts as the largest.
-        largest = float(np.max([errors.first_step, errors.trajectory]))
-    return "invariant to rounding" if largest <= ROUNDING else "not invariant"
+    return "invariant to rounding" if decisive(errors, kind) <= ROUNDING else "not invariant"
 
 
 def table(result: Result) -> Table:
@@ -294,15 +304,17 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw the error of the first step of every optimizer, on a logarithmic axis."""
+    """Draw the error that decides about every optimizer, on a logarithmic axis."""
     figure_module = require("matplotlib.figure", "cli")
     names = list(result.errors)
     figure = figure_module.Figure(figsize=(8, 1.5 + 0.27 * len(names)), layout="constrained")
     axes = figure.subplots()
     place = np.arange(len(names))
-    smallest = np.finfo(np.float64).eps / 100  # where exact zeros are drawn
+    # Where exact zeros are drawn, and what diverged.
+    smallest, largest = np.finfo(np.float64).eps / 100, 2.0
     for i, kind in enumerate(REPARAMETRIZATIONS):
-        values = [max(result.errors[name][kind].first_step, smallest) for name in names]
+        errors = [decisive(result.errors[name][kind], kind) for name in names]
+        values = np.clip(np.nan_to_num(errors, nan=np.inf), smallest, largest)
         width = np.log10(values) - np.log10(smallest)
         axes.barh(place + 0.4 * i - 0.2, width, 0.38, label=kind, color=f"C{i}")
     ticks = np.arange(-18, 1, 3)
@@ -311,8 +323,9 @@ def plot(result: Result, path: Path) -> None:
     axes.set_yticks(place, names)
     axes.invert_yaxis()
     axes.set(
-        xlim=(0, np.log10(2 / smallest)),
-        xlabel="relative equivariance error of the first step; left of the line: rounding",
+        xlim=(0, np.log10(largest / smallest)),
+        xlabel=f"relative equivariance error (rescaling: after {result.config.steps} steps, "
+        "general: after one);\nleft of the line: rounding",
         title=f"{result.dataset}, {result.dim} rescalings",
     )
     axes.grid(axis="x", alpha=0.3)
