@@ -38,7 +38,7 @@ from jaxinv.typing import Network, Params
 FIGURE = "predictive.png"
 PRIORS = {"jeffreys": "Jeffreys", "gaussian": "Gaussian"}
 PARAMETRIZATIONS = {"plain": "plain", "normalised": "weight-normalised"}
-_ANGLES = 8  # test inputs, on the unit circle
+_ANGLES = 16  # test inputs, on the unit circle
 # Along the orbits nothing is learnt, so the chains are kept from walking there far.
 _ORBIT_SCALE = 0.2
 # Jumps of the Fisher information are not crossed better in smaller steps; narrow places are.

@@ -16,10 +16,10 @@ def cells(shift):
     """Two posteriors whose predictive means differ by a shift."""
     return {
         kind: {
-            "mean": [1.0 + shift * i] * 8,
-            "standard_error": [0.03 + 0.01 * i] * 8,
-            "r_hat": [1.001] * 8,
-            "ess": [1000.0 * (i + 1)] * 8,
+            "mean": [1.0 + shift * i] * 16,
+            "standard_error": [0.03 + 0.01 * i] * 16,
+            "r_hat": [1.001] * 16,
+            "ess": [1000.0 * (i + 1)] * 16,
             "log_density": {"r_hat": 1.004, "ess": 500.0},
             "divergences": 3,
         }
@@ -33,7 +33,7 @@ RESULT = bayes.Result(Config(), {"jeffreys": cells(0.05), "gaussian": cells(-0.5
 def test_differences_are_in_standard_errors():
     np.testing.assert_allclose(difference(cells(0.05)).z, 1.0)
     np.testing.assert_allclose(difference(cells(-0.5)).z, -10.0)
-    assert bayes.record(RESULT)["differences"]["gaussian"]["z"].shape == (8,)
+    assert bayes.record(RESULT)["differences"]["gaussian"]["z"].shape == (16,)
 
 
 def test_the_table_shows_the_worst_of_every_posterior():
