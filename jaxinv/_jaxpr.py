@@ -113,7 +113,7 @@ _IDENTITIES = {
 _IDENTITY_NAMES = {"stop_gradient", "copy_p", "name", "pvary", "pcast"}
 
 
-def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """(open jaxpr, consts) of a Jaxpr or a ClosedJaxpr; newer jax merges the two."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
@@ -246,22 +246,25 @@ class Trace(NamedTuple):
     output_tree: Any
 
 
-def trace(fn: Callable, params: Any, x: Any) -> Trace:
-    """Trace `fn(params, x)` once, from shapes alone."""
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), params)
-    remedy = (
-        "fn cannot be traced on a batch of one. It must accept any batch size (reshape with -1 or "
-        "x.shape[0] in place of a fixed batch size) and fit these params."
-    )
-    with calling("fn(params, x)", shapes, x, remedy=remedy):
-        closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, x)
+def trace(fn: Callable, params: Any, x: Any, *, remedy: str = "") -> Trace:
+    """Trace `fn(params, x)` from shapes alone.
+
+    jax gives an older trace of a function that it has seen before: pass one that is new.
+    """
+
+    def shape(a: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a))
+
+    shapes, inputs = jax.tree.map(shape, params), jax.tree.map(shape, x)
+    with calling("fn(params, x)", shapes, inputs, remedy=remedy):
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, inputs)
     names = leaf_names(params, "params")
     return Trace(closed, len(names), names, jax.tree.structure(out))
 
 
 def output_equation(traced: Trace) -> Equation:
     """A stand-in for "being returned", so that a refusal at an output has something to name."""
-    jaxpr, _ = _open(traced.jaxpr)
+    jaxpr, _ = open_jaxpr(traced.jaxpr)
     avals = tuple(v.aval for v in jaxpr.outvars)
     raw = jaxpr.eqns[-1] if jaxpr.eqns else None
     return Equation(_Return, {}, avals, avals, (raw,))
@@ -278,7 +281,7 @@ class Body:
     """A jaxpr ready to be interpreted on values of a domain, as often as needed."""
 
     def __init__(self, closed: Any, domain: Domain, keys: _Keys, needed: Any = None):
-        self.jaxpr, self.consts = _open(closed)
+        self.jaxpr, self.consts = open_jaxpr(closed)
         self.domain, self.keys, self.needed = domain, keys, needed
 
     def __call__(self, *args: Any, domain: Any = None) -> list[Any]:
@@ -310,14 +313,35 @@ class _Keys:
 
 
 def interpret(
-    trace_: Trace, params: Sequence[Value], inputs: Sequence[Value], domain: Domain
+    trace_: Trace,
+    params: Sequence[Value],
+    inputs: Sequence[Value],
+    domain: Domain,
+    *,
+    constant: Callable[[Any], Any] = lambda value: value,
 ) -> list[Any]:
-    """Values of the outputs (flat) when the leaves of params and x have the given values."""
+    """Values of the outputs (flat) when the leaves of params and x have the given values.
+
+    `constant` gives what an array that `fn` closes over stands for; by default itself.
+    """
     keys = _Keys()
     for value in (*params, *inputs):
         value.key = next(keys.fresh)
-    jaxpr, consts = _open(trace_.jaxpr)
-    return _walk(jaxpr, consts, (*params, *inputs), domain, keys)
+    jaxpr, consts = open_jaxpr(trace_.jaxpr)
+    return _walk(jaxpr, [constant(c) for c in consts], (*params, *inputs), domain, keys)
+
+
+def all_lengths(closed: Any) -> set[int]:
+    """Every length of an axis in a program, those of the functions that it calls included."""
+    jaxpr, consts = open_jaxpr(closed)
+    shapes = [jnp.shape(c) for c in consts]
+    shapes += [getattr(v.aval, "shape", ()) for v in (*jaxpr.invars, *jaxpr.outvars)]
+    found = {n for shape in shapes for n in shape}
+    for eqn in jaxpr.eqns:
+        found |= {n for v in (*eqn.invars, *eqn.outvars) for n in getattr(v.aval, "shape", ())}
+        for inner, _, _ in sub_jaxprs(eqn, [True] * len(eqn.outvars)) or []:
+            found |= all_lengths(inner)
+    return found
 
 
 def is_concrete(value: Any) -> bool:
@@ -466,7 +490,7 @@ def scan_split(eqn: Equation) -> tuple[int, int]:
     Read off the shapes, since jax changes how it names them: an array that is scanned has one axis
     more outside the body than inside, and nothing else has.
     """
-    body, _ = _open(eqn.params["jaxpr"])
+    body, _ = open_jaxpr(eqn.params["jaxpr"])
 
     def scanned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
         return sum(len(a.shape) > len(v.aval.shape) for a, v in zip(outside, inside, strict=True))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import _checks, _jaxpr, _layer_rules, _scaled
+from jaxinv._batch import leading, traced_network
 from jaxinv._jaxpr import MAX_WHILE_TRIPS, Body, Equation, Value
 from jaxinv._layer_values import (
     THEORY,
@@ -229,19 +230,21 @@ def _row(value: Any, t: int) -> Any:
 # --- the whole ------------------------------------------------------------------------
 
 
-def prepare(fn: Network, params: Params, x: Inputs) -> tuple[Layers, Any]:
+def prepare(
+    fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0
+) -> tuple[Layers, Any]:
     """The layers of `fn` on a batch of one, and the dtype that norms are computed in."""
     _checks.check_params(params)
     dtype = _scaled.working_dtype(jax.tree.leaves(params))
-    one = _checks.abstract_batch_of_one(x)
-    traced = _jaxpr.trace(fn, params, one)
+    network = traced_network(fn, params, leading(x, batch_axis), batch_axis, whole=False)
+    traced = network.program.trace
     domain = LayerDomain()
     weights = [
         Weight(jnp.asarray(leaf), domain.fresh_ids(leaf.shape), frozenset([name]))
         for leaf, name in zip(jax.tree.leaves(params), traced.param_names, strict=True)
     ]
-    starts = [Data(Stage(-1)) for _ in jax.tree.leaves(one)]
-    outputs = _jaxpr.interpret(traced, weights, starts, domain)
+    starts = [Data(Stage(-1)) for _ in network.program.inputs]
+    outputs = network.interpret(weights, starts, domain)
     for value in outputs:
         if isinstance(value, Weight):  # a parameter that is returned is an output unit's bias
             domain.units_of_weight(value)

@@ -47,7 +47,7 @@ from jaxinv._precision import as_dtype, call_in
 from jaxinv._units import units_of
 from jaxinv.errors import InvalidInput
 from jaxinv.fisher import Likelihood, root_product, whitened
-from jaxinv.jacobians import flatten, shapes_of, unflatten
+from jaxinv.jacobians import flatten, problem_of, unflatten
 from jaxinv.rescaling import RescalingGroup, checked_leaves, rescale, tangent_vectors
 from jaxinv.typing import Array, Inputs, Network, Outputs, Params, PyTree
 
@@ -177,7 +177,7 @@ def jeffreys_log_prior(
 
     def value(params: Params, x: Inputs) -> Array:
         w = flatten(params, dtype)
-        shapes, dim = shapes_of(fn, params, x), 0 if group is None else group.dim
+        shapes, dim = problem_of(fn, params, x), 0 if group is None else group.dim
         if shapes.rows < shapes.parameters - dim:
             raise InvalidInput(
                 f"{shapes.examples} inputs with {shapes.outputs} outputs each leave the Fisher "
@@ -258,7 +258,7 @@ def _in_dtype(
 
 def _information(fn: Network, params: Params, x: Inputs, likelihood: str, chunk: int) -> Array:
     """F, differentiable: `jaxinv.fisher` holds the root of Λ fixed, here it moves with params."""
-    shapes = shapes_of(fn, params, x)
+    shapes = problem_of(fn, params, x)
     dtype, d = shapes.dtype, shapes.parameters
     w = flatten(params, dtype)
 

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinv import _checks, _examples, _jaxpr, _scaled
+from jaxinv import _checks, _jaxpr, _scaled
+from jaxinv._batch import TracedNetwork, leading, traced_network
 from jaxinv._data_domain import Data, DataDomain, MixingDomain
 from jaxinv._path_domain import PathDomain
 from jaxinv._path_values import Paths, Weight, as_paths
@@ -41,19 +42,19 @@ from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 class Problem(NamedTuple):
     """A network traced for one example, its weights, and the examples."""
 
-    trace: _jaxpr.Trace
+    network: TracedNetwork
     leaves: list[Any]
     inputs: list[Any]  # (n, 1, ...): the axis of one is the batch of the trace
     dtype: Any
 
 
-def prepare(fn: Network, params: Params, x: Inputs) -> Problem:
+def prepare(fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0) -> Problem:
     """Check the arguments and trace; half precision is computed in float32."""
     _checks.check_params(params)
     dtype = _scaled.working_dtype(jax.tree.leaves(params))
     params = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), params)
+    x = leading(x, batch_axis)
     _checks.check_inputs(x, values=True, finite=True)
-    one = _checks.abstract_batch_of_one(x)
     sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(x)}
     if len(sizes) > 1:
         raise InvalidInput(f"the leaves of x have different batch sizes, {sorted(sizes)}.")
@@ -64,17 +65,16 @@ def prepare(fn: Network, params: Params, x: Inputs) -> Problem:
 
     inputs = [widened(jnp.asarray(leaf)) for leaf in jax.tree.leaves(x)]
     shapes = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in inputs]
-    one = jax.tree.unflatten(jax.tree.structure(one), shapes)
-    trace = _jaxpr.trace(fn, params, one)
-    _examples.check_examples_apart(fn, params, one)
-    return Problem(trace, jax.tree.leaves(params), inputs, dtype)
+    one = jax.tree.unflatten(jax.tree.structure(x), shapes)
+    network = traced_network(fn, params, one, batch_axis, whole=False)
+    return Problem(network, jax.tree.leaves(params), inputs, dtype)
 
 
 def interpret(
     problem: Problem, leaves: list[Any], lengths: list[Scaled], domain: DataDomain
 ) -> list[Any]:
     """Values of the outputs; every input element has γ² = 1."""
-    names = problem.trace.param_names
+    names = problem.network.program.trace.param_names
     weights = [
         Weight(w, length, frozenset([name]))
         for w, length, name in zip(leaves, lengths, names, strict=True)
@@ -83,7 +83,7 @@ def interpret(
         Data(Paths(_ones(a, problem.dtype), floating=jnp.issubdtype(a.dtype, jnp.floating)), a)
         for a in problem.inputs
     ]
-    return _jaxpr.interpret(problem.trace, weights, starts, domain)
+    return problem.network.interpret(weights, starts, domain)
 
 
 def _ones(array: Any, dtype: Any) -> Scaled:
@@ -117,7 +117,7 @@ def _mixed(
     domain = MixingDomain(path, alpha, centered, offsets)
     if not outputs or not all(isinstance(v, Data) and v.open for v in outputs):
         outputs = interpret(problem, leaves, lengths, domain)
-    last = _jaxpr.output_equation(problem.trace)
+    last = _jaxpr.output_equation(problem.network.program.trace)
     seen = [domain.seen(v) if isinstance(v, Data) else v for v in outputs]
     sums = [as_paths(path, last, v).sums for v in seen]
     full = [

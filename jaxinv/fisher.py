@@ -33,7 +33,7 @@ from jaxinv.jacobians import (
     fold_rows,
     jacobian,
     jacobian_gram,
-    shapes_of,
+    problem_of,
     unflatten,
 )
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
@@ -168,7 +168,7 @@ def fisher_product(
 def _operator(
     fn: Network, params: Params, x: Inputs, likelihood: Likelihood
 ) -> Callable[[PyTree], PyTree]:
-    examples = shapes_of(fn, params, x).examples
+    examples = problem_of(fn, params, x).examples
     z, pull = jax.vjp(lambda w: whitened(fn, likelihood)(w, x), params)
     # The transpose of reverse mode, not forward mode: a custom_vjp has none.
     push = jax.linear_transpose(lambda c: pull(c)[0], z)
@@ -340,7 +340,7 @@ def _exact(
     dtype: Any,
 ) -> NaturalGradient:
     net = whitened(fn, likelihood)
-    shapes = shapes_of(net, params, x)
+    shapes = problem_of(net, params, x)
     d = shapes.parameters
     if shapes.rows > d:
         # R with RᵀR = ZᵀZ has the singular values and right vectors of Z, and d rows.

@@ -17,7 +17,7 @@ from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_na
 from jaxinv._precision import call_in
 from jaxinv._rank_evidence import column_sizes, known_ambiguities
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians import jacobian, shapes_of, unflatten
+from jaxinv.jacobians import jacobian, problem_of, unflatten
 from jaxinv.ranks import Method, Rank, jacobian_rank
 from jaxinv.typing import Array, Inputs, Network, Params
 
@@ -104,6 +104,7 @@ def degrees_of_freedom(
     dtype: Any = np.float64,
     chunk: int | None = None,
     basis: bool = False,
+    batch_axis: int | None = 0,
 ) -> DegreesOfFreedom:
     """Split the number of parameters: d = rank + rescaling + dead + hidden.
 
@@ -131,9 +132,15 @@ def degrees_of_freedom(
         >>> print(degrees_of_freedom(networks.mlp, w, x))
         26 parameters = 22 degrees of freedom + 4 rescalings + 0 dead + 0 hidden (certain)
     """
-    evidence = jacobian_rank(fn, params, x, method=method, rtol=rtol, dtype=dtype, chunk=chunk)
+    evidence = jacobian_rank(
+        fn, params, x, method=method, rtol=rtol, dtype=dtype, chunk=chunk, batch_axis=batch_axis
+    )
     dtype = jnp.dtype(dtype)
-    split = partial(_split, fn=fn, dtype=dtype, chunk=chunk)
+
+    def split(params: Params, x: Inputs) -> tuple[Array, Array]:
+        problem = problem_of(fn, params, x, batch_axis)
+        return _split(params, problem.x, fn=problem.fn, dtype=dtype, chunk=chunk)
+
     dead, count = call_in(dtype, split, params, x)
     mask = unflatten(dead, jax.tree.map(lambda a: jnp.zeros(jnp.shape(a), bool), params))
     found = None
@@ -142,7 +149,11 @@ def degrees_of_freedom(
             raise InvalidInput(
                 f"basis=True needs the rank, which method={method!r} did not find; use 'svd'."
             )
-        hidden_basis = partial(_hidden_basis, fn=fn, dtype=dtype, rank=int(evidence.rank))
+
+        def hidden_basis(params: Params, x: Inputs) -> Array:
+            problem = problem_of(fn, params, x, batch_axis)
+            return _hidden_basis(params, problem.x, problem.fn, dtype, int(evidence.rank))
+
         found = call_in(dtype, hidden_basis, params, x)
     d = jnp.asarray(dead.size, jnp.int32)
     num_dead = dead.sum(dtype=jnp.int32)
@@ -156,7 +167,7 @@ def degrees_of_freedom(
 def _split(
     params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
 ) -> tuple[Array, Array]:
-    d = shapes_of(fn, params, x).parameters
+    d = problem_of(fn, params, x).parameters
     sizes = column_sizes(fn, params, x, d, dtype, chunk or 64)
     known = known_ambiguities(fn, params, x, sizes)
     return known.dead, known.span

@@ -4,8 +4,8 @@ J has a row per example and output element and a column per parameter, (n·out, 
 `jax.tree.leaves(params)`. `jacobian_gram` is JᵀJ and `tangent_kernel` JJᵀ; both are accumulated
 over chunks of examples. `jacobian_operator` multiplies with J and Jᵀ and stores neither.
 
-If no output depends on another example of the batch, rows are computed example by example. Networks
-for which one does (batch norm in training mode) are differentiated whole.
+Where `fn` is known to treat each example by itself, rows are computed example by example; else
+(batch norm in training mode, contrastive terms) it is differentiated whole.
 
 | | flops (a multiply-add is 2) | memory, in numbers |
 |---|---|---|
@@ -19,6 +19,7 @@ for which one does (batch norm in training mode) are differentiated whole.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,9 +28,9 @@ import numpy as np
 from jax import lax
 
 from jaxinv import _kernel_factors, _scaled
-from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names, one_of
-from jaxinv._examples import check_examples_apart
-from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv._batch import TracedNetwork, leading, traced_network
+from jaxinv._checks import check_inputs, check_params, integer, leaf_names, one_of
+from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 _EXACT = lax.Precision.HIGHEST
@@ -40,17 +41,24 @@ _SMALLEST_BLOCK = 512
 # --- the network as a map of vectors --------------------------------------------------
 
 
-class _Shapes(NamedTuple):
-    """Sizes of a problem, known before anything is computed."""
+class Problem(NamedTuple):
+    """A checked network with its inputs, and sizes that are known before anything is computed."""
 
+    fn: TracedNetwork
+    x: Inputs  # with the batch axis in front
     examples: int
     outputs: int  # per example
     parameters: int
-    apart: bool  # no output depends on another example
     dtype: Any
 
     @property
+    def apart(self) -> bool:
+        """Whether no output depends on another example."""
+        return self.fn.apart
+
+    @property
     def rows(self) -> int:
+        """Of the Jacobian."""
         return self.examples * self.outputs
 
 
@@ -75,10 +83,15 @@ def outputs_of(fn: Network, params: Params, x: Inputs, dtype: Any) -> Array:
     return jnp.concatenate([y.reshape(y.shape[0], -1).astype(dtype) for y in leaves], 1)
 
 
-def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
-    """Check the arguments and read off the sizes of the Jacobian."""
-    check_params(params)
-    check_inputs(x, values=True, finite=True)
+def problem_of(fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0) -> Problem:
+    """Check the arguments, trace `fn` as it is now, and read off the sizes of the Jacobian.
+
+    A `TracedNetwork` has been checked, and has its batch axis in front.
+    """
+    if not isinstance(fn, TracedNetwork):
+        check_params(params)
+        x = leading(x, batch_axis)
+        check_inputs(x, values=True, finite=True)
     leaves = jax.tree.leaves(x)
     sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in leaves}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
@@ -87,23 +100,18 @@ def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
             f"x must hold arrays with one common leading batch axis of length >= 1, not {shapes}."
         )
     (examples,) = sizes
-    with calling("fn(params, x)", params, x):
-        out = jax.eval_shape(fn, params, x)
-    ys = jax.tree.leaves(out)
+    network = traced_network(fn, params, x, batch_axis)
+    out = network.program.outputs
+    ys, expected = jax.tree.leaves(out), 1 if network.apart else examples
     for name, y in zip(leaf_names(out, "fn(params, x)"), ys, strict=True):
-        if y.shape[:1] != (examples,) or not jnp.issubdtype(y.dtype, jnp.floating):
+        if y.shape[:1] != (expected,) or not jnp.issubdtype(y.dtype, jnp.floating):
             raise InvalidInput(
                 f"{name} has shape {y.shape} and dtype {y.dtype}. A Jacobian needs real "
-                f"floating-point outputs with the leading batch axis of x ({examples})."
+                f"floating-point outputs with the leading batch axis of x ({expected}). If fn "
+                "takes x as one input, without a batch axis, say batch_axis=None."
             )
     if not ys:
         raise InvalidInput("fn(params, x) returns no arrays, so there is no Jacobian.")
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
-    try:
-        check_examples_apart(fn, params, one)
-        apart = all(y.shape[:1] == (1,) for y in jax.tree.leaves(jax.eval_shape(fn, params, one)))
-    except (UnsupportedOperation, InvalidInput, TypeError):
-        apart = False
     weights = jax.tree.leaves(params)
     sizes_of = {"columns": [jnp.shape(w) for w in weights], "rows": [y.shape for y in ys]}
     for what, found in sizes_of.items():
@@ -112,11 +120,12 @@ def shapes_of(fn: Network, params: Params, x: Inputs) -> _Shapes:
                 f"the Jacobian has no {what}: params has shapes {sizes_of['columns']} and fn's "
                 f"output {sizes_of['rows']}. Neither may be empty."
             )
-    return _Shapes(
+    return Problem(
+        network,
+        x,
         int(examples or 0),
         sum(int(np.prod(y.shape[1:])) for y in ys),
         sum(int(np.prod(jnp.shape(leaf))) for leaf in weights),
-        apart,
         _scaled.working_dtype([*weights, *ys]),
     )
 
@@ -128,35 +137,37 @@ def _check_chunk(chunk: int) -> None:
 # --- rows -----------------------------------------------------------------------------
 
 
-def _rows_of_one(fn: Network, params: Params, example: Inputs, dtype: Any) -> Array:
+def _rows_of_one(problem: Problem, params: Params, example: Inputs) -> Array:
     """(out, d) of one example, by reverse mode."""
-    x = jax.tree.map(lambda a: a[None], example)
-    y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, dtype)[0], params)
+    x, dtype = jax.tree.map(lambda a: a[None], example), problem.dtype
+    y, pull = jax.vjp(lambda w: outputs_of(problem.fn, w, x, dtype)[0], params)
     (rows,) = jax.vmap(pull)(jnp.eye(y.size, dtype=dtype))
     return jax.vmap(lambda row: flatten(row, dtype))(rows)
 
 
-def _rows_whole(fn: Network, params: Params, x: Inputs, shapes: _Shapes, chunk: int) -> Array:
+def _rows_whole(problem: Problem, params: Params, chunk: int) -> Array:
     """(n·out, d) of a network that mixes examples."""
-    y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, shapes.dtype).ravel(), params)
+    fn, x, dtype = problem.fn, problem.x, problem.dtype
+    y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, dtype).ravel(), params)
 
     def row(i: Array) -> Array:
         (g,) = pull(jnp.zeros_like(y).at[i].set(1))
-        return flatten(g, shapes.dtype)
+        return flatten(g, dtype)
 
-    return lax.map(row, jnp.arange(shapes.rows), batch_size=chunk)
+    return lax.map(row, jnp.arange(problem.rows), batch_size=chunk)
 
 
-def _columns(fn: Network, params: Params, x: Inputs, shapes: _Shapes, chunk: int) -> Array:
+def _columns(problem: Problem, params: Params, chunk: int) -> Array:
     """(n·out, d), by forward mode."""
+    fn, x, dtype = problem.fn, problem.x, problem.dtype
 
     def column(i: Array) -> Array:
-        one_hot = jnp.zeros(shapes.parameters, shapes.dtype).at[i].set(1)
+        one_hot = jnp.zeros(problem.parameters, dtype).at[i].set(1)
         tangent = unflatten(one_hot, params)
-        f = lambda w: outputs_of(fn, w, x, shapes.dtype).ravel()  # noqa: E731
+        f = lambda w: outputs_of(fn, w, x, dtype).ravel()  # noqa: E731
         return jax.jvp(f, (params,), (tangent,))[1]
 
-    return lax.map(column, jnp.arange(shapes.parameters), batch_size=chunk).T
+    return lax.map(column, jnp.arange(problem.parameters), batch_size=chunk).T
 
 
 def jacobian(
@@ -166,6 +177,7 @@ def jacobian(
     *,
     mode: Literal["auto", "fwd", "rev"] = "auto",
     chunk: int = 64,
+    batch_axis: int | None = 0,
 ) -> Array:
     """J = ∂fn(params, x)/∂params as one matrix.
 
@@ -176,6 +188,8 @@ def jacobian(
         mode: "fwd" is `jax.jacfwd` (a pass per parameter), "rev" `jax.jacrev` (a pass per output
             element of each example). "auto" takes reverse mode where it needs fewer passes.
         chunk: this many examples (reverse) or parameters (forward) at a time.
+        batch_axis: the axis of every input that counts examples, 0 by default; None if x is one
+            input without such an axis: rows are then ordered by output element alone.
 
     Returns:
         (n·out, d): rows ordered by example, then output element; columns as
@@ -195,14 +209,14 @@ def jacobian(
     """
     one_of("mode", mode, ("auto", "fwd", "rev"))
     _check_chunk(chunk)
-    shapes = shapes_of(fn, params, x)
-    passes = shapes.outputs if shapes.apart else shapes.rows
-    if mode == "fwd" or (mode == "auto" and passes > shapes.parameters):
-        return _columns(fn, params, x, shapes, chunk)
-    if not shapes.apart:
-        return _rows_whole(fn, params, x, shapes, chunk)
-    rows = lax.map(lambda e: _rows_of_one(fn, params, e, shapes.dtype), x, batch_size=chunk)
-    return rows.reshape(shapes.rows, shapes.parameters)
+    problem = problem_of(fn, params, x, batch_axis)
+    passes = problem.outputs if problem.apart else problem.rows
+    if mode == "fwd" or (mode == "auto" and passes > problem.parameters):
+        return _columns(problem, params, chunk)
+    if not problem.apart:
+        return _rows_whole(problem, params, chunk)
+    one = partial(_rows_of_one, problem, params)
+    return lax.map(one, problem.x, batch_size=chunk).reshape(problem.rows, problem.parameters)
 
 
 # --- products -------------------------------------------------------------------------
@@ -216,6 +230,7 @@ def fold_rows(
     add: Callable[[Any, Array], Any],
     *,
     chunk: int = 64,
+    batch_axis: int | None = 0,
 ) -> Any:
     """Fold `add(state, rows)` over the rows of J, at most chunk·out of them at a time.
 
@@ -224,6 +239,7 @@ def fold_rows(
         start: the first state, a pytree of arrays.
         add: takes the state and (k, d) rows, returns the next state.
         chunk: examples at a time.
+        batch_axis: as for `jacobian`.
 
     Returns:
         The last state.
@@ -237,20 +253,20 @@ def fold_rows(
         10.0
     """
     _check_chunk(chunk)
-    shapes = shapes_of(fn, params, x)
-    if not shapes.apart:
-        return add(start, _rows_whole(fn, params, x, shapes, chunk))
-    chunk = min(chunk, shapes.examples)
+    problem = problem_of(fn, params, x, batch_axis)
+    if not problem.apart:
+        return add(start, _rows_whole(problem, params, chunk))
+    chunk = min(chunk, problem.examples)
 
     def rows(x: Inputs) -> Array:
-        found = jax.vmap(lambda e: _rows_of_one(fn, params, e, shapes.dtype))(x)
-        return found.reshape(-1, shapes.parameters)
+        found = jax.vmap(partial(_rows_of_one, problem, params))(x)
+        return found.reshape(-1, problem.parameters)
 
-    whole = shapes.examples // chunk * chunk
-    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, chunk, *a.shape[1:]), x)
+    whole = problem.examples // chunk * chunk
+    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, chunk, *a.shape[1:]), problem.x)
     state, _ = lax.scan(lambda s, x: (add(s, rows(x)), None), start, chunks)
-    if whole < shapes.examples:
-        state = add(state, rows(jax.tree.map(lambda a: a[whole:], x)))
+    if whole < problem.examples:
+        state = add(state, rows(jax.tree.map(lambda a: a[whole:], problem.x)))
     return state
 
 
@@ -277,6 +293,7 @@ def jacobian_gram(
     chunk: int = 64,
     mesh: jax.sharding.Mesh | None = None,
     axis: str | None = None,
+    batch_axis: int | None = 0,
 ) -> Array:
     """JᵀJ, accumulated over chunks of examples; J is never held.
 
@@ -286,6 +303,7 @@ def jacobian_gram(
         mesh: devices (of one or many processes) over which the examples are spread. Each adds up
             its own rows and one `psum` adds up the devices.
         axis: the axis of the mesh that counts the examples; its first one by default.
+        batch_axis: as for `jacobian`.
 
     Returns:
         (d, d), symmetric positive semi-definite, the same on all devices.
@@ -301,16 +319,18 @@ def jacobian_gram(
          [2. 4.]]
     """
 
+    problem = problem_of(fn, params, x, batch_axis)
+    network, x = problem.fn, problem.x
+
     def gram(params: Params, x: Inputs, weights: Array | None = None) -> Array:
-        shapes = shapes_of(fn, params, x)
-        zero = jnp.zeros((shapes.parameters, shapes.parameters), shapes.dtype)
+        zero = jnp.zeros((problem.parameters, problem.parameters), problem.dtype)
         if weights is None:
-            return _mirrored(fold_rows(fn, params, x, zero, _add_lower_gram, chunk=chunk))
+            return _mirrored(fold_rows(network, params, x, zero, _add_lower_gram, chunk=chunk))
         # Examples that only fill up a device count 0.
         inside = {"x": x, "weight": weights}
 
         def weighted(w: Params, inside: dict) -> Array:
-            return inside["weight"][:, None] * outputs_of(fn, w, inside["x"], shapes.dtype)
+            return inside["weight"][:, None] * outputs_of(network, w, inside["x"], problem.dtype)
 
         return _mirrored(fold_rows(weighted, params, inside, zero, _add_lower_gram, chunk=chunk))
 
@@ -319,16 +339,15 @@ def jacobian_gram(
     axis = axis or mesh.axis_names[0]
     # Where arrays lie is left to XLA here, whatever the mesh says of its axes.
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
-    shapes = shapes_of(fn, params, x)
-    if not shapes.apart:
+    if not problem.apart:
         raise InvalidInput(
             "the outputs for one example depend on others (batch norm in training mode?), so the "
             "examples cannot be spread over devices. Call jacobian_gram without a mesh."
         )
     devices = mesh.shape[axis]
-    missing = -shapes.examples % devices
+    missing = -problem.examples % devices
     weights = jnp.concatenate(
-        [jnp.ones(shapes.examples, shapes.dtype), jnp.zeros(missing, shapes.dtype)]
+        [jnp.ones(problem.examples, problem.dtype), jnp.zeros(missing, problem.dtype)]
     )
     if missing:
         x = jax.tree.map(lambda a: jnp.concatenate([a, jnp.repeat(a[:1], missing, 0)]), x)
@@ -353,6 +372,7 @@ def tangent_kernel(
     *,
     chunk: int = 32,
     factored: bool = True,
+    batch_axis: int | None = 0,
 ) -> Array:
     """The empirical neural tangent kernel J(x) J(x2)ᵀ, by blocks of chunk × chunk examples.
 
@@ -366,6 +386,7 @@ def tangent_kernel(
         x2: further inputs like x, m of them; x itself by default.
         chunk: examples at a time on either side.
         factored: False takes the plain product for all parameters.
+        batch_axis: as for `jacobian`.
 
     Returns:
         (n·out, m·out).
@@ -387,20 +408,24 @@ def tangent_kernel(
          [11. 25.]]
     """
     _check_chunk(chunk)
-    shapes = shapes_of(fn, params, x)
-    other = x if x2 is None else x2
-    if not shapes.apart:
-        left = jacobian(fn, params, x, chunk=chunk)
-        right = left if x2 is None else jacobian(fn, params, x2, chunk=chunk)
+    problem = problem_of(fn, params, x, batch_axis)
+    network, x, dtype = problem.fn, problem.x, problem.dtype
+    if not problem.apart:
+        left = jacobian(network, params, x, chunk=chunk)
+        right = left if x2 is None else jacobian(fn, params, x2, chunk=chunk, batch_axis=batch_axis)
         return jnp.matmul(left, right.T, precision=_EXACT)
-    rows, columns = shapes.rows, shapes_of(fn, params, other).rows
+    if x2 is not None:
+        x2 = leading(x2, batch_axis)
+        check_inputs(x2, values=True, finite=True)
+    other = x if x2 is None else x2
+    rows, columns = problem.rows, problem_of(network, params, other).rows
 
     def one(w: Params, example: Inputs) -> Array:
         x = jax.tree.map(lambda a: a[None], example)
-        return outputs_of(fn, w, x, shapes.dtype)[0]
+        return outputs_of(network, w, x, dtype)[0]
 
     example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
-    factors = _kernel_factors.factors_of(one, params, example, shapes.dtype, factored)
+    factors = _kernel_factors.factors_of(one, params, example, dtype, factored)
     chunk = min(chunk, factors.most_examples)
     left, right = _in_chunks(x, chunk), _in_chunks(other, chunk)
 
@@ -445,11 +470,13 @@ class JacobianOperator(NamedTuple):
     shape: tuple[int, int]
 
 
-def jacobian_operator(fn: Network, params: Params, x: Inputs) -> JacobianOperator:
+def jacobian_operator(
+    fn: Network, params: Params, x: Inputs, *, batch_axis: int | None = 0
+) -> JacobianOperator:
     """J as a linear operator on vectors, for Lanczos, CG and other matrix-free methods.
 
     Args:
-        fn, params, x: as for `jacobian`.
+        fn, params, x, batch_axis: as for `jacobian`.
 
     Returns:
         A `JacobianOperator`. The network is linearised once; a product with J or Jᵀ costs about
@@ -467,10 +494,10 @@ def jacobian_operator(fn: Network, params: Params, x: Inputs) -> JacobianOperato
         >>> bool(jnp.allclose(J.matvec(v), jacobian(networks.mlp, w, x) @ v, rtol=1e-4))
         True
     """
-    shapes = shapes_of(fn, params, x)
+    problem = problem_of(fn, params, x, batch_axis)
 
     def f(w: Params) -> Array:
-        return outputs_of(fn, w, x, shapes.dtype).ravel()
+        return outputs_of(problem.fn, w, problem.x, problem.dtype).ravel()
 
     y, pull = jax.vjp(f, params)
     _, push = jax.linearize(f, params)
@@ -483,6 +510,6 @@ def jacobian_operator(fn: Network, params: Params, x: Inputs) -> JacobianOperato
         return push(unflatten(v, params))
 
     def rmatvec(c: Array) -> Array:
-        return flatten(pull(c)[0], shapes.dtype)
+        return flatten(pull(c)[0], problem.dtype)
 
-    return JacobianOperator(matvec, rmatvec, (shapes.rows, shapes.parameters))
+    return JacobianOperator(matvec, rmatvec, (problem.rows, problem.parameters))

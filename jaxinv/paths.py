@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinv import _checks, _examples, _jaxpr, _path_runs, _scaled
+from jaxinv import _checks, _jaxpr, _path_runs, _scaled
+from jaxinv._batch import TracedNetwork, leading, traced_network
 from jaxinv._path_domain import PathDomain
 from jaxinv._path_values import Paths, Weight, as_paths
 from jaxinv._scaled import Scaled
@@ -41,14 +42,10 @@ _HEADROOM = 40
 class _Problem(NamedTuple):
     """What one forward pass needs: the trace and the lengths |w|^p of the parameters."""
 
-    trace: _jaxpr.Trace
+    network: TracedNetwork
     leaves: list[Any]
     lengths: list[Scaled]
-    inputs: list[Any]
     dtype: Any
-    fn: Network
-    params: Params
-    one: PyTree
 
 
 def check_exponent(p: Any) -> None:
@@ -57,22 +54,29 @@ def check_exponent(p: Any) -> None:
     _checks.real("p", p, accept, "a fixed real number with 1 <= p < inf")
 
 
-def _prepare(fn: Network, params: Params, x: Inputs, p: float, sample: bool = False) -> _Problem:
+def _prepare(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    p: float,
+    batch_axis: int | None,
+    sample: bool = False,
+) -> _Problem:
     check_exponent(p)
     _checks.check_params(params)
     leaves = jax.tree.leaves(params)
     dtype = _scaled.working_dtype(leaves)
-    one = _checks.abstract_batch_of_one(x)
-    trace = _jaxpr.trace(fn, params, one)
+    network = traced_network(fn, params, leading(x, batch_axis), batch_axis, whole=False)
     lengths = [_scaled.power(jnp.asarray(a), float(p), dtype, sample=sample) for a in leaves]
-    return _Problem(trace, leaves, lengths, jax.tree.leaves(one), dtype, fn, params, one)
+    return _Problem(network, leaves, lengths, dtype)
 
 
 def _forward(
     problem: _Problem, mantissas: list[Any], p: float, edges_only: bool, streaming: bool = False
 ) -> list[Scaled]:
     """Sums over the paths into every output element, for given mantissas of the |w|^p."""
-    trace, leaves, lengths, inputs, dtype = problem[:5]
+    network, leaves, lengths, dtype = problem
+    trace = network.program.trace
     domain = PathDomain(float(p), dtype, edges_only, streaming)
     weights = [
         Weight(jnp.asarray(value), Scaled(m, length.exponent), frozenset([name]))
@@ -81,12 +85,10 @@ def _forward(
         )
     ]
     starts = []
-    for s in inputs:
+    for s in network.program.inputs:
         ones, runs = _path_runs.ones(s.shape, dtype)
         starts.append(Paths(ones, None, jnp.issubdtype(s.dtype, jnp.floating), runs))
-    outputs = _jaxpr.interpret(trace, weights, starts, domain)
-    # Last, since what the interpretation refuses it refuses more to the point.
-    _examples.check_examples_apart(problem.fn, problem.params, problem.one)
+    outputs = network.interpret(weights, starts, domain)
     last = _jaxpr.output_equation(trace)
     return [
         Scaled(jnp.broadcast_to(sums.mantissa, aval.shape), sums.exponent)
@@ -96,8 +98,10 @@ def _forward(
     ]
 
 
-def _power_of_norm(fn: Network, params: Params, x: Inputs, p: float) -> Scaled:
-    problem = _prepare(fn, params, x, p)
+def _power_of_norm(
+    fn: Network, params: Params, x: Inputs, p: float, batch_axis: int | None
+) -> Scaled:
+    problem = _prepare(fn, params, x, p, batch_axis)
     outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
     return _scaled.total(outputs)
 
@@ -110,13 +114,19 @@ class PowerOfNorm(NamedTuple):
 
 
 def power_of_norm(
-    fn: Network, params: Params, x: Inputs, p: float, *, streaming: bool = False
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    p: float,
+    *,
+    batch_axis: int | None = 0,
+    streaming: bool = False,
 ) -> PowerOfNorm:
     """γ_p^p to be differentiated, once in reverse mode or (without `streaming`) as often as needed.
 
     Derivatives are those of the mantissa, at a constant exponent.
     """
-    problem = _prepare(fn, params, x, p, sample=streaming)
+    problem = _prepare(fn, params, x, p, batch_axis, sample=streaming)
 
     def norm(mantissas: list[Any]) -> tuple[Any, Any]:
         outputs = _forward(problem, mantissas, p, edges_only=True, streaming=streaming)
@@ -127,14 +137,20 @@ def power_of_norm(
 
 
 def scaled_kappa(
-    fn: Network, params: Params, x: Inputs, p: float, *, streaming: bool = False
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    p: float,
+    *,
+    batch_axis: int | None = 0,
+    streaming: bool = False,
 ) -> list[Scaled]:
     """κ of every leaf as mantissa · 2^exponent: exact under power-of-two rescaling, no overflow.
 
     With `streaming` large dense layers are read as few times as possible, which a training loop
     needs; the result is NaN, not wrong, if the weights of one array span more than float32 can.
     """
-    norm, lengths = power_of_norm(fn, params, x, p, streaming=streaming)
+    norm, lengths = power_of_norm(fn, params, x, p, batch_axis=batch_axis, streaming=streaming)
     start = [s.mantissa for s in lengths]
     mantissa, pull_back, exponent = jax.vjp(norm, start, has_aux=True)
     seed = jnp.where(jnp.isfinite(mantissa), 2.0**_HEADROOM, jnp.nan).astype(mantissa.dtype)
@@ -143,15 +159,19 @@ def scaled_kappa(
     return [Scaled(g, shift - s.exponent) for g, s in zip(gradients, lengths, strict=True)]
 
 
-def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
+def path_norm(
+    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, batch_axis: int | None = 0
+) -> Array:
     """Path norm γ_p = (Σ_paths Π_{e∈path} |w_e|^p)^{1/p}.
 
     Args:
         fn: network `fn(params, x) -> y`, made of operations that are positively homogeneous of
             degree one along a path.
         params: pytree of float arrays.
-        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s: only shapes are used.
+        x: inputs with a batch axis, or `jax.ShapeDtypeStruct`s: only shapes are used.
         p: exponent, any real p >= 1.
+        batch_axis: the axis of every input that counts examples, 0 by default; None if x is one
+            input without such an axis (a whole graph, one sequence).
 
     Returns:
         A scalar; float64 if a parameter is, else float32 (bfloat16 and float16 parameters are
@@ -167,7 +187,8 @@ def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Arra
         never overflow. Within one array |w|^p spans the range of the dtype: in float32 a weight
         below 2^(-126/p) times the largest of its array (10^-19 times, for p = 2) counts as 0. Use
         float64 parameters where one array spans more than that.
-        `fn` must treat the examples of a batch apart; statistics over a batch are refused.
+        `fn` must treat the examples of a batch apart: whatever is not known to is refused by name
+        (statistics over the batch, positions in it, its size).
 
     References:
         Neyshabur, Tomioka, Srebro, COLT 2015 (arXiv:1503.00036), §3;
@@ -182,10 +203,12 @@ def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Arra
         >>> print(path_norm(net, w, jnp.zeros((5, 2))))  # sqrt(5·4 + 25·1)
         6.708204
     """
-    return _scaled.root(_power_of_norm(fn, params, x, p), float(p))
+    return _scaled.root(_power_of_norm(fn, params, x, p, batch_axis), float(p))
 
 
-def log_path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
+def log_path_norm(
+    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, batch_axis: int | None = 0
+) -> Array:
     """Natural logarithm of the path norm, log γ_p; finite where γ_p itself overflows.
 
     Args, errors and references as for `path_norm`. Returns a scalar, -inf if no path has weight.
@@ -203,18 +226,21 @@ def log_path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> 
         >>> print(f"{log_path_norm(deep, ws, jnp.zeros((1, 10)), p=1):.3f}")  # log 10^61
         140.458
     """
-    return _scaled.log(_power_of_norm(fn, params, x, p)) / p
+    return _scaled.log(_power_of_norm(fn, params, x, p, batch_axis)) / p
 
 
-def path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyTree:
+def path_kappa(
+    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, batch_axis: int | None = 0
+) -> PyTree:
     """Path sensitivity κ_e = ∂γ_p^p/∂|w_e|^p = Σ_{paths∋e} Π_{e'∈path∖e} |w_e'|^p of every weight.
 
     For a weight used on several edges (convolution, recurrence, tied layers) the sum over its
     edges, κ⁽¹⁾ of Neyshabur et al. 2016. Path-SGD divides the gradient by κ^{2/p}.
 
     Args:
-        fn, params, x, p: as for `path_norm`. Every parameter must be an edge: a kernel that is a
-            nonlinear function of parameters (weight normalisation) has no κ and is refused.
+        fn, params, x, p, batch_axis: as for `path_norm`. Every parameter must be an edge: a kernel
+            that is a nonlinear function of parameters (weight normalisation) has no κ and is
+            refused.
 
     Returns:
         A pytree like params, of float32 (float64 where params hold float64). 0 for a weight on no
@@ -242,11 +268,13 @@ def path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyT
         >>> kappa["in"].tolist(), kappa["out"].tolist()
         ([[4.0, 1.0], [4.0, 1.0]], [[5.0], [25.0]])
     """
-    kappas = [_scaled.value(s) for s in scaled_kappa(fn, params, x, p)]
+    kappas = [_scaled.value(s) for s in scaled_kappa(fn, params, x, p, batch_axis=batch_axis)]
     return jax.tree.unflatten(jax.tree.structure(params), kappas)
 
 
-def log_path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyTree:
+def log_path_kappa(
+    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, batch_axis: int | None = 0
+) -> PyTree:
     """Natural logarithm of κ, -inf where κ = 0; finite where κ overflows.
 
     Args, errors and references as for `path_kappa`. Returns a pytree like params.
@@ -260,11 +288,13 @@ def log_path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) ->
         >>> [f"{k.item():.3f}" for k in log_kappa]  # ± 60·log 10
         ['-138.155', '138.155']
     """
-    logs = [_scaled.log(s) for s in scaled_kappa(fn, params, x, p)]
+    logs = [_scaled.log(s) for s in scaled_kappa(fn, params, x, p, batch_axis=batch_axis)]
     return jax.tree.unflatten(jax.tree.structure(params), logs)
 
 
-def unit_path_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyTree:
+def unit_path_norms(
+    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, batch_axis: int | None = 0
+) -> PyTree:
     """Path norm of every output unit: γ_p of the network that keeps that output alone.
 
     γ_p(v) = (Σ_{paths ending in v} Π_{e∈path} |w_e|^p)^{1/p}, so Σ_v γ_p(v)^p = γ_p^p.
@@ -282,7 +312,7 @@ def unit_path_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -
         >>> unit_path_norms(lambda w, x: x @ w, w, jnp.zeros((8, 2))).tolist()
         [5.0, 1.0]
     """
-    problem = _prepare(fn, params, x, p)
+    problem = _prepare(fn, params, x, p, batch_axis)
     outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
     norms = []
     for out in outputs:
@@ -292,7 +322,7 @@ def unit_path_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -
                 "batch axis and no per-example units. Return (batch, ...) outputs."
             )
         norms.append(_scaled.root(Scaled(out.mantissa[0], out.exponent), float(p)))
-    return jax.tree.unflatten(problem.trace.output_tree, norms)
+    return jax.tree.unflatten(problem.network.program.trace.output_tree, norms)
 
 
 __all__ = [

@@ -36,7 +36,7 @@ from jaxinv.jacobians import (
     fold_rows,
     jacobian,
     jacobian_gram,
-    shapes_of,
+    problem_of,
     tangent_kernel,
 )
 from jaxinv.typing import Array, Inputs, Network, Params
@@ -141,7 +141,7 @@ def _spectrum(
     params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None
 ) -> Array:
     """min(rows, d) singular values, descending."""
-    shapes = shapes_of(fn, params, x)
+    shapes = problem_of(fn, params, x)
     if method == "tsqr":
         values = _streamed(fn, params, x, shapes.parameters, dtype, chunk or _tsqr_chunk(shapes))[
             : min(shapes.rows, shapes.parameters)
@@ -164,6 +164,7 @@ def jacobian_spectrum(
     method: Literal["svd", "tsqr", "gram"] = "svd",
     dtype: Any = np.float64,
     chunk: int | None = None,
+    batch_axis: int | None = 0,
 ) -> Array:
     """The singular values of J = ∂fn(params, x)/∂params, descending.
 
@@ -195,8 +196,8 @@ def jacobian_spectrum(
     _check_values(params, x, dtype, chunk)
 
     def spectrum(params: Params, x: Inputs) -> Array:
-        shapes_of(fn, params, x)
-        return _spectrum(params, x, fn, method, dtype, chunk)
+        problem = problem_of(fn, params, x, batch_axis)
+        return _spectrum(params, problem.x, problem.fn, method, dtype, chunk)
 
     return call_in(dtype, spectrum, params, x)
 
@@ -241,7 +242,7 @@ def _rank_by_spectrum(
     chunk: int | None,
     rtol: float | None,
 ) -> Rank:
-    shapes = shapes_of(fn, params, x)
+    shapes = problem_of(fn, params, x)
     d, small = shapes.parameters, min(shapes.rows, shapes.parameters)
     J = None
     if method == "svd":
@@ -270,7 +271,7 @@ def _rank_by_certificate(
     If JᵀJ plus a matrix of rank k is positive definite, then rank J ≥ d − k; and rank J ≤ d − k by
     theory. D does not change the rank, and conditions the matrix.
     """
-    shapes = shapes_of(fn, params, x)
+    shapes = problem_of(fn, params, x)
     d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
     # Rows for a quarter of the memory of JᵀJ: it is read and written once for each chunk.
     gram = jacobian_gram(fn, params, x, chunk=chunk or max(1, d // (4 * shapes.outputs)))
@@ -316,6 +317,7 @@ def jacobian_rank(
     rtol: float | None = None,
     dtype: Any = np.float64,
     chunk: int | None = None,
+    batch_axis: int | None = 0,
 ) -> Rank:
     """The rank of J = ∂fn(params, x)/∂params: the degrees of freedom of the function on x.
 
@@ -351,12 +353,13 @@ def jacobian_rank(
     _check_values(params, x, dtype, chunk)
 
     def rank(params: Params, x: Inputs) -> Rank:
-        shapes = shapes_of(fn, params, x)
+        problem = problem_of(fn, params, x, batch_axis)
+        network, x = problem.fn, problem.x
         if method == "certificate":
-            return _rank_by_certificate(params, x, fn, dtype, chunk)
+            return _rank_by_certificate(params, x, network, dtype, chunk)
         if method != "auto":
-            return _rank_by_spectrum(params, x, fn, method, dtype, chunk, rtol)
-        return _automatic(params, x, fn, dtype, chunk, rtol, shapes)
+            return _rank_by_spectrum(params, x, network, method, dtype, chunk, rtol)
+        return _automatic(params, x, network, dtype, chunk, rtol, problem)
 
     return call_in(dtype, rank, params, x)
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxinv import _checks, _jaxpr, _scaled
 from jaxinv import _scaling_values as scaling
+from jaxinv._batch import leading, traced_network
 from jaxinv._scaling_action import (
     RescalingGroup,
     checked_leaves,
@@ -43,7 +44,12 @@ from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 
 def rescaling_group(
-    fn: Network, params: Params, x: Inputs, *, ignore_epsilon: bool = False
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    ignore_epsilon: bool = False,
+    batch_axis: int | None = 0,
 ) -> RescalingGroup:
     """All positive elementwise rescalings of the parameters that leave a network unchanged.
 
@@ -52,13 +58,16 @@ def rescaling_group(
     Args:
         fn: any JAX-traceable `fn(params, x) -> y`.
         params: pytree of float arrays; only shapes are used.
-        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s; only shapes are used, on a
-            batch of one.
+        x: inputs with a batch axis, or `jax.ShapeDtypeStruct`s; only shapes are used. Where fn
+            treats each example apart, the group is found on a batch of one; where it does not
+            (batch norm in training mode), it is that of fn on batches of this size.
         ignore_epsilon: normalisation layers add ε to a variance, which makes them *not quite*
             scale-invariant: exactly, the weights in front of them are pinned, and that is the
             default. With True, an ε <= 1e-3 inside a normalisation counts as 0, the group includes
             those scale invariances, changes the function by O(ε), and names what was ignored in
             `group.ignored`.
+        batch_axis: the axis of every input that counts examples, 0 by default; None if x is one
+            input without such an axis.
 
     Returns:
         A `RescalingGroup`. Its generators have small integer exponents, ordered from the input to
@@ -94,16 +103,16 @@ def rescaling_group(
         in out 2 → mid in 2
     """
     _checks.check_params(params, values=False)
-    one = _checks.abstract_batch_of_one(x)
-    trace = _jaxpr.trace(fn, params, one)
+    network = traced_network(fn, params, leading(x, batch_axis), batch_axis)
+    program = network.program
     domain = ScalingDomain(ignore_epsilon)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
     names = _checks.leaf_names(params, "")
     names = [name or "params" for name in names]
     leaves = [scaling.Leaf(name, shape) for name, shape in zip(names, shapes, strict=True)]
-    inputs = [scaling.Scale(s.shape) for s in jax.tree.leaves(one)]
+    inputs = [scaling.Scale(s.shape) for s in program.inputs]
     fresh = [scaling.Fresh(leaf, leaf.shape) for leaf in leaves]
-    outputs = _jaxpr.interpret(trace, fresh, inputs, domain)
+    outputs = _jaxpr.interpret(program.trace, fresh, inputs, domain)
     for output in outputs:
         scale = domain.scale(output)
         keep = None if scale.wild is None else ~scale.wild

@@ -1,0 +1,256 @@
+"""The batch, decided once: which axis of `x` counts examples, and whether `fn` keeps them apart.
+
+Every public function comes through `traced_network`. It traces `fn` as it is now, on a batch of one
+and on a batch of a prime number of examples, and follows that axis through the second program (see
+`_batch_domain`). Where examples are apart the program for one example is all that is needed. Where
+they are not, path sums are refused and Jacobians take the batch whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinv._batch_domain import BatchDomain, RecordingDomain
+from jaxinv._batch_values import Apart, Place, Shared, Single, refusal
+from jaxinv._checks import abstract_batch_of_one, check_inputs
+from jaxinv._jaxpr import (
+    Trace,
+    all_lengths,
+    interpret,
+    is_concrete,
+    open_jaxpr,
+    output_equation,
+)
+from jaxinv._program import Program, program
+from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
+from jaxinv.typing import Inputs, Network, Params, PyTree
+
+_ANY_SIZE = (
+    "fn cannot be traced on a batch of {size}. It must accept any batch size (reshape with -1 or "
+    "x.shape[0] in place of a fixed batch size) and fit these params. If axis 0 of x does not "
+    "count examples, say which axis does (batch_axis=1), or that x is one input (batch_axis=None)."
+)
+
+
+class TracedNetwork:
+    """`fn(params, x)` as programs, with the batch axis of x and of the outputs in front.
+
+    `one` is the program for a batch of one; `whole` the one for the given batch, where examples
+    are not apart. Equal for equal programs, so that jitted code may take it as static.
+    """
+
+    __slots__ = ("one", "whole", "refusal")
+
+    def __init__(self, one: Program | None, whole: Program | None, refusal: Exception | None):
+        self.one, self.whole, self.refusal = one, whole, refusal
+
+    @property
+    def apart(self) -> bool:
+        """Whether each example is treated by itself."""
+        return self.refusal is None
+
+    @property
+    def program(self) -> Program:
+        """The program for one example, or for the whole batch where that is all there is."""
+        found = self.one if self.apart or self.whole is None else self.whole
+        assert found is not None
+        return found
+
+    def interpret(self, params: list[Any], inputs: list[Any], domain: Any) -> list[Any]:
+        """Values of the outputs for one example; refused where examples are not apart."""
+        try:
+            outputs = interpret(self.program.trace, params, inputs, domain)
+        except JaxinvError:
+            raise  # what the domain refuses it refuses more to the point
+        except Exception:
+            # On a batch of one a function that mixes examples may be nonsense (an empty slice).
+            if self.refusal is None:
+                raise
+            raise self.refusal from None
+        if self.refusal is not None:
+            raise self.refusal
+        return outputs
+
+    def __call__(self, params: Params, x: Inputs) -> PyTree:
+        if not self.apart:
+            assert self.whole is not None
+            return self.whole(params, x)
+        one = self.one
+        assert one is not None
+        if all(jnp.shape(leaf)[0] == 1 for leaf in jax.tree.leaves(x)):
+            return one(params, x)
+
+        def single(example: Inputs) -> PyTree:
+            y = one(params, jax.tree.map(lambda a: a[None], example))
+            return jax.tree.map(lambda a: a[0], y)
+
+        return jax.vmap(single)(x)
+
+    def __hash__(self) -> int:
+        return hash((self.one, self.whole))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TracedNetwork):
+            return NotImplemented
+        same = (self.one, self.apart) == (other.one, other.apart)
+        return same and self.whole == other.whole
+
+
+# --- the axis ------------------------------------------------------------------------
+
+
+def leading(x: Inputs, batch_axis: int | None) -> Inputs:
+    """x with its batch axis in front; shapes without values stay shapes."""
+    if batch_axis == 0 and not isinstance(batch_axis, bool):
+        return x
+    if batch_axis is not None and (isinstance(batch_axis, bool) or not isinstance(batch_axis, int)):
+        raise InvalidInput(
+            f"batch_axis must be an integer, or None if x is one input, not {batch_axis!r}."
+        )
+
+    def move(leaf: Any) -> Any:
+        shape = list(jnp.shape(leaf))
+        if batch_axis is None:
+            shape.insert(0, 1)
+        else:
+            if not 0 <= batch_axis < len(shape):
+                raise InvalidInput(
+                    f"batch_axis is {batch_axis}, but an input has shape {tuple(shape)}: every "
+                    "input needs that axis, counted from 0."
+                )
+            shape.insert(0, shape.pop(batch_axis))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+        return leaf[None] if batch_axis is None else jnp.moveaxis(leaf, batch_axis, 0)
+
+    return jax.tree.map(move, x)
+
+
+def _as_given(x: Inputs, batch_axis: int | None) -> Inputs:
+    """The inverse of `leading`, on arrays."""
+    if batch_axis is None:
+        return jax.tree.map(lambda a: a[0], x)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, batch_axis), x) if batch_axis else x
+
+
+# --- tracing -------------------------------------------------------------------------
+
+
+def traced_network(
+    fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0, *, whole: bool = True
+) -> TracedNetwork:
+    """Trace `fn` and decide whether it treats examples apart.
+
+    Args:
+        fn: the user's function, or a `TracedNetwork`, which is returned as it is.
+        params: checked parameters.
+        x: arrays or shapes with the batch axis in front (see `leading`).
+        batch_axis: where that axis is in what `fn` takes; None if `fn` takes one input.
+        whole: also trace the batch as given where examples are not apart.
+
+    Raises:
+        InvalidInput: if `fn` raises on that batch.
+    """
+    if isinstance(fn, TracedNetwork):
+        return fn
+    check_inputs(x, values=False)
+
+    def canonical(params: Params, x: Inputs) -> PyTree:
+        y = fn(params, _as_given(x, batch_axis))
+        return jax.tree.map(lambda a: jnp.asarray(a)[None], y) if batch_axis is None else y
+
+    one = abstract_batch_of_one(x)
+    if batch_axis is None:
+        return TracedNetwork(program(canonical, params, one), None, None)
+    try:
+        alone = program(canonical, params, one, _ANY_SIZE.format(size=1))
+    except InvalidInput as error:
+        if not whole:
+            raise
+        return TracedNetwork(None, _whole(canonical, params, x), error)
+    try:
+        return TracedNetwork(_with_batch_in_front(alone, canonical, params, one), None, None)
+    except (UnsupportedOperation, InvalidInput) as error:
+        return TracedNetwork(alone, _whole(canonical, params, x) if whole else None, error)
+
+
+def _whole(fn: Network, params: Params, x: Inputs) -> Program:
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            jnp.shape(a), jax.dtypes.canonicalize_dtype(jnp.result_type(a))
+        ),
+        x,
+    )
+    return program(fn, params, shapes)
+
+
+def _with_batch_in_front(one: Program, fn: Network, params: Params, x: Inputs) -> Program:
+    """The program for one example; raises unless `fn` is known to treat each by itself."""
+    size = _prime_foreign_to(all_lengths(one.trace.jaxpr))
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
+    many = program(fn, params, batch, _ANY_SIZE.format(size=size))
+    axes = _axes_of_outputs(many.trace, params, batch, size, one.trace)
+    if not any(axes):
+        return one
+
+    def in_front(params: Params, x: Inputs) -> PyTree:
+        y, tree = jax.tree.flatten(one(params, x))
+        moved = [jnp.moveaxis(a, axis, 0) for a, axis in zip(y, axes, strict=True)]
+        return jax.tree.unflatten(tree, moved)
+
+    return program(in_front, params, x)
+
+
+def _prime_foreign_to(lengths: set[int]) -> int:
+    """A small prime that divides none of the given lengths."""
+    candidate = 5
+    while any(n and n % candidate == 0 for n in lengths) or any(
+        candidate % k == 0 for k in range(2, int(candidate**0.5) + 1)
+    ):
+        candidate += 2
+    return candidate
+
+
+def _axes_of_outputs(
+    many: Trace, params: Params, batch: Inputs, size: int, one: Trace
+) -> list[int]:
+    """The batch axis of every output; raises where examples are not apart."""
+    domain = BatchDomain(size)
+    weights = [Shared(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]
+    inputs = [Apart(s.shape, Place(0)) for s in jax.tree.leaves(batch)]
+
+    def constant(value: Any) -> Any:
+        shape = jnp.shape(value)
+        return value if is_concrete(value) else Shared(shape, not domain.many(shape))
+
+    outputs = interpret(many, weights, inputs, domain, constant=constant)
+    last = output_equation(many)
+    axes = []
+    for value, aval in zip(outputs, last.outputs, strict=True):
+        if isinstance(value, Apart):
+            if (value.place.outer, value.place.inner) != (1, 1):
+                raise refusal(last, "an output merges the batch axis with others")
+            axes.append(value.place.axis)
+        elif domain.uniform(value) and aval.shape[:1] == (size,):
+            axes.append(0)
+        else:
+            raise refusal(last, "an output has no batch axis")
+    recording = RecordingDomain()
+    arrays = [Single(v.aval.shape) for v in open_jaxpr(one.jaxpr)[0].invars]
+    interpret(
+        one,
+        arrays[: one.num_params],
+        arrays[one.num_params :],
+        recording,
+        constant=lambda value: value if is_concrete(value) else Single(jnp.shape(value)),
+    )
+    for key, eqn in domain.records.found.items():
+        if key not in recording.records.found:
+            raise refusal(eqn, "its constant changes with the size of the batch")
+    return axes
+
+
+__all__ = ["TracedNetwork", "leading", "traced_network"]

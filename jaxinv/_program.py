@@ -1,0 +1,145 @@
+"""Functions as programs: traced anew at every public call, compared by what they compute.
+
+A program is hashable, so jitted code may take it as a static argument. Two programs are equal only
+if every equation, constant and literal is: a function that reads a rebound global gives another
+program and is compiled again, an unchanged one is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv._jaxpr import Trace, open_jaxpr, trace
+from jaxinv.typing import Params, PyTree
+
+
+class Program:
+    """A traced `fn(params, x)` for arrays of fixed shapes, called like `fn`."""
+
+    __slots__ = ("trace",)
+
+    def __init__(self, traced: Trace):
+        self.trace = traced
+
+    def __call__(self, params: Params, x: PyTree) -> PyTree:
+        leaves = [*jax.tree.leaves(params), *jax.tree.leaves(x)]
+        flat = jex.jaxpr_as_fun(self.trace.jaxpr)(*leaves)
+        return jax.tree.unflatten(self.trace.output_tree, flat)
+
+    @property
+    def inputs(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the leaves of x."""
+        jaxpr, _ = open_jaxpr(self.trace.jaxpr)
+        given = jaxpr.invars[self.trace.num_params :]
+        return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]
+
+    @property
+    def outputs(self) -> PyTree:
+        """Shapes and dtypes of the outputs."""
+        jaxpr, _ = open_jaxpr(self.trace.jaxpr)
+        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.outvars]
+        return jax.tree.unflatten(self.trace.output_tree, avals)
+
+    def __hash__(self) -> int:
+        jaxpr, _ = open_jaxpr(self.trace.jaxpr)
+        shapes = tuple(str(v.aval) for v in jaxpr.invars)
+        return hash((shapes, tuple(str(eqn.primitive) for eqn in jaxpr.eqns)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Program):
+            return NotImplemented
+        a, b = self.trace, other.trace
+        named = (a.num_params, a.param_names, a.output_tree)
+        same = named == (b.num_params, b.param_names, b.output_tree)
+        return same and _same_jaxpr(a.jaxpr, b.jaxpr)
+
+
+def program(fn: Callable[..., PyTree], params: Params, x: PyTree, remedy: str = "") -> Program:
+    """`fn` as it is now: jax would give an older trace of a function that it has seen before."""
+    return Program(trace(lambda params, x: fn(params, x), params, x, remedy=remedy))
+
+
+# --- equality -------------------------------------------------------------------------
+
+
+def _same_jaxpr(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    (one, consts), (other, other_consts) = open_jaxpr(a), open_jaxpr(b)
+    if not _same(tuple(consts), tuple(other_consts)):
+        return False
+    if one is other:
+        return True
+    if len(one.eqns) != len(other.eqns) or len(one.outvars) != len(other.outvars):
+        return False
+    names: dict[Any, Any] = {}
+
+    def bound(left: Sequence[Any], right: Sequence[Any]) -> bool:
+        """Variables that are written: paired from here on."""
+        names.update(zip(left, right, strict=False))
+        return len(left) == len(right) and all(
+            v.aval == w.aval for v, w in zip(left, right, strict=True)
+        )
+
+    def read(left: Sequence[Any], right: Sequence[Any]) -> bool:
+        return len(left) == len(right) and all(map(same_atom, left, right))
+
+    def same_atom(v: Any, w: Any) -> bool:
+        if isinstance(v, jex.Literal) or isinstance(w, jex.Literal):
+            both = isinstance(v, jex.Literal) and isinstance(w, jex.Literal)
+            return both and v.aval == w.aval and _same(v.val, w.val)
+        return names.get(v) is w
+
+    if not bound(one.constvars, other.constvars) or not bound(one.invars, other.invars):
+        return False
+    for eqn, twin in zip(one.eqns, other.eqns, strict=True):
+        if eqn.primitive is not twin.primitive or not read(eqn.invars, twin.invars):
+            return False
+        if not _same(eqn.params, twin.params) or not bound(eqn.outvars, twin.outvars):
+            return False
+    return read(one.outvars, other.outvars)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two constants or parameters of an equation are the same; False where in doubt."""
+    if a is b:
+        return True
+    if isinstance(a, jex.Jaxpr | jex.ClosedJaxpr) and isinstance(b, jex.Jaxpr | jex.ClosedJaxpr):
+        return _same_jaxpr(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if type(a) is type(b) and isinstance(a, tuple | list) and type(a) in (tuple, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    if isinstance(a, _ARRAYS) or isinstance(b, _ARRAYS):
+        return isinstance(a, _ARRAYS) and isinstance(b, _ARRAYS) and _same_array(a, b)
+    if type(a) is not type(b):
+        return False
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):
+        return False
+
+
+_ARRAYS = (np.ndarray, np.generic, jax.Array, float, complex)
+
+
+def _same_array(a: Any, b: Any) -> bool:
+    """Bit by bit, so that NaN is NaN and 0 is not -0."""
+    if type(a) is not type(b) and not (isinstance(a, jax.Array) and isinstance(b, jax.Array)):
+        return False
+    if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
+        return False
+    for array in (a, b):
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return False
+    if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.extended):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
