@@ -18,13 +18,12 @@ from jaxinv._batch_values import Apart, Place, Shared, Single, refusal
 from jaxinv._checks import abstract_batch_of_one, check_inputs
 from jaxinv._jaxpr import (
     Trace,
-    all_lengths,
     interpret,
     is_concrete,
     open_jaxpr,
     output_equation,
 )
-from jaxinv._program import Program, program
+from jaxinv._program import Program, all_lengths, program
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.typing import Inputs, Network, Params, PyTree
 
@@ -32,6 +31,11 @@ _ANY_SIZE = (
     "fn cannot be traced on a batch of {size}. It must accept any batch size (reshape with -1 or "
     "x.shape[0] in place of a fixed batch size) and fit these params. If axis 0 of x does not "
     "count examples, say which axis does (batch_axis=1), or that x is one input (batch_axis=None)."
+)
+
+_IN_DOUBLE = (
+    " It is run in float64 here. If fn makes float32 arrays of its own (the carry of a recurrent "
+    "cell), ask for float32: dtype=jnp.float32 where there is that option."
 )
 
 
@@ -129,6 +133,19 @@ def leading(x: Inputs, batch_axis: int | None) -> Inputs:
     return jax.tree.map(move, x)
 
 
+def input_shapes(x: Inputs, batch_axis: int | None) -> Inputs:
+    """Checked shapes of one example, its batch axis where `fn` expects it; values are dropped."""
+    one = abstract_batch_of_one(leading(x, batch_axis))
+
+    def place(s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = list(s.shape[1:])
+        if batch_axis is not None:
+            shape.insert(batch_axis, 1)
+        return jax.ShapeDtypeStruct(shape, s.dtype)
+
+    return jax.tree.map(place, one)
+
+
 def _as_given(x: Inputs, batch_axis: int | None) -> Inputs:
     """The inverse of `leading`, on arrays."""
     if batch_axis is None:
@@ -164,9 +181,9 @@ def traced_network(
 
     one = abstract_batch_of_one(x)
     if batch_axis is None:
-        return TracedNetwork(program(canonical, params, one), None, None)
+        return TracedNetwork(program(canonical, params, one, _remedy("")), None, None)
     try:
-        alone = program(canonical, params, one, _ANY_SIZE.format(size=1))
+        alone = program(canonical, params, one, _remedy(_ANY_SIZE.format(size=1)))
     except InvalidInput as error:
         if not whole:
             raise
@@ -184,7 +201,13 @@ def _whole(fn: Network, params: Params, x: Inputs) -> Program:
         ),
         x,
     )
-    return program(fn, params, shapes)
+    return program(fn, params, shapes, _remedy(""))
+
+
+def _remedy(text: str) -> str:
+    if not jax.config.read("jax_enable_x64"):
+        return text
+    return (text + _IN_DOUBLE).strip()
 
 
 def _with_batch_in_front(one: Program, fn: Network, params: Params, x: Inputs) -> Program:
@@ -253,4 +276,4 @@ def _axes_of_outputs(
     return axes
 
 
-__all__ = ["TracedNetwork", "leading", "traced_network"]
+__all__ = ["TracedNetwork", "input_shapes", "leading", "traced_network"]

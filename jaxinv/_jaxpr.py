@@ -331,19 +331,6 @@ def interpret(
     return _walk(jaxpr, [constant(c) for c in consts], (*params, *inputs), domain, keys)
 
 
-def all_lengths(closed: Any) -> set[int]:
-    """Every length of an axis in a program, those of the functions that it calls included."""
-    jaxpr, consts = open_jaxpr(closed)
-    shapes = [jnp.shape(c) for c in consts]
-    shapes += [getattr(v.aval, "shape", ()) for v in (*jaxpr.invars, *jaxpr.outvars)]
-    found = {n for shape in shapes for n in shape}
-    for eqn in jaxpr.eqns:
-        found |= {n for v in (*eqn.invars, *eqn.outvars) for n in getattr(v.aval, "shape", ())}
-        for inner, _, _ in sub_jaxprs(eqn, [True] * len(eqn.outvars)) or []:
-            found |= all_lengths(inner)
-    return found
-
-
 def is_concrete(value: Any) -> bool:
     return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
 

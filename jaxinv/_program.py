@@ -7,6 +7,8 @@ program and is compiled again, an unchanged one is not.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._jaxpr import Trace, open_jaxpr, trace
+from jaxinv._jaxpr import Trace, open_jaxpr, sub_jaxprs, trace
 from jaxinv.typing import Params, PyTree
 
 
@@ -63,6 +65,20 @@ class Program:
 def program(fn: Callable[..., PyTree], params: Params, x: PyTree, remedy: str = "") -> Program:
     """`fn` as it is now: jax would give an older trace of a function that it has seen before."""
     return Program(trace(lambda params, x: fn(params, x), params, x, remedy=remedy))
+
+
+def all_lengths(closed: Any) -> set[int]:
+    """Every length of an axis in a program, those of the functions that it calls included."""
+    jaxpr, consts = open_jaxpr(closed)
+    shapes = [jnp.shape(c) for c in consts]
+    shapes += [getattr(v.aval, "shape", ()) for v in (*jaxpr.invars, *jaxpr.outvars)]
+    found = {n for shape in shapes for n in shape}
+    for eqn in jaxpr.eqns:
+        found.add(eqn.params.get("length", 0))  # of a loop
+        found |= {n for v in (*eqn.invars, *eqn.outvars) for n in getattr(v.aval, "shape", ())}
+        for inner, _, _ in sub_jaxprs(eqn, [True] * len(eqn.outvars)) or []:
+            found |= all_lengths(inner)
+    return found
 
 
 # --- equality -------------------------------------------------------------------------
@@ -122,10 +138,36 @@ def _same(a: Any, b: Any) -> bool:
         return isinstance(a, _ARRAYS) and isinstance(b, _ARRAYS) and _same_array(a, b)
     if type(a) is not type(b):
         return False
+    if callable(a) or type(a).__name__ == "WrappedFun":
+        owner = _derivative_owner(a)
+        return owner is not None and owner is _derivative_owner(b)
     try:
         return bool(a == b)
     except (TypeError, ValueError):
         return False
+
+
+def _derivative_owner(function: Any) -> Any:
+    """The `custom_jvp` or `custom_vjp` of a library whose rule a traced thunk calls, or None.
+
+    jax makes a new thunk at every trace; what it calls is held in closures. Rules of the user's own
+    files may read globals, so they are never taken to be what they were.
+    """
+    todo, seen = [function], 0
+    while todo and seen < 64:
+        found, seen = todo.pop(0), seen + 1
+        if isinstance(found, jax.custom_jvp | jax.custom_vjp):
+            code = getattr(inspect.unwrap(found.fun), "__code__", None)
+            return found if code is not None and "site-packages" in code.co_filename else None
+        if isinstance(found, tuple):
+            todo += found
+        elif inspect.isfunction(found):
+            todo += [cell.cell_contents for cell in found.__closure__ or ()]
+        elif isinstance(found, functools.partial):
+            todo += [found.func, *found.args]
+        elif type(found).__name__ == "WrappedFun":
+            todo += [found.f, found.transforms]
+    return None
 
 
 _ARRAYS = (np.ndarray, np.generic, jax.Array, float, complex)

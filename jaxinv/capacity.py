@@ -11,12 +11,11 @@
 | `margins` | f_y − max over the other outputs | invariant |
 
 `rescaling_invariance` checks the last column for any measure. φ_p is the smallest γ_{p,∞} on the
-orbit of the rescalings; the other measures of the first rows have no such closed form.
+orbit of the rescalings; the others have no such closed form.
 
-Units and layers are read off the program. A unit is what a product with weights gives: its incoming
-weights are a column of a dense kernel, the kernel of a channel in a convolution (counted once, not
-per position), with the bias. Terms of one sum belong to one unit: all kernels that write to a
-channel of a residual stream. Edges without a parameter (skip connections, pooling) do not count.
+Units and layers are read off the program. A unit is what a product with weights gives: a column of
+a dense kernel or the kernel of a channel (counted once, not per position), with the bias. Terms of
+one sum belong to one unit. Edges without a parameter (skip connections, pooling) do not count.
 """
 
 from __future__ import annotations
@@ -85,11 +84,13 @@ def _check_exponents(p: Any, q: Any) -> None:
     _checks.real("q", q, lambda q: q >= 1, "a fixed number with 1 <= q <= inf")
 
 
-def log_unit_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Array:
+def log_unit_norms(
+    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, batch_axis: int | None = 0
+) -> Array:
     """log of the ℓ_p norm of the incoming weights of every unit, log (Σ_{u→v} |w_uv|^p)^{1/p}.
 
     Args:
-        fn, params, x, p: as for `group_norm`.
+        fn, params, x, p, batch_axis: as for `group_norm`.
 
     Returns:
         (units,), output units included, in the order in which the program computes them; -inf for a
@@ -107,12 +108,18 @@ def log_unit_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) ->
         [5.0, 0.5, 1.0]
     """
     check_exponent(p)
-    layers, dtype = prepare(fn, params, x)
+    layers, dtype = prepare(fn, params, x, batch_axis)
     return _log_unit_norms(layers, float(p), dtype)
 
 
 def log_group_norm(
-    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, q: float = 2.0
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    p: float = 2.0,
+    q: float = 2.0,
+    batch_axis: int | None = 0,
 ) -> Array:
     """Natural logarithm of `group_norm`, finite where that overflows.
 
@@ -124,11 +131,19 @@ def log_group_norm(
         69.078
     """
     _check_exponents(p, q)
-    layers, dtype = prepare(fn, params, x)
+    layers, dtype = prepare(fn, params, x, batch_axis)
     return _log_sum(_log_unit_norms(layers, float(p), dtype), float(q))
 
 
-def group_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0, q: float = 2.0) -> Array:
+def group_norm(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    p: float = 2.0,
+    q: float = 2.0,
+    batch_axis: int | None = 0,
+) -> Array:
     """Group norm μ_{p,q} = (Σ_{units v} (Σ_{u→v} |w_uv|^p)^{q/p})^{1/q}.
 
     p = q = 2 is the Frobenius norm of all weights, p = q = 1 their ℓ₁ norm, and q = ∞ bounds the
@@ -138,7 +153,8 @@ def group_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0, q: flo
         fn: network `fn(params, x) -> y`, of any activations. Parameters enter by products with
             values that depend on x (dense layers, convolutions, scales) and by sums (biases).
         params: pytree of float arrays.
-        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s: only shapes are used.
+        x: inputs with a batch axis, or `jax.ShapeDtypeStruct`s: only shapes are used.
+        batch_axis: as for `jaxinv.path_norm`.
         p: 1 <= p < inf.
         q: 1 <= q <= inf.
 
@@ -172,7 +188,13 @@ def group_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0, q: flo
 
 
 def log_layer_product_norm(
-    fn: Network, params: Params, x: Inputs, *, p: float = 2.0, q: float = 2.0
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    p: float = 2.0,
+    q: float = 2.0,
+    batch_axis: int | None = 0,
 ) -> Array:
     """log γ_{p,q} = Σ_l log ‖W_l‖_{p,q}: the group norms of the layers of a chain multiplied.
 
@@ -181,7 +203,7 @@ def log_layer_product_norm(
     of a network with one output.
 
     Args:
-        fn, params, x, p, q: as for `group_norm`; the layers of `fn` form a chain.
+        fn, params, x, p, q, batch_axis: as for `group_norm`; the layers of `fn` form a chain.
 
     Returns:
         A scalar; -inf if a layer is 0.
@@ -203,7 +225,7 @@ def log_layer_product_norm(
         10.0000
     """
     _check_exponents(p, q)
-    layers, dtype = prepare(fn, params, x)
+    layers, dtype = prepare(fn, params, x, batch_axis)
     check_chain(layers)
     if (layers.operator_of < 0).any():  # a bias that is added to x itself
         raise chain_refusal(layers.operators[0].eqn)

@@ -133,7 +133,13 @@ def check_alpha(alpha: Any) -> float:
 
 
 def data_dependent_path_norm(
-    fn: Network, params: Params, x: Inputs, *, alpha: float, centered: bool = False
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    alpha: float,
+    centered: bool = False,
+    batch_axis: int | None = 0,
 ) -> Array:
     """Data-dependent path norm γ_net = (Σ_{outputs v} γ²_v)^{1/2}.
 
@@ -143,10 +149,11 @@ def data_dependent_path_norm(
         fn: network `fn(params, x) -> y`, of operations that `jaxinv.path_norm` covers, without
             loops over values that depend on x.
         params: pytree of float arrays.
-        x: the examples, arrays with a common leading batch axis; their values count unless α = 0.
+        x: the examples, arrays with a common batch axis; their values count unless α = 0.
         alpha: from 0, the path norm, to 1, the root mean square of the outputs.
         centered: C_v is the covariance of the incoming units rather than their second moments.
             Biases then have no part in C_v.
+        batch_axis: as for `jaxinv.path_norm`.
 
     Returns:
         A scalar; float64 if a parameter is, else float32. Differentiable.
@@ -172,7 +179,7 @@ def data_dependent_path_norm(
         21.1250
     """
     alpha = check_alpha(alpha)
-    problem = prepare(fn, params, x)
+    problem = prepare(fn, params, x, batch_axis)
     lengths = squares(problem)
     found = _mixed(problem, problem.leaves, lengths, alpha, centered, edges_only=False)
     return _scaled.root(found.total, 2.0)
@@ -187,12 +194,13 @@ def data_dependent_path_kappa(
     centered: bool = False,
     probes: int | None = None,
     key: Array | None = None,
+    batch_axis: int | None = 0,
 ) -> PyTree:
     """Sensitivity κ_e = ½ ∂²γ²_net/∂w_e² of the data-dependent path norm to every weight.
 
     Args:
-        fn, params, x, alpha, centered: as for `data_dependent_path_norm`. Every parameter must be
-            an edge, as for `jaxinv.path_kappa`.
+        fn, params, x, alpha, centered, batch_axis: as for `data_dependent_path_norm`. Every
+            parameter must be an edge, as for `jaxinv.path_kappa`.
         probes: None for the exact sum over units: one backward pass per unit (α = 1: per output).
             With an integer, Σ_v c_v E[(∂z_v/∂w_e)²] is estimated without bias from as many
             backward passes in all, each of the sum of the c_v^{1/2} z_v with random signs. Either
@@ -224,7 +232,16 @@ def data_dependent_path_kappa(
         >>> kappa["in"].tolist(), kappa["out"].tolist()
         ([[2.0, 0.5], [0.0, 0.5]], [[0.5], [12.5]])
     """
-    found = scaled_data_kappa(fn, params, x, alpha=alpha, centered=centered, probes=probes, key=key)
+    found = scaled_data_kappa(
+        fn,
+        params,
+        x,
+        alpha=alpha,
+        centered=centered,
+        probes=probes,
+        key=key,
+        batch_axis=batch_axis,
+    )
     kappas = [_scaled.value(s) for s in found]
     return jax.tree.unflatten(jax.tree.structure(params), kappas)
 
@@ -244,6 +261,7 @@ def scaled_data_kappa(
     centered: bool,
     probes: int | None,
     key: Array | None,
+    batch_axis: int | None = 0,
 ) -> list[Scaled]:
     """κ of every leaf as mantissa · 2^exponent."""
     alpha = check_alpha(alpha)
@@ -251,8 +269,8 @@ def scaled_data_kappa(
     if probes is not None and key is None and alpha > 0:
         raise InvalidInput("probes draws random signs: pass key=jax.random.key(...).")
     if alpha == 0:
-        return scaled_kappa(fn, params, x, 2.0)
-    problem = prepare(fn, params, x)
+        return scaled_kappa(fn, params, x, 2.0, batch_axis=batch_axis)
+    problem = prepare(fn, params, x, batch_axis)
     lengths = squares(problem)
 
     def units(leaves: list[Any], inputs: list[Any]) -> list[tuple[Any, Any]]:

@@ -114,7 +114,7 @@ def degrees_of_freedom(
     other symmetries, and directions that these inputs do not show (see `saturating_inputs`).
 
     Args:
-        fn, params, x, method, rtol, dtype, chunk: as for `jacobian_rank`.
+        fn, params, x, method, rtol, dtype, chunk, batch_axis: as for `jacobian_rank`.
         basis: also return an orthonormal basis of the hidden directions (by a full SVD of J,
             outside `jit`).
 

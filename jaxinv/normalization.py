@@ -162,7 +162,7 @@ def ddp_normalize(
         outputs = interpret(problem, problem.leaves, lengths, domain)
         count = len(problem.inputs[0])
         arrays = [_batched(v, count) for v in outputs]
-        tree = problem.trace.output_tree
+        tree = problem.network.program.trace.output_tree
         return jax.tree.unflatten(tree, arrays), tuple(domain.statistics)
 
     def normalized(params: Params, x: Inputs) -> Outputs:

@@ -23,8 +23,8 @@ import optax
 from jax.scipy.sparse.linalg import cg
 
 from jaxinv import _scaled
+from jaxinv._batch import input_shapes
 from jaxinv._checks import (
-    abstract_batch_of_one,
     check_like,
     check_params,
     check_start,
@@ -46,8 +46,8 @@ class _Metric(NamedTuple):
     structure: Any
 
 
-def _metric(fn: Network, params: Params, x: Inputs) -> _Metric:
-    norm, lengths = power_of_norm(fn, params, x, 2.0)
+def _metric(fn: Network, params: Params, x: Inputs, batch_axis: int | None) -> _Metric:
+    norm, lengths = power_of_norm(fn, params, x, 2.0, batch_axis=batch_axis)
     start = [s.mantissa for s in lengths]
     slope = jax.grad(lambda m: norm(m)[0])
     gradients, push = jax.linearize(slope, start)
@@ -79,13 +79,16 @@ def _checked(tree: PyTree, params: Params, name: str) -> list[Array]:
     return jax.tree.leaves(tree)
 
 
-def path_metric_product(fn: Network, params: Params, x: Inputs, v: PyTree) -> PyTree:
+def path_metric_product(
+    fn: Network, params: Params, x: Inputs, v: PyTree, *, batch_axis: int | None = 0
+) -> PyTree:
     """G v with G = (∂Φ/∂w)ᵀ(∂Φ/∂w), the metric of the path lift.
 
     Args:
         fn: the network `fn(params, x) -> y`, as for `jaxinv.path_kappa`.
         params: pytree of float arrays.
-        x: inputs with a leading batch axis; only shapes are used.
+        x: inputs with a batch axis; only shapes are used.
+        batch_axis: as for `jaxinv.path_norm`.
         v: pytree like params.
 
     Returns:
@@ -109,7 +112,7 @@ def path_metric_product(fn: Network, params: Params, x: Inputs, v: PyTree) -> Py
         [15.0, 10.0]
     """
     vectors = _checked(v, params, "v")
-    metric = _metric(fn, params, x)
+    metric = _metric(fn, params, x, batch_axis)
     roots = [_root(k) for k in metric.kappa]
     scaled = [
         _scaled.shift(a.astype(r.mantissa.dtype) * r.mantissa, r.exponent)
@@ -155,6 +158,7 @@ def path_metric_solve(
     max_iterations: int = 50,
     tol: float = 1e-5,
     damping: float | Array = 0.0,
+    batch_axis: int | None = 0,
 ) -> PathMetricSolution:
     """v = G⁺ gradient by conjugate gradients, of least κ-norm Σ_e κ_e v_e².
 
@@ -163,7 +167,7 @@ def path_metric_solve(
     found by conjugate gradients with κ as preconditioner, started at 0.
 
     Args:
-        fn, params, x: as for `path_metric_product`.
+        fn, params, x, batch_axis: as for `path_metric_product`.
         gradient: pytree like params, of a loss that depends on params through the function alone.
         max_iterations, tol: of the conjugate gradients; tol bounds the relative residual.
         damping: solve (G + damping·diag κ) v = gradient. Rescalings are respected at any damping.
@@ -190,7 +194,7 @@ def path_metric_solve(
     """
     _check_solver(max_iterations, tol, damping)
     slopes = _checked(gradient, params, "gradient")
-    metric = _metric(fn, params, x)
+    metric = _metric(fn, params, x, batch_axis)
     roots = [_root(k) for k in metric.kappa]
     right = [_over_root(g.astype(r.mantissa.dtype), r) for g, r in zip(slopes, roots, strict=True)]
 
@@ -244,6 +248,7 @@ def scale_by_path_metric(
     max_iterations: int = 50,
     tol: float = 1e-5,
     damping: float | Array = 0.0,
+    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Turn each gradient g into G⁺g: steepest descent in the metric of the path lift.
 
@@ -252,7 +257,8 @@ def scale_by_path_metric(
 
     Args:
         fn: the network `fn(params, x) -> y`, deterministic.
-        x: inputs with a leading batch axis; only shapes and dtypes are kept.
+        x: inputs with a batch axis; only shapes and dtypes are kept.
+        batch_axis: as for `jaxinv.path_norm`.
         max_iterations, tol, damping: see `path_metric_solve`.
 
     Returns:
@@ -283,7 +289,7 @@ def scale_by_path_metric(
         >>> [round(a.item(), 5) for a in v]
         [0.16667, 0.25]
     """
-    shape = abstract_batch_of_one(x)
+    shapes = input_shapes(x, batch_axis)
     _check_solver(max_iterations, tol, damping)
 
     def init_fn(params: Params) -> ScaleByPathMetricState:
@@ -308,11 +314,12 @@ def scale_by_path_metric(
         solved = path_metric_solve(
             of_visible(fn, params, full_params),
             params,
-            shape,
+            shapes,
             updates,
             max_iterations=max_iterations,
             tol=tol,
             damping=damping,
+            batch_axis=batch_axis,
         )
         v = jax.tree.map(lambda a, u: a.astype(u.dtype), solved.v, updates)
         residual = solved.residual.astype(state.residual.dtype)
@@ -331,6 +338,7 @@ def path_metric_sgd(
     max_iterations: int = 50,
     tol: float = 1e-5,
     damping: float | Array = 0.0,
+    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Steepest descent in the path metric: Δw = −η (G + damping·diag κ)⁺ ∂L/∂w.
 
@@ -370,7 +378,7 @@ def path_metric_sgd(
         True
     """
     precondition = scale_by_path_metric(
-        fn, x, max_iterations=max_iterations, tol=tol, damping=damping
+        fn, x, max_iterations=max_iterations, tol=tol, damping=damping, batch_axis=batch_axis
     )
     accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
     chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))

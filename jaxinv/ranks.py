@@ -175,6 +175,7 @@ def jacobian_spectrum(
             smaller: fast, but values below √(machine epsilon) of the largest are lost.
         dtype: float64 (computed in a scope of its own) or float32.
         chunk: examples at a time.
+        batch_axis: as for `jaxinv.jacobian`.
 
     Returns:
         (min(n·out, d),).
@@ -331,6 +332,7 @@ def jacobian_rank(
         dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
             equals a bound known from theory.
         chunk: examples at a time.
+        batch_axis: as for `jaxinv.jacobian`.
 
     Returns:
         A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`.

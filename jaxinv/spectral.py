@@ -37,7 +37,9 @@ class LinearOperator(NamedTuple):
     out_shape: tuple[int, ...]
 
 
-def linear_operators(fn: Network, params: Params, x: Inputs) -> tuple[LinearOperator, ...]:
+def linear_operators(
+    fn: Network, params: Params, x: Inputs, *, batch_axis: int | None = 0
+) -> tuple[LinearOperator, ...]:
     """The products with weights in a network, in the order of `spectral_norms`.
 
     Args, errors as for `jaxinv.group_norm`. Steps of a loop count one by one.
@@ -50,7 +52,7 @@ def linear_operators(fn: Network, params: Params, x: Inputs) -> tuple[LinearOper
         >>> [op.leaves[0] for op in found][:2], found[0].out_shape
         (['params/Conv_0/kernel', 'params/Conv_1/kernel'], (1, 8, 8, 4))
     """
-    layers, _ = prepare(fn, params, x)
+    layers, _ = prepare(fn, params, x, batch_axis)
     return tuple(
         LinearOperator(
             op.eqn.name,
@@ -85,6 +87,7 @@ def spectral_norms(
     *,
     tol: float | None = None,
     max_iterations: int = 100,
+    batch_axis: int | None = 0,
 ) -> SpectralNorms:
     """‖W_l‖₂, the largest singular value of every linear operator of a network.
 
@@ -92,7 +95,7 @@ def spectral_norms(
     kernel as a matrix. A scale layer is a diagonal.
 
     Args:
-        fn, params, x: as for `jaxinv.group_norm`.
+        fn, params, x, batch_axis: as for `jaxinv.group_norm`.
         tol: relative error at which the iteration stops; by default 1e-10 for float64, else 1e-5.
         max_iterations: of Lanczos; the memory is that of so many copies of a layer's input.
 
@@ -118,7 +121,7 @@ def spectral_norms(
         >>> print(found.values.round(4))  # 1 + 2·cos(π/8)
         [2.8478]
     """
-    layers, dtype = prepare(fn, params, x)
+    layers, dtype = prepare(fn, params, x, batch_axis)
     return _spectral_norms(layers, dtype, tol, max_iterations)
 
 
@@ -140,6 +143,7 @@ def log_spectral_product(
     *,
     tol: float | None = None,
     max_iterations: int = 100,
+    batch_axis: int | None = 0,
 ) -> Array:
     """log Π_l ρ_l ‖W_l‖₂, a bound on the logarithm of the ℓ₂ Lipschitz constant of a chain in x.
 
@@ -147,7 +151,8 @@ def log_spectral_product(
     over disjoint windows; 1/√k for a mean of k elements; the factor of a multiplication.
 
     Args:
-        fn, params, x, tol, max_iterations: as for `spectral_norms`; the layers form a chain.
+        fn, params, x, tol, max_iterations, batch_axis: as for `spectral_norms`; the layers form a
+            chain.
 
     Returns:
         A scalar; -inf if a layer is 0.
@@ -169,7 +174,7 @@ def log_spectral_product(
         >>> print(f"{jnp.exp(log_spectral_product(net, w, jnp.zeros((1, 3)))):.4f}")
         10.0000
     """
-    layers, dtype = prepare(fn, params, x)
+    layers, dtype = prepare(fn, params, x, batch_axis)
     check_chain(layers)
     return _log_lipschitz(layers, _spectral_norms(layers, dtype, tol, max_iterations))
 
@@ -187,6 +192,7 @@ def log_spectral_complexity(
     *,
     tol: float | None = None,
     max_iterations: int = 100,
+    batch_axis: int | None = 0,
 ) -> Array:
     """log R with R = (Π_l ρ_l ‖W_l‖₂) · (Σ_l (‖W_l‖_{2,1}/‖W_l‖₂)^{2/3})^{3/2}.
 
@@ -205,7 +211,7 @@ def log_spectral_complexity(
         >>> print(f"{jnp.exp(log_spectral_complexity(net, 2 * jnp.eye(3), jnp.zeros((1, 3)))):.4f}")
         6.0000
     """
-    layers, dtype = prepare(fn, params, x)
+    layers, dtype = prepare(fn, params, x, batch_axis)
     check_chain(layers)
     found = _spectral_norms(layers, dtype, tol, max_iterations)
     sums = [sum_of_unit_norms(op, dtype) for op in layers.operators]

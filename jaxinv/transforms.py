@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from jaxinv._checks import abstract_batch_of_one
+from jaxinv._batch import input_shapes
 from jaxinv._kappa_scaling import NEEDS_PARAMS, check_options, scale_by
 from jaxinv._scaled import Scaled
 from jaxinv.data_paths import check_alpha, check_probes, scaled_data_kappa
@@ -35,6 +35,7 @@ def scale_by_path_kappa(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
+    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide each gradient by κ_e^{2/p}: the core of Path-SGD.
 
@@ -43,7 +44,8 @@ def scale_by_path_kappa(
 
     Args:
         fn: the network `fn(params, x) -> y`, deterministic (no dropout, frozen normalisation).
-        x: inputs with a leading batch axis; only shapes and dtypes are kept.
+        x: inputs with a batch axis; only shapes and dtypes are kept.
+        batch_axis: as for `jaxinv.path_norm`.
         p: exponent of the path norm, a fixed real number >= 1.
         every: recompute κ at every this many updates; in between the last one is used. Between
             refreshes the update is invariant only to first order, since κ lags behind w.
@@ -83,12 +85,12 @@ def scale_by_path_kappa(
         >>> [round(u.item(), 6) for u in updates]  # −0.1·9/3² and −0.1·4/2²
         [-0.1, -0.1]
     """
-    shape = abstract_batch_of_one(x)
+    shapes = input_shapes(x, batch_axis)
     check_options(p, every, zero_kappa)
 
     def kappas_of(params: Params, count: Array, batch: Inputs | None) -> list[Scaled]:
         del count, batch
-        return scaled_kappa(fn, params, shape, float(p), streaming=True)
+        return scaled_kappa(fn, params, shapes, float(p), batch_axis=batch_axis, streaming=True)
 
     return scale_by(kappas_of, float(p), every, eps, zero_kappa, match_gradient_norm, mask)
 
@@ -106,6 +108,7 @@ def path_sgd(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
+    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Path-SGD: Δw_e = −η/κ_e^{2/p} · ∂L/∂w_e, optionally with momentum.
 
@@ -115,7 +118,8 @@ def path_sgd(
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, x, p, every, eps, zero_kappa, match_gradient_norm, mask: see `scale_by_path_kappa`.
+        fn, x, p, every, eps, zero_kappa, match_gradient_norm, mask, batch_axis: see
+            `scale_by_path_kappa`.
         momentum: decay of the running sum, or None for none.
         nesterov: use Nesterov's form of momentum.
 
@@ -162,6 +166,7 @@ def path_sgd(
         zero_kappa=zero_kappa,
         match_gradient_norm=match_gradient_norm,
         mask=mask,
+        batch_axis=batch_axis,
     )
     return _with_momentum(precondition, learning_rate, momentum, nesterov)
 
@@ -189,6 +194,7 @@ def scale_by_data_dependent_path_kappa(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
+    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide each gradient by the data-dependent κ_e: the core of DDP-SGD.
 
@@ -199,7 +205,7 @@ def scale_by_data_dependent_path_kappa(
         alpha, centered, probes: see `data_dependent_path_kappa`. alpha=0 is
             `scale_by_path_kappa`, alpha=1 the diagonal of the Gaussian Fisher information.
         seed: of the random signs, drawn anew at every update.
-        every, eps, zero_kappa, match_gradient_norm, mask: see `scale_by_path_kappa`.
+        every, eps, zero_kappa, match_gradient_norm, mask, batch_axis: see `scale_by_path_kappa`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. `update` needs `params` and `batch`, the inputs
@@ -234,7 +240,14 @@ def scale_by_data_dependent_path_kappa(
             raise InvalidInput(_NEEDS_BATCH)
         key = None if probes is None else jax.random.fold_in(jax.random.key(seed), count)
         return scaled_data_kappa(
-            fn, params, batch, alpha=alpha, centered=centered, probes=probes, key=key
+            fn,
+            params,
+            batch,
+            alpha=alpha,
+            centered=centered,
+            probes=probes,
+            key=key,
+            batch_axis=batch_axis,
         )
 
     return scale_by(kappas_of, 2.0, every, eps, zero_kappa, match_gradient_norm, mask)
@@ -255,13 +268,14 @@ def data_dependent_path_sgd(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
+    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """DDP-SGD: Δw_e = −η/κ_e · ∂L/∂w_e with the data-dependent κ, optionally with momentum.
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, alpha, centered, probes, seed, every, eps, zero_kappa, match_gradient_norm, mask: see
-            `scale_by_data_dependent_path_kappa`.
+        fn, alpha, centered, probes, seed, every, eps, zero_kappa, match_gradient_norm, mask,
+            batch_axis: see `scale_by_data_dependent_path_kappa`.
         momentum: decay of the running sum, or None for none.
         nesterov: use Nesterov's form of momentum.
 
@@ -305,6 +319,7 @@ def data_dependent_path_sgd(
         zero_kappa=zero_kappa,
         match_gradient_norm=match_gradient_norm,
         mask=mask,
+        batch_axis=batch_axis,
     )
     return _with_momentum(precondition, learning_rate, momentum, nesterov)
 

@@ -208,7 +208,7 @@ def test_the_product_bounds_the_jacobian_through_every_operation_between(kind):
         lambda h: jnp.where(h > 1, h, 0.0),  # a jump
         lambda h: jnp.where(h > 0, h, h * h),
         lambda h: h + jax.nn.relu(h),  # slope 2
-        lambda h: h / jnp.linalg.norm(h),
+        lambda h: h / jnp.linalg.norm(h, axis=-1, keepdims=True),
         lambda h: jnp.sort(h),
     ],
 )
