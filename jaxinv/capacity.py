@@ -10,12 +10,10 @@
 | `fisher_rao_norm` | ⟨w, F(w) w⟩^{1/2} | invariant |
 | `margins` | f_y − max over the other outputs | invariant |
 
-`rescaling_invariance` checks the last column for any measure. φ_p is the smallest γ_{p,∞} on the
-orbit of the rescalings; the others have no such closed form.
+`rescaling_invariance` checks the last column for any measure. φ_p is the least γ_{p,∞} on the orbit.
 
 Units and layers are read off the program. A unit is what a product with weights gives: a column of
-a dense kernel or the kernel of a channel (counted once, not per position), with the bias. Terms of
-one sum belong to one unit. Edges without a parameter (skip connections, pooling) do not count.
+a dense kernel or a channel (once, not per position), with the bias. Terms of one sum are one unit.
 """
 
 from __future__ import annotations
