@@ -28,14 +28,13 @@ from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.typing import Inputs, Network, Params, PyTree
 
 _ANY_SIZE = (
-    "fn cannot be traced on a batch of {size}. It must accept any batch size (reshape with -1 or "
-    "x.shape[0] in place of a fixed batch size) and fit these params. If axis 0 of x does not "
-    "count examples, say which axis does (batch_axis=1), or that x is one input (batch_axis=None)."
+    "fn must accept any batch size (reshape with -1 or x.shape[0] in place of a fixed batch size) "
+    "and fit these params. If axis 0 of x does not count examples, say which axis does "
+    "(batch_axis=1), or that x is one input (batch_axis=None)."
 )
-
-_IN_DOUBLE = (
-    " It is run in float64 here. If fn makes float32 arrays of its own (the carry of a recurrent "
-    "cell), ask for float32: dtype=jnp.float32 where there is that option."
+_IN_FLOAT64 = (
+    "A fn that makes float32 arrays of its own (the carry of a recurrent cell) cannot run in "
+    "float64: ask for dtype=jnp.float32 where there is that option."
 )
 
 
@@ -46,15 +45,15 @@ class TracedNetwork:
     are not apart. Equal for equal programs, so that jitted code may take it as static.
     """
 
-    __slots__ = ("one", "whole", "refusal")
+    __slots__ = ("one", "whole", "error")
 
-    def __init__(self, one: Program | None, whole: Program | None, refusal: Exception | None):
-        self.one, self.whole, self.refusal = one, whole, refusal
+    def __init__(self, one: Program | None, whole: Program | None, error: Exception | None):
+        self.one, self.whole, self.error = one, whole, error
 
     @property
     def apart(self) -> bool:
         """Whether each example is treated by itself."""
-        return self.refusal is None
+        return self.error is None
 
     @property
     def program(self) -> Program:
@@ -71,11 +70,11 @@ class TracedNetwork:
             raise  # what the domain refuses it refuses more to the point
         except Exception:
             # On a batch of one a function that mixes examples may be nonsense (an empty slice).
-            if self.refusal is None:
+            if self.error is None:
                 raise
-            raise self.refusal from None
-        if self.refusal is not None:
-            raise self.refusal
+            raise self.error from None
+        if self.error is not None:
+            raise self.error
         return outputs
 
     def __call__(self, params: Params, x: Inputs) -> PyTree:
@@ -181,9 +180,9 @@ def traced_network(
 
     one = abstract_batch_of_one(x)
     if batch_axis is None:
-        return TracedNetwork(program(canonical, params, one, _remedy("")), None, None)
+        return TracedNetwork(program(canonical, params, one, remedy=_IN_FLOAT64), None, None)
     try:
-        alone = program(canonical, params, one, _remedy(_ANY_SIZE.format(size=1)))
+        alone = program(canonical, params, one, remedy=_ANY_SIZE)
     except InvalidInput as error:
         if not whole:
             raise
@@ -201,20 +200,14 @@ def _whole(fn: Network, params: Params, x: Inputs) -> Program:
         ),
         x,
     )
-    return program(fn, params, shapes, _remedy(""))
-
-
-def _remedy(text: str) -> str:
-    if not jax.config.read("jax_enable_x64"):
-        return text
-    return (text + _IN_DOUBLE).strip()
+    return program(fn, params, shapes, remedy=_IN_FLOAT64)
 
 
 def _with_batch_in_front(one: Program, fn: Network, params: Params, x: Inputs) -> Program:
     """The program for one example; raises unless `fn` is known to treat each by itself."""
     size = _prime_foreign_to(all_lengths(one.trace.jaxpr))
     batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
-    many = program(fn, params, batch, _ANY_SIZE.format(size=size))
+    many = program(fn, params, batch, remedy=_ANY_SIZE)
     axes = _axes_of_outputs(many.trace, params, batch, size, one.trace)
     if not any(axes):
         return one

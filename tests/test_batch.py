@@ -141,14 +141,14 @@ def flat(tree):
 def test_what_is_not_known_to_keep_examples_apart_mixes_them(fn):
     found = traced_network(fn, W, X)
     assert not found.apart
-    assert isinstance(found.refusal, UnsupportedOperation)
-    assert "along the batch axis" in str(found.refusal) and "test_batch.py" in str(found.refusal)
+    assert isinstance(found.error, UnsupportedOperation)
+    assert "along the batch axis" in str(found.error) and "test_batch.py" in str(found.error)
 
 
 @pytest.mark.parametrize("fn", APART.values(), ids=APART)
 def test_the_program_for_one_example_gives_the_function_where_they_are_apart(fn):
     found = traced_network(fn, W, X)
-    assert found.apart, str(found.refusal)
+    assert found.apart, str(found.error)
     np.testing.assert_allclose(found(W, X), fn(W, X), rtol=1e-5, atol=1e-6)
 
 

@@ -27,6 +27,10 @@ HOLE = "…"
 INTERNAL = {
     ("cli.py", "_Terminated"),  # ends the process, as Ctrl-C does
     ("experiments/files.py", "is no number of JSON"),  # becomes DamagedFile
+    ("_batch_rules.py", ""),  # becomes part of "it combines different examples of the batch"
+    ("_batch_domain.py", ""),  # as well
+    ("_batch.py", "its constant changes with"),
+    ("_batch.py", "an output "),
     ("rlct.py", "no set of layers fits"),  # the theorem says that there is one
 }
 
