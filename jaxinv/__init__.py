@@ -1,5 +1,6 @@
 """jaxinv: the invariances of neural networks, in pure functional JAX."""
 
+from jaxinv._batch import batch_first
 from jaxinv.capacity import (
     fisher_rao_norm,
     group_norm,
@@ -61,6 +62,7 @@ __all__ = [
     "JaxinvError",
     "UnsupportedOperation",
     "balance",
+    "batch_first",
     "batch_norm_as_reparam",
     "data_dependent_path_kappa",
     "data_dependent_path_norm",

@@ -105,14 +105,19 @@ class TracedNetwork:
 # --- the axis ------------------------------------------------------------------------
 
 
+def _check_axis(batch_axis: Any) -> None:
+    whole = isinstance(batch_axis, int) and not isinstance(batch_axis, bool) and batch_axis >= 0
+    if batch_axis is not None and not whole:
+        raise InvalidInput(
+            f"batch_axis must be an integer >= 0, or None if x is one input, not {batch_axis!r}."
+        )
+
+
 def leading(x: Inputs, batch_axis: int | None) -> Inputs:
     """x with its batch axis in front; shapes without values stay shapes."""
-    if batch_axis == 0 and not isinstance(batch_axis, bool):
+    _check_axis(batch_axis)
+    if batch_axis == 0:
         return x
-    if batch_axis is not None and (isinstance(batch_axis, bool) or not isinstance(batch_axis, int)):
-        raise InvalidInput(
-            f"batch_axis must be an integer, or None if x is one input, not {batch_axis!r}."
-        )
 
     def move(leaf: Any) -> Any:
         shape = list(jnp.shape(leaf))
@@ -132,24 +137,46 @@ def leading(x: Inputs, batch_axis: int | None) -> Inputs:
     return jax.tree.map(move, x)
 
 
-def input_shapes(x: Inputs, batch_axis: int | None) -> Inputs:
-    """Checked shapes of one example, its batch axis where `fn` expects it; values are dropped."""
-    one = abstract_batch_of_one(leading(x, batch_axis))
-
-    def place(s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = list(s.shape[1:])
-        if batch_axis is not None:
-            shape.insert(batch_axis, 1)
-        return jax.ShapeDtypeStruct(shape, s.dtype)
-
-    return jax.tree.map(place, one)
-
-
 def _as_given(x: Inputs, batch_axis: int | None) -> Inputs:
     """The inverse of `leading`, on arrays."""
     if batch_axis is None:
         return jax.tree.map(lambda a: a[0], x)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, batch_axis), x) if batch_axis else x
+
+
+def batch_first(fn: Network, batch_axis: int | None) -> Network:
+    """The same network for inputs with the batch axis in front, for functions without that option.
+
+    Args:
+        fn: a network that takes inputs whose axis `batch_axis` counts examples and gives outputs
+            with examples on that axis; or, for None, one that takes one input and gives one output.
+        batch_axis: that axis, or None.
+
+    Returns:
+        `fn(params, x)` for x with a leading batch axis, of length one if `batch_axis` is None.
+
+    Raises:
+        InvalidInput: if batch_axis is no integer >= 0 nor None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import batch_first, path_sgd
+        >>> graph = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+        >>> net = batch_first(lambda w, x: graph @ x @ w, None)  # x is one graph of two nodes
+        >>> x = jnp.ones((2, 3))
+        >>> net(jnp.ones((3, 4)), x[None]).shape
+        (1, 2, 4)
+        >>> optimizer = path_sgd(0.1, net, x[None])
+    """
+    _check_axis(batch_axis)
+
+    def first(params: Params, x: Inputs) -> PyTree:
+        y = fn(params, _as_given(x, batch_axis))
+        if batch_axis is None:
+            return jax.tree.map(lambda a: jnp.asarray(a)[None], y)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, batch_axis, 0), y)
+
+    return first
 
 
 # --- tracing -------------------------------------------------------------------------
@@ -269,4 +296,4 @@ def _axes_of_outputs(
     return axes
 
 
-__all__ = ["TracedNetwork", "input_shapes", "leading", "traced_network"]
+__all__ = ["TracedNetwork", "batch_first", "leading", "traced_network"]
