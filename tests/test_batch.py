@@ -14,10 +14,12 @@ from jax import lax
 from jaxinv import (
     InvalidInput,
     UnsupportedOperation,
+    batch_first,
     jacobian,
     jacobian_rank,
     path_kappa,
     path_norm,
+    path_sgd,
     rescale,
     rescaling_group,
     tangent_kernel,
@@ -311,3 +313,12 @@ def test_any_callable_will_do(fn):
     np.testing.assert_allclose(path_norm(fn, W, x), path_norm(net, W, x), rtol=1e-6)
     assert int(jacobian_rank(fn, W, x).rank) == 32
     assert rescaling_group(fn, W, x).dim == 8
+
+
+def test_batch_first_serves_optimizers():
+    net_of_time = batch_first(recurrent, 1)
+    optimizer = path_sgd(0.1, net_of_time, SEQUENCES.swapaxes(0, 1))
+    gradients = jax.tree.map(jnp.ones_like, R)
+    updates, _ = optimizer.update(gradients, optimizer.init(R), R)
+    kappa = path_kappa(recurrent, R, SEQUENCES, batch_axis=1)
+    jax.tree.map(lambda u, k: np.testing.assert_allclose(u, -0.1 / k, rtol=1e-5), updates, kappa)
