@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv import _scaled
 from jaxinv._scaling_action import log_add, transpose
 from jaxinv.rescaling import RescalingGroup, class_scales
 from jaxinv.typing import Array
@@ -34,6 +35,12 @@ class Weights(NamedTuple):
     """Positive numbers per parameter, by their logarithms: a_e exp((Bu)_e) without overflow."""
 
     logs: list[Array]
+
+    @classmethod
+    def powers(cls, leaves: Sequence[Array], p: float) -> Weights:
+        """|w_e|^p."""
+        dtype = _scaled.working_dtype(leaves)
+        return cls([p * jnp.log(abs(leaf.astype(dtype))) for leaf in leaves])
 
     def moved(self, group: RescalingGroup, u: Array) -> list[Array]:
         """log a_e + (Bu)_e."""
@@ -111,9 +118,44 @@ class Problem(NamedTuple):
         return self.multiplier * (product - mean * jnp.vdot(mean, v))
 
 
-@jax.jit  # else every call would compile its loops anew
+def least_norm(
+    group: RescalingGroup, leaves: Sequence[Array], p: float, tol: float
+) -> tuple[Array, Array, Array, Array]:
+    """(p·u, log Σ_e |w_e|^p, steps, error) of the member of the orbit with the smallest p-norm."""
+    weights = Weights.powers(leaves, p)
+    zero = jnp.zeros(group.dim, weights.logs[0].dtype)
+    return minimize(Problem(group, weights, 1.0, zero, most_terms(group)), tol)
+
+
 def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
     """(u, value, steps, error): majorisation from afar, then Newton with conjugate gradients."""
+    group, weights = _stacked(problem.group, problem.weights)
+    return _minimize(problem._replace(group=group, weights=weights), tol)
+
+
+def _stacked(group: RescalingGroup, weights: Weights) -> tuple[RescalingGroup, Weights]:
+    """Leaves of one shape, scaled along the same axes, as one leaf with an axis in front.
+
+    A program with a few operations for every leaf takes minutes to compile for hundreds of layers.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, (log, terms) in enumerate(zip(weights.logs, group.indices, strict=True)):
+        alike.setdefault((jnp.shape(log), *(jnp.shape(ids) for ids in terms)), []).append(i)
+    if len(alike) == len(weights.logs):
+        return group, weights
+    indices = tuple(
+        tuple(
+            (jnp.stack if any(isinstance(a, jax.Array) for a in term) else np.stack)(term)
+            for term in zip(*(group.indices[i] for i in members), strict=True)
+        )
+        for members in alike.values()
+    )
+    logs = [jnp.stack([weights.logs[i] for i in members]) for members in alike.values()]
+    return group._replace(indices=indices), Weights(logs)
+
+
+@jax.jit  # else every call would compile its loops anew
+def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
     start = problem.start(jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype))
     # Forces go round the loops with their point: a program twice as large compiles twice as long.
     forces = up, down = problem.forces(start)
