@@ -32,10 +32,10 @@ LEVELS = [
     {"_layer_values", "_path_values", "_scaling_values"},
     {"_masking"},
     {"_examples", "_null_spaces", "_path_products", "_path_runs", "_precision"},
-    {"_checkpoint", "_determinants", "_scaled", "_scaling_system", "_stream"},
+    {"_checkpoint", "_determinants", "_langevin", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
     {"rlct"},
-    {"_checks", "_extras"},
+    {"_checks", "_extras", "_text"},
     {"errors", "typing"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -25,6 +25,7 @@ HOLE = "…"
 
 # What says nothing to the user: raised and caught within the package.
 INTERNAL = {
+    ("_checkpoint.py", "its arrays are"),  # becomes InvalidInput: damaged (...)
     ("cli.py", "_Terminated"),  # ends the process, as Ctrl-C does
     ("experiments/files.py", "is no number of JSON"),  # becomes DamagedFile
     ("rlct.py", "no set of layers fits"),  # the theorem says that there is one
