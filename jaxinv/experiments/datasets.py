@@ -192,8 +192,8 @@ def _check_size(path: Path, shape: tuple[int, ...]) -> None:
 
 def _wrong_size(path: Path, shape: tuple[int, ...], fewer: bool) -> DataError:
     return DataError(
-        f"{path}: holds {'fewer' if fewer else 'more'} than the {math.prod(shape)} bytes its header announces "
-        f"(shape {shape}); download it again"
+        f"{path}: holds {'fewer' if fewer else 'more'} than the {math.prod(shape)} bytes its "
+        f"header announces (shape {shape}); download it again"
     )
 
 
