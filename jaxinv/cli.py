@@ -5,12 +5,16 @@
 and its numbers. ``jaxinv inspect MODULE:NAME`` reports on the user's own network, see
 :mod:`jaxinv.inspection`. ``jaxinv report`` makes a page of
 either, see :mod:`jaxinv.pages`. A mistake of the user ends in one message and exit code 2.
+
+The command sets ``OPENBLAS_NUM_THREADS=1`` where it is not set: LAPACK's threads wait for XLA's,
+and on a busy machine an SVD takes many times as long. Importing jaxinv changes no variable.
 """
 
 import argparse
 import contextlib
 import importlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -39,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["reproduce", "path-sgd", "--data", "nowhere", "--out", tempfile.mkdtemp()])
         2
     """
+    # In time: jaxlib loads scipy's LAPACK, which reads this then, with the first decomposition.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(argv).parse_args(argv)
     try:
