@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names
+from jaxinv._draws import own_draws
 from jaxinv._precision import call_in
 from jaxinv._rank_evidence import column_sizes, known_ambiguities
 from jaxinv.errors import InvalidInput
@@ -133,6 +134,7 @@ def degrees_of_freedom(
     """
     evidence = jacobian_rank(fn, params, x, method=method, rtol=rtol, dtype=dtype, chunk=chunk)
     dtype = jnp.dtype(dtype)
+    fn = own_draws(fn, params, x, dtype)
     split = partial(_split, fn=fn, dtype=dtype, chunk=chunk)
     dead, count = call_in(dtype, split, params, x)
     mask = unflatten(dead, jax.tree.map(lambda a: jnp.zeros(jnp.shape(a), bool), params))

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
+from jaxinv._draws import own_draws
 from jaxinv._precision import call_in, in_precision
 from jaxinv._rank_evidence import (
     column_sizes,
@@ -193,6 +194,7 @@ def jacobian_spectrum(
     if method not in ("svd", "tsqr", "gram"):
         raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
     _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
 
     def spectrum(params: Params, x: Inputs) -> Array:
         shapes_of(fn, params, x)
@@ -349,6 +351,7 @@ def jacobian_rank(
     if rtol is not None:
         rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
     _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
 
     def rank(params: Params, x: Inputs) -> Rank:
         shapes = shapes_of(fn, params, x)

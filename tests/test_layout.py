@@ -32,6 +32,7 @@ LEVELS = [
     {"_layer_rules", "_path_linear", "_scaling_products", "_scaling_reductions", "_scaling_rules"},
     {"_layer_values", "_path_values", "_scaling_values"},
     {"_masking"},
+    {"_draws"},
     {"_examples", "_null_spaces", "_path_products", "_path_runs", "_precision"},
     {"_checkpoint", "_determinants", "_langevin", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
