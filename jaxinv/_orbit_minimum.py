@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxinv import _scaled
 from jaxinv._scaling_action import log_add, transpose
+from jaxinv._varying import together, varying_like
 from jaxinv.rescaling import RescalingGroup, class_scales
 from jaxinv.typing import Array
 
@@ -156,7 +157,12 @@ def _stacked(group: RescalingGroup, weights: Weights) -> tuple[RescalingGroup, W
 
 @jax.jit  # else every call would compile its loops anew
 def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
-    start = problem.start(jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype))
+    problem = together(problem)[0]
+    zero, count = varying_like(
+        (jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype), jnp.zeros((), jnp.int32)),
+        problem,
+    )
+    start = problem.start(zero)
     # Forces go round the loops with their point: a program twice as large compiles twice as long.
     forces = up, down = problem.forces(start)
     c = problem.linear
@@ -201,7 +207,7 @@ def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         return (error > _NEWTON_BELOW) & (steps < _MOST_SWEEPS)
 
     point, forces, sweeps, error = lax.while_loop(
-        far, sweep, (start, forces, jnp.zeros((), jnp.int32), error_of(up, down))
+        far, sweep, (start, forces, count, error_of(up, down))
     )
 
     def newton(state: tuple) -> tuple:
@@ -229,7 +235,8 @@ def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
             return (size, *problem.point(point.u + size * direction, point.log_sum))
 
         # From a step of 2 that has no value, so that the first one tried is 1.
-        first = (jnp.full((), 2, value.dtype), point, jnp.full((), jnp.nan, value.dtype))
+        size, none = jnp.full((), 2, value.dtype), jnp.full((), jnp.nan, value.dtype)
+        first = (varying_like(size, value), point, varying_like(none, value))
         _, after, new = lax.while_loop(uphill, halve, first)
         after_forces = problem.forces(after)
         after_error = error_of(*after_forces)
@@ -244,7 +251,7 @@ def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         return (error > tol) & ~stuck & (steps < sweeps + _MOST_NEWTON_STEPS)
 
     point, _, steps, error, _ = lax.while_loop(
-        unfinished, newton, (point, forces, sweeps, error, jnp.zeros((), bool))
+        unfinished, newton, (point, forces, sweeps, error, count > 0)
     )
     value = problem.value(point.u, point.log_sum)
     return point.u, value, steps, error
@@ -270,6 +277,7 @@ def _conjugate_gradients(product: Any, b: Array, diagonal: Array, tol: Array) ->
 
     p = b / diagonal
     state = (jnp.zeros_like(b), b, p, jnp.vdot(b, p), jnp.zeros((), jnp.int32))
+    state = together(*state)
     return lax.while_loop(unfinished, step, state)[0]
 
 

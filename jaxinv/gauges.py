@@ -22,6 +22,7 @@ from jaxinv import _checks, _scaled
 from jaxinv._orbit_minimum import Problem, Weights, least_norm, minimize, most_terms, total
 from jaxinv._scaling_action import transpose
 from jaxinv._units import Units, units_of
+from jaxinv._varying import together
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling import (
     RescalingGroup,
@@ -261,7 +262,8 @@ def _unit_norms(
     def error_of(found: Array) -> Array:
         return jnp.max(abs(jnp.expm1(found)), initial=0.0)
 
-    v, found, steps = lax.while_loop(unfinished, step, (v, log_sums(v), jnp.zeros((), jnp.int32)))
+    state = together(v, log_sums(v), jnp.zeros((), jnp.int32))
+    v, found, steps = lax.while_loop(unfinished, step, state)
     return v, steps, error_of(found)
 
 

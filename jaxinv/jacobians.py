@@ -29,6 +29,7 @@ from jax import lax
 from jaxinv import _kernel_factors, _scaled
 from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names, one_of
 from jaxinv._examples import check_examples_apart
+from jaxinv._varying import together, varies, varying_like
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
@@ -132,7 +133,7 @@ def _rows_of_one(fn: Network, params: Params, example: Inputs, dtype: Any) -> Ar
     """(out, d) of one example, by reverse mode."""
     x = jax.tree.map(lambda a: a[None], example)
     y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, dtype)[0], params)
-    (rows,) = jax.vmap(pull)(jnp.eye(y.size, dtype=dtype))
+    (rows,) = jax.vmap(pull)(varying_like(jnp.eye(y.size, dtype=dtype), y))
     return jax.vmap(lambda row: flatten(row, dtype))(rows)
 
 
@@ -141,7 +142,7 @@ def _rows_whole(fn: Network, params: Params, x: Inputs, shapes: _Shapes, chunk: 
     y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, shapes.dtype).ravel(), params)
 
     def row(i: Array) -> Array:
-        (g,) = pull(jnp.zeros_like(y).at[i].set(1))
+        (g,) = pull(varying_like(jnp.zeros_like(y).at[i].set(1), y))
         return flatten(g, shapes.dtype)
 
     return lax.map(row, jnp.arange(shapes.rows), batch_size=chunk)
@@ -152,7 +153,7 @@ def _columns(fn: Network, params: Params, x: Inputs, shapes: _Shapes, chunk: int
 
     def column(i: Array) -> Array:
         one_hot = jnp.zeros(shapes.parameters, shapes.dtype).at[i].set(1)
-        tangent = unflatten(one_hot, params)
+        tangent = unflatten(varying_like(one_hot, params), params)
         f = lambda w: outputs_of(fn, w, x, shapes.dtype).ravel()  # noqa: E731
         return jax.jvp(f, (params,), (tangent,))[1]
 
@@ -195,6 +196,7 @@ def jacobian(
     """
     one_of("mode", mode, ("auto", "fwd", "rev"))
     _check_chunk(chunk)
+    params, x = together(params, x)
     shapes = shapes_of(fn, params, x)
     passes = shapes.outputs if shapes.apart else shapes.rows
     if mode == "fwd" or (mode == "auto" and passes > shapes.parameters):
@@ -237,6 +239,8 @@ def fold_rows(
         10.0
     """
     _check_chunk(chunk)
+    params, x = together(params, x)
+    start = varying_like(start, params)
     shapes = shapes_of(fn, params, x)
     if not shapes.apart:
         return add(start, _rows_whole(fn, params, x, shapes, chunk))
@@ -387,9 +391,11 @@ def tangent_kernel(
          [11. 25.]]
     """
     _check_chunk(chunk)
+    params, x, x2 = together(params, x, x2)
     shapes = shapes_of(fn, params, x)
     other = x if x2 is None else x2
-    if not shapes.apart:
+    # A program that is taken apart is traced on shapes, which do not vary over devices.
+    if not shapes.apart or varies(params):
         left = jacobian(fn, params, x, chunk=chunk)
         right = left if x2 is None else jacobian(fn, params, x2, chunk=chunk)
         return jnp.matmul(left, right.T, precision=_EXACT)
@@ -467,6 +473,7 @@ def jacobian_operator(fn: Network, params: Params, x: Inputs) -> JacobianOperato
         >>> bool(jnp.allclose(J.matvec(v), jacobian(networks.mlp, w, x) @ v, rtol=1e-4))
         True
     """
+    params, x = together(params, x)
     shapes = shapes_of(fn, params, x)
 
     def f(w: Params) -> Array:
@@ -480,9 +487,9 @@ def jacobian_operator(fn: Network, params: Params, x: Inputs) -> JacobianOperato
         push = lambda tangent: transposed(tangent)[0]  # noqa: E731
 
     def matvec(v: Array) -> Array:
-        return push(unflatten(v, params))
+        return push(varying_like(unflatten(v, params), params))
 
     def rmatvec(c: Array) -> Array:
-        return flatten(pull(c)[0], shapes.dtype)
+        return flatten(pull(varying_like(c, y))[0], shapes.dtype)
 
     return JacobianOperator(matvec, rmatvec, (shapes.rows, shapes.parameters))

@@ -37,7 +37,7 @@ LEVELS = [
     {"_checkpoint", "_determinants", "_langevin", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
     {"rlct"},
-    {"_checks", "_extras", "_text"},
+    {"_checks", "_extras", "_text", "_varying"},
     {"errors", "typing"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
