@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
+from jaxinv._draws import own_draws
 from jaxinv._precision import call_in, in_precision
 from jaxinv._rank_evidence import (
     column_sizes,
@@ -195,6 +196,7 @@ def jacobian_spectrum(
     if method not in ("svd", "tsqr", "gram"):
         raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
     _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
 
     def spectrum(params: Params, x: Inputs) -> Array:
         problem = problem_of(fn, params, x, batch_axis)
@@ -353,6 +355,7 @@ def jacobian_rank(
     if rtol is not None:
         rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
     _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
 
     def rank(params: Params, x: Inputs) -> Rank:
         problem = problem_of(fn, params, x, batch_axis)
