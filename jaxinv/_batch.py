@@ -17,13 +17,13 @@ from jaxinv._batch_domain import BatchDomain, RecordingDomain
 from jaxinv._batch_values import Apart, Place, Shared, Single, refusal
 from jaxinv._checks import abstract_batch_of_one, check_inputs
 from jaxinv._jaxpr import (
-    Trace,
     interpret,
     is_concrete,
     open_jaxpr,
     output_equation,
 )
 from jaxinv._program import Program, all_lengths, program
+from jaxinv._varying import varies
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.typing import Inputs, Network, Params, PyTree
 
@@ -45,10 +45,12 @@ class TracedNetwork:
     are not apart. Equal for equal programs, so that jitted code may take it as static.
     """
 
-    __slots__ = ("one", "whole", "error")
+    __slots__ = ("one", "whole", "error", "fn")
 
-    def __init__(self, one: Program | None, whole: Program | None, error: Exception | None):
-        self.one, self.whole, self.error = one, whole, error
+    def __init__(
+        self, fn: Network, one: Program | None, whole: Program | None, error: Exception | None
+    ):
+        self.fn, self.one, self.whole, self.error = fn, one, whole, error
 
     @property
     def apart(self) -> bool:
@@ -78,6 +80,9 @@ class TracedNetwork:
         return outputs
 
     def __call__(self, params: Params, x: Inputs) -> PyTree:
+        if varies(params, x):
+            # Inside of shard_map: programs are traced on shapes, which do not vary over devices.
+            return self.fn(params, x)
         if not self.apart:
             assert self.whole is not None
             return self.whole(params, x)
@@ -207,17 +212,32 @@ def traced_network(
 
     one = abstract_batch_of_one(x)
     if batch_axis is None:
-        return TracedNetwork(program(canonical, params, one, remedy=_IN_FLOAT64), None, None)
+        alone = program(canonical, params, one, remedy=_IN_FLOAT64)
+        return TracedNetwork(canonical, alone, None, None)
     try:
         alone = program(canonical, params, one, remedy=_ANY_SIZE)
     except InvalidInput as error:
         if not whole:
             raise
-        return TracedNetwork(None, _whole(canonical, params, x), error)
+        return TracedNetwork(canonical, None, _whole(canonical, params, x), error)
     try:
-        return TracedNetwork(_with_batch_in_front(alone, canonical, params, one), None, None)
+        axes = _axes_of_outputs(alone, canonical, params, one)
     except (UnsupportedOperation, InvalidInput) as error:
-        return TracedNetwork(alone, _whole(canonical, params, x) if whole else None, error)
+        return TracedNetwork(
+            canonical, alone, _whole(canonical, params, x) if whole else None, error
+        )
+    if not any(axes):
+        return TracedNetwork(canonical, alone, None, None)
+
+    def in_front(network: Network) -> Network:
+        def moved(params: Params, x: Inputs) -> PyTree:
+            y, tree = jax.tree.flatten(network(params, x))
+            arrays = [jnp.moveaxis(a, axis, 0) for a, axis in zip(y, axes, strict=True)]
+            return jax.tree.unflatten(tree, arrays)
+
+        return moved
+
+    return TracedNetwork(in_front(canonical), program(in_front(alone), params, one), None, None)
 
 
 def _whole(fn: Network, params: Params, x: Inputs) -> Program:
@@ -230,23 +250,6 @@ def _whole(fn: Network, params: Params, x: Inputs) -> Program:
     return program(fn, params, shapes, remedy=_IN_FLOAT64)
 
 
-def _with_batch_in_front(one: Program, fn: Network, params: Params, x: Inputs) -> Program:
-    """The program for one example; raises unless `fn` is known to treat each by itself."""
-    size = _prime_foreign_to(all_lengths(one.trace.jaxpr))
-    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
-    many = program(fn, params, batch, remedy=_ANY_SIZE)
-    axes = _axes_of_outputs(many.trace, params, batch, size, one.trace)
-    if not any(axes):
-        return one
-
-    def in_front(params: Params, x: Inputs) -> PyTree:
-        y, tree = jax.tree.flatten(one(params, x))
-        moved = [jnp.moveaxis(a, axis, 0) for a, axis in zip(y, axes, strict=True)]
-        return jax.tree.unflatten(tree, moved)
-
-    return program(in_front, params, x)
-
-
 def _prime_foreign_to(lengths: set[int]) -> int:
     """A small prime that divides none of the given lengths."""
     candidate = 5
@@ -257,10 +260,11 @@ def _prime_foreign_to(lengths: set[int]) -> int:
     return candidate
 
 
-def _axes_of_outputs(
-    many: Trace, params: Params, batch: Inputs, size: int, one: Trace
-) -> list[int]:
-    """The batch axis of every output; raises where examples are not apart."""
+def _axes_of_outputs(alone: Program, fn: Network, params: Params, x: Inputs) -> list[int]:
+    """The batch axis of every output; raises unless `fn` is known to treat each example apart."""
+    size = _prime_foreign_to(all_lengths(alone.trace.jaxpr))
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
+    many, one = program(fn, params, batch, remedy=_ANY_SIZE).trace, alone.trace
     domain = BatchDomain(size)
     weights = [Shared(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]
     inputs = [Apart(s.shape, Place(0)) for s in jax.tree.leaves(batch)]

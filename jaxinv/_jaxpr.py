@@ -25,7 +25,6 @@ import numpy as np
 from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
-from jaxinv._varying import struct_of
 from jaxinv.errors import UnsupportedOperation
 
 # A `while` whose trip count is a constant is walked once per trip. Above this many trips the
@@ -252,7 +251,11 @@ def trace(fn: Callable, params: Any, x: Any, *, remedy: str = "") -> Trace:
 
     jax gives an older trace of a function that it has seen before: pass one that is new.
     """
-    shapes, inputs = jax.tree.map(lambda a: struct_of(a, params), (params, x))
+
+    def shape(a: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a))
+
+    shapes, inputs = jax.tree.map(shape, params), jax.tree.map(shape, x)
     with calling("fn(params, x)", shapes, inputs, remedy=remedy):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, inputs)
     names = leaf_names(params, "params")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 
@@ -24,18 +23,6 @@ def _axes_of_type(kind: Any) -> frozenset[str]:
     # The attribute was called `vma` before.
     found = getattr(kind, "vma", None)
     return found if found is not None else getattr(kind.manual_axis_type, "varying", frozenset())
-
-
-def struct_of(leaf: Any, *others: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a leaf, varying over what any array of the others varies over."""
-    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    axes = _axes(others)
-    if not axes:
-        return jax.ShapeDtypeStruct(shape, dtype)
-    arrays = [a for a in jax.tree.leaves(others) if isinstance(a, jax.Array)]
-    kind = next(jax.typeof(a) for a in arrays if _axes(a) == axes)
-    name = "vma" if getattr(kind, "vma", None) is not None else "manual_axis_type"
-    return jax.ShapeDtypeStruct(shape, dtype, **{name: getattr(kind, name)})
 
 
 def varies(*trees: Any) -> bool:
