@@ -7,20 +7,24 @@ scale 0, which can lose generators but never make a wrong one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 
 from jaxinv import (
+    _scaling_cases,
     _scaling_indexing,
+    _scaling_linalg,
     _scaling_loops,
     _scaling_products,
     _scaling_reductions,
     _scaling_rules,
 )
 from jaxinv import _scaling_values as scaling
-from jaxinv._jaxpr import Equation, Value
+from jaxinv._jaxpr import Body, Equation, Value
+from jaxinv._scaling_cases import Cases, by_case
 from jaxinv._scaling_system import System
 from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Peek, Scale
 
@@ -28,21 +32,35 @@ from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Peek, Scale
 _MOST_PARTS = 1024
 
 
+def _case_by_case(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(domain: ScalingDomain, eqn: Equation, *inputs: Any) -> Any:
+        domain.equation = eqn
+        return by_case(domain, eqn, partial(rule, domain, eqn), inputs)
+
+    return apply
+
+
 class ScalingDomain:
     """Equations between the scales of all values of one program."""
 
-    rules = (
-        _scaling_rules.RULES
-        | _scaling_reductions.RULES
-        | _scaling_products.RULES
-        | _scaling_indexing.RULES
-    )
+    rules = {
+        primitive: _case_by_case(rule)
+        for primitive, rule in (
+            _scaling_rules.RULES
+            | _scaling_reductions.RULES
+            | _scaling_products.RULES
+            | _scaling_linalg.RULES
+            | _scaling_indexing.RULES
+        ).items()
+    }
 
     def __init__(self, ignore_epsilon: bool):
         self.system = System()
         self.ignore_epsilon = ignore_epsilon
         self.pinned_by: dict[tuple[str, str], None] = {}
         self.ignored: dict[tuple[str, str], None] = {}
+        self.indices: dict[Any, int] = {}
+        self.equation: Equation | None = None  # the one whose rule is running
 
     # --- operands ---
 
@@ -62,6 +80,9 @@ class ScalingDomain:
             value = value.decided()
         if isinstance(value, Nudged):
             return value.pin()
+        if isinstance(value, Cases):
+            scales = [self.scale(v) for v in value.values]
+            return reduce(lambda a, b: scaling.join(self.system, a, b, value.shape), scales)
         if isinstance(value, Peek):
             self.seen(value.looked)
             return Scale(value.shape)
@@ -137,6 +158,10 @@ class ScalingDomain:
             [scaling.masked(~dead, form), ((lambda ids: ids), scaling.variables(own))]
         )
 
+    def index_number(self, key: Any) -> int:
+        """A number for an index that the data know: equal keys, provably equal indices."""
+        return self.indices.setdefault(key, len(self.indices))
+
     # --- parameters taken apart ---
 
     def parts(self, value: Fresh, axis: int, sizes: Sequence[int]) -> list[Fresh] | None:
@@ -172,9 +197,21 @@ class ScalingDomain:
         outputs = [Scale(aval.shape) for aval in eqn.outputs]
         return outputs if eqn.primitive.multiple_results else outputs[0]
 
-    scan = _scaling_loops.scan
-    switch = _scaling_loops.switch
-    unbounded_while = _scaling_loops.unbounded_while
+    def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
+        first, second = len(consts), len(consts) + len(init)
+
+        def run(*inputs: Any) -> list:
+            every = list(inputs)
+            parts = every[:first], every[first:second], every[second:]
+            return _scaling_loops.scan(self, eqn, body, *parts)
+
+        return by_case(self, eqn, run, [*consts, *init, *xs])
+
+    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+        return _scaling_loops.switch(self, eqn, index, branches, inputs)
+
+    def unbounded_while(self, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
+        return _scaling_loops.unbounded_while(self, eqn, condition, body, carry)
 
 
 def gather_parts(domain: ScalingDomain, leaf: Leaf) -> None:

@@ -47,7 +47,7 @@ def _power(exponent: Fraction | int) -> Callable:
     return apply
 
 
-rule("neg", "abs", "reduce_precision", "real", "imag", "conj")(_power(1))
+rule("neg", "abs", "real", "imag", "conj")(_power(1))
 rule("square")(_power(2))
 rule("sqrt")(_power(Fraction(1, 2)))
 rule("rsqrt")(_power(Fraction(-1, 2)))
@@ -64,10 +64,21 @@ def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
 @rule("pow")
 def _pow(domain: Any, eqn: Equation, value: Any, exponent: Any) -> Any:
     if is_concrete(exponent) and np.size(exponent) == 1:
-        y = float(np.asarray(exponent).item())
-        if np.isfinite(y) and y and float(Fraction(y).limit_denominator(1000)) == y:
-            return _power(Fraction(y).limit_denominator(1000))(domain, eqn, value)
+        y = _rational(exponent, eqn.inputs[1].dtype)
+        if y:
+            return _power(y)(domain, eqn, value)
     return domain.default(eqn, value, exponent)
+
+
+def _rational(number: Any, dtype: Any) -> Fraction | None:
+    """The simple fraction that a float was rounded from in its own precision; None if none was."""
+    y = np.asarray(number).reshape(()).astype(dtype)
+    if np.iscomplexobj(y) or not np.isfinite(np.float64(y)):
+        return None
+    # In 16 bits many fractions are rounded to one float: only the simplest are meant.
+    largest = 1000 if jnp.finfo(dtype).bits >= 32 else 8
+    found = Fraction(float(y)).limit_denominator(largest)
+    return found if np.asarray(float(found)).astype(dtype) == y else None
 
 
 @rule("convert_element_type")
@@ -77,7 +88,18 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
         return domain.free(eqn, value)  # whether it is zero
     if jnp.issubdtype(old, jnp.inexact) and not jnp.issubdtype(new, jnp.inexact):
         return domain.default(eqn, value)  # rounding
+    if new != old and jnp.issubdtype(new, jnp.inexact) and jnp.finfo(new).bits < 16:
+        return domain.default(eqn, value)  # quantisation
     return _power(1)(domain, eqn, value)
+
+
+@rule("reduce_precision")
+def _reduce_precision(domain: Any, eqn: Equation, value: Any) -> Any:
+    """Rounding to fewer bits than the numbers have is quantisation, which scales do not pass."""
+    info = jnp.finfo(eqn.inputs[0].dtype)
+    if eqn.params["exponent_bits"] >= info.nexp and eqn.params["mantissa_bits"] >= info.nmant:
+        return _power(1)(domain, eqn, value)
+    return domain.default(eqn, value)
 
 
 @rule("sign", "is_finite")
@@ -354,13 +376,11 @@ def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
     return _layout(_sliced)(domain, eqn, domain.scale(value))
 
 
-def by_binding(eqn: Equation, array: np.ndarray, *rest: Any, position: int = 0) -> np.ndarray:
+def by_binding(eqn: Equation, array: np.ndarray, *rest: Any, **changed: Any) -> np.ndarray:
     """The operation itself, on an array of integers."""
-    dtype = np.int32 if array.dtype != bool else bool
-    operands = [jnp.asarray(r) for r in rest]
-    operands.insert(position, jnp.asarray(np.broadcast_to(array, array.shape).astype(dtype)))
     with jax.ensure_compile_time_eval():
-        return np.asarray(eqn.bind(*operands))
+        operands = [jnp.asarray(r) for r in (array.astype(np.int32), *rest)]
+        return np.asarray(eqn.bind(*operands, **changed))
 
 
 @rule("tile")
@@ -458,7 +478,7 @@ def _pad(domain: Any, eqn: Equation, value: Any, filler: Any) -> Any:
         array = np.broadcast_to(array, target)
         dtype = np.int32
         with jax.ensure_compile_time_eval():
-            out = lax.pad(jnp.asarray(array.astype(dtype)), jnp.zeros((), dtype), config)
+            out = lax.pad(jnp.asarray(array.astype(np.int32)), jnp.zeros((), dtype), config)
             return np.asarray(out).astype(array.dtype)
 
     inside = place(np.ones((1,) * rank, bool))

@@ -29,6 +29,7 @@ LEVELS = [
     {"_kernel_factors", "_layers", "_path_domain", "_scaling_domain"},
     {"_path_gates", "_path_loops", "_scaling_indexing", "_scaling_loops"},
     {"_layer_rules", "_path_linear", "_scaling_products", "_scaling_reductions", "_scaling_rules"},
+    {"_scaling_cases", "_scaling_linalg"},
     {"_layer_values", "_path_values", "_scaling_values"},
     {"_masking"},
     {"_examples", "_null_spaces", "_path_products", "_path_runs", "_precision"},
