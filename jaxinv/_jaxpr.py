@@ -300,6 +300,9 @@ class _Keys:
             return value.key
         if is_concrete(value) and np.ndim(value) == 0:
             return ("literal", str(jnp.result_type(value)), np.asarray(value).item())
+        if isinstance(value, (np.ndarray, jax.Array)) and is_concrete(value) and value.size <= 64:
+            if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+                return (str(value.dtype), value.shape, np.asarray(value).tobytes())
         return ("array", id(value))
 
     def of_output(self, eqn: Equation, inputs: Sequence[Any], index: int) -> Any:

@@ -82,7 +82,7 @@ def by_case(domain: Any, eqn: Equation, run: Callable[..., Any], inputs: Sequenc
                 new.key = old.key
         return by_case(domain, eqn, run, plain)
     results = []
-    for e in range(len(next(filter(mine, inputs)).values)):
+    for e in range(max(len(v.values) for v in filter(mine, inputs))):
         chosen = [_case(v, e) if mine(v) else v for v in inputs]
         results.append(by_case(domain, eqn, run, chosen))
     if isinstance(results[0], list):
@@ -91,6 +91,8 @@ def by_case(domain: Any, eqn: Equation, run: Callable[..., Any], inputs: Sequenc
 
 
 def _case(value: Cases, e: int) -> Any:
+    """An index beyond the last case reads the last, as clipping does."""
+    e = min(e, len(value.values) - 1)
     chosen = value.values[e]
     if not hasattr(chosen, "key"):
         chosen.key = (value.key, e)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from jaxinv import (
-    _scaling_cases,
     _scaling_indexing,
     _scaling_linalg,
     _scaling_loops,

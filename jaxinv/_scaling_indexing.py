@@ -49,7 +49,7 @@ class _Starts(NamedTuple):
     unknown: list[int]  # axes with several beginnings, which the data choose between
     key: Any  # equal keys, the same choice; None where it cannot be told
     axes: tuple[int, ...]  # axes of the result along which the choice may vary
-    index: tuple[Any, ...]  # the indices, 0 for those that the data know
+    indices: tuple[Any, ...]  # 0 for those that the data know
     place: dict[int, int]  # which index, or which component of it, an axis has
 
     @property
@@ -72,17 +72,24 @@ def _starts(eqn: Equation, index: tuple[Any, ...]) -> _Starts:
     if eqn.name == "dynamic_slice":
         place = {a: a for a in range(len(shape))}
         unknown = [a for a, n in enumerate(counts) if n > 1 and not is_concrete(index[a])]
-        names = [(_name(index[a]), counts[a]) for a in unknown]
-        key = tuple(names) if all(name is not None for name, _ in names) else None
-        return _Starts(counts, unknown, key, (), zeros, place)
+        names = tuple(_name(index[a]) for a in unknown)
+        return _Starts(counts, unknown, _key(names, unknown, counts), (), zeros, place)
     numbers = eqn.params["dimension_numbers"]
     place = {int(a): c for c, a in enumerate(numbers.start_index_map)}
     unknown = [] if is_concrete(index[0]) else sorted(a for a in place if counts[a] > 1)
     name = _name(index[0])
-    key = None if name is None else (name, tuple((place[a], counts[a]) for a in unknown))
+    names = tuple(None if name is None else (name, place[a]) for a in unknown)
     outer = [a for a in range(len(eqn.outputs[0].shape)) if a not in numbers.offset_dims]
     axes = tuple(a for a in outer if eqn.outputs[0].shape[a] > 1)
-    return _Starts(counts, unknown, key, axes, zeros, place)
+    return _Starts(counts, unknown, _key(names, unknown, counts), axes, zeros, place)
+
+
+def _key(names: tuple[Any, ...], unknown: list[int], counts: list[int]) -> Any:
+    """One index is clipped to the length of what it reads, so the shorter has the first cases of
+    the longer; two are numbered together, which depends on the lengths."""
+    if None in names:
+        return None
+    return names if len(names) == 1 else (names, tuple(counts[a] for a in unknown))
 
 
 def _name(index: Any) -> Any:
@@ -98,7 +105,7 @@ def _fills_with_numbers(eqn: Equation) -> bool:
 def _moved(domain: Any, eqn: Equation, scale: Scale, starts: _Starts, case: int) -> Scale:
     """What is read when the unknown indices have the values of a case."""
     full = eqn.inputs[0].shape
-    index = [np.array(i) if starts.unknown else i for i in starts.index]
+    index = [np.array(i) if starts.unknown else i for i in starts.indices]
     for a, start in starts.at(case).items():
         if eqn.name == "dynamic_slice":
             index[a] = np.asarray(start, index[a].dtype)
@@ -132,9 +139,9 @@ def _whole_part(domain: Any, eqn: Equation, value: Any, starts: _Starts, case: i
     if starts.unknown:
         at = starts.at(case)[axis]
     elif eqn.name == "dynamic_slice":
-        at = int(np.asarray(starts.index[axis]))
-    elif np.size(starts.index[0]) == 1:
-        at = int(np.asarray(starts.index[0]).reshape(()))
+        at = int(np.asarray(starts.indices[axis]))
+    elif np.size(starts.indices[0]) == 1:
+        at = int(np.asarray(starts.indices[0]).reshape(()))
     else:
         return None
     inside = 0 <= at < value.shape[axis]

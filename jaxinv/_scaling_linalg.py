@@ -52,10 +52,10 @@ def _eig(domain: Any, eqn: Equation, value: Any) -> list[Scale]:
 
 
 @rule("qr")
-def _qr(domain: Any, eqn: Equation, value: Any) -> list[Scale]:
+def _qr(domain: Any, eqn: Equation, value: Any) -> Any:
     value = domain.refresh(value)
     if eqn.params.get("pivoting"):
-        return domain.default(eqn, value)  # type: ignore[no-any-return]
+        return domain.default(eqn, value)
     columns = domain.level(value, [len(value.shape) - 2]).form
     domain.seen(columns)
     return [Scale(eqn.outputs[0].shape), Scale(eqn.outputs[1].shape, columns)]

@@ -38,7 +38,9 @@ def _fft(domain: Any, eqn: Equation, value: Any) -> Any:
 
 @rule("argmax", "argmin")
 def _arg(domain: Any, eqn: Equation, value: Any) -> Any:
-    return domain.free(eqn, domain.level(value, eqn.params["axes"]))
+    place = domain.free(eqn, domain.level(value, eqn.params["axes"]))
+    place.natural = True
+    return place
 
 
 @rule("reduce_prod")

@@ -146,7 +146,11 @@ def _is_epsilon(value: Any) -> bool:
 
 @rule("eq", "ne", "gt", "ge", "lt", "le")
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    return Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
+    shape = eqn.outputs[0].shape
+    if eqn.name == "lt" and getattr(left, "natural", False) and is_concrete(right):
+        if not np.any(right):  # the test for an index that counts from the end
+            return np.zeros(shape, bool)
+    return Peek(shape, domain.joined(eqn, left, right).form)
 
 
 @rule("not", "and", "or", "xor", "reduce_and", "reduce_or", "reduce_xor")
@@ -174,11 +178,13 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
     return result
 
 
-def _chosen(domain: Any, eqn: Equation, which: np.ndarray, cases: Sequence[Any]) -> Scale:
+def _chosen(domain: Any, eqn: Equation, which: np.ndarray, cases: Sequence[Any]) -> Any:
     """A choice by constants: every element is one of the cases, and need not fit the others."""
     shape = eqn.outputs[0].shape
     rank = len(shape)
     which = scaling.shrunk(scaling.lifted(which.astype(np.int64), rank))
+    if which.size == 1 and isinstance(cases[which.item()], Scale):
+        return cases[which.item()]
     parts, wild = [], np.zeros((1,) * rank, bool)
     for i, case in enumerate(cases):
         if not (which == i).any():

@@ -35,13 +35,15 @@ class Scale(Value):
     """Log-scales of an array. `wild` marks elements that are 0 or ±∞ whatever the parameters are.
 
     Those fit any scale, so they take part in no equation. `wild` is None where there are none.
+    `natural` says that the elements are integers >= 0.
     """
 
-    __slots__ = ("form", "shape", "wild")
+    __slots__ = ("form", "shape", "wild", "natural")
 
     def __init__(self, shape: Sequence[int], form: Form = (), wild: np.ndarray | None = None):
         self.shape, self.form = tuple(shape), form
         self.wild = None if wild is None or not wild.any() else shrunk(wild)
+        self.natural = False
 
     @property
     def all_wild(self) -> bool:
