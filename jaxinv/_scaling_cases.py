@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value
-from jaxinv._scaling_values import Scale
+from jaxinv._scaling_values import Peek, Root, Scale
 
 # A value is taken apart into at most so many cases; beyond, they share one scale. Every case costs
 # a pass through the rules.
@@ -99,12 +100,40 @@ def _case(value: Cases, e: int) -> Any:
     return chosen
 
 
+def root(value: Any) -> Root:
+    """Which index a value repeats: itself, unless it is known to be another that was moved."""
+    if value.root is not None:
+        return value.root  # type: ignore[no-any-return]
+    axes = tuple(a for a, n in enumerate(value.shape) if n > 1)
+    return Root(getattr(value, "key", object()), axes)
+
+
+def note_root(eqn: Equation, operand: Any, result: Any) -> None:
+    """Follow an index or a truth value through the operations that only move it."""
+    if eqn.name not in _MOVES or not isinstance(operand, (Scale, Peek)):
+        return
+    if not isinstance(result, (Scale, Peek)) or not hasattr(operand, "key"):
+        return
+    dtype = eqn.inputs[0].dtype
+    if not jnp.issubdtype(dtype, jnp.integer) and dtype != bool:
+        return
+    if eqn.name == "convert_element_type" and dtype != bool:
+        return  # an integer that another type may not hold
+    old = root(operand)
+    axes = followed(eqn, 0, old.axes)
+    if axes is not None:
+        result.root = Root(old.key, axes)
+
+
 # --- where the axes of an index go ----------------------------------------------------
 
 _ELEMENTWISE = frozenset(
     "neg abs real imag conj square sqrt rsqrt cbrt integer_pow pow convert_element_type sign "
     "is_finite add sub add_any max min rem complex atan2 eq ne gt ge lt le not and or xor "
     "select_n clamp mul div reduce_precision".split()
+)
+_MOVES = frozenset(
+    "broadcast_in_dim reshape transpose squeeze expand_dims convert_element_type".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod argmax argmin".split())
 

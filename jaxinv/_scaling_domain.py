@@ -23,7 +23,7 @@ from jaxinv import (
 )
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Body, Equation, Value
-from jaxinv._scaling_cases import Cases, by_case
+from jaxinv._scaling_cases import Cases, by_case, note_root
 from jaxinv._scaling_system import System
 from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Peek, Scale
 
@@ -34,7 +34,9 @@ _MOST_PARTS = 1024
 def _case_by_case(rule: Callable[..., Any]) -> Callable[..., Any]:
     def apply(domain: ScalingDomain, eqn: Equation, *inputs: Any) -> Any:
         domain.equation = eqn
-        return by_case(domain, eqn, partial(rule, domain, eqn), inputs)
+        result = by_case(domain, eqn, partial(rule, domain, eqn), inputs)
+        note_root(eqn, inputs[0], result)
+        return result
 
     return apply
 
@@ -81,7 +83,8 @@ class ScalingDomain:
             return value.pin()
         if isinstance(value, Cases):
             scales = [self.scale(v) for v in value.values]
-            return reduce(lambda a, b: scaling.join(self.system, a, b, value.shape), scales)
+            assert self.equation is not None
+            return reduce(partial(self.joined, self.equation), scales)
         if isinstance(value, Peek):
             self.seen(value.looked)
             return Scale(value.shape)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Body, Equation, Value, is_concrete
-from jaxinv._scaling_cases import Cases
+from jaxinv._scaling_cases import Cases, root
 from jaxinv._scaling_cases import collected as collected_cases
 from jaxinv._scaling_rules import without_axis
 from jaxinv._scaling_values import Fresh, Scale, relaid
@@ -126,7 +126,8 @@ def switch(domain: Any, eqn: Equation, index: Any, branches: list[Body], inputs:
     if isinstance(index, Value):
         domain.pin(eqn, index)
     results = [branch(*inputs) for branch in branches]
-    number = domain.index_number((getattr(index, "key", object()), len(branches)))
+    key = root(index).key if isinstance(index, Value) else object()
+    number = domain.index_number((key, "choice"))
     return [
         _keyed(collected_cases(domain, number, (), [domain.scale(v) for v in one]))
         for one in zip(*results, strict=True)

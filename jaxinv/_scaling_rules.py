@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
+from jaxinv._scaling_cases import collected, root
 from jaxinv._scaling_values import Form, Fresh, Nudged, Peek, Scale, Step, relaid, times
 
 RULES, rule = rule_table()
@@ -167,11 +168,14 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
         domain.pin(eqn, which)
     elif is_concrete(which):
         return _chosen(domain, eqn, np.asarray(which), cases)
-    result = domain.scale(cases[0])
-    for case in cases[1:]:
-        result = domain.joined(eqn, result, case)
+    scales = [domain.scale(case) for case in cases]
+    if not isinstance(which, Value):  # known at run time only
+        which = Peek(np.shape(which), ())
+    index, axes = root(which)
+    result = collected(domain, domain.index_number((index, "choice")), axes, scales)
     if isinstance(which, Peek):
-        seen = scaling.signature(scaling.tidy(domain.system, result.form))
+        form = result.form if isinstance(result, Scale) else ()
+        seen = scaling.signature(scaling.tidy(domain.system, form))
         looked = scaling.signature(scaling.tidy(domain.system, which.looked))
         if any(term not in seen for term in looked):
             domain.seen(which.looked)
@@ -302,6 +306,8 @@ def _layout(
         if isinstance(value, Nudged):
             base = apply(domain, eqn, value.base)
             return Nudged(base, value.epsilon, lambda: domain.pinned(eqn, base))
+        if isinstance(value, Peek):
+            return Peek(shape, relaid(value.looked, lambda ids: move(eqn, ids)))
         value = domain.refresh(value)
         if isinstance(value, Fresh) and back is not None:
             step = Step(

@@ -31,19 +31,27 @@ class Term(NamedTuple):
 Form = tuple[Term, ...]
 
 
+class Root(NamedTuple):
+    """The key of an index or a truth value before it was broadcast, and where its axes are now."""
+
+    key: Any
+    axes: tuple[int, ...]
+
+
 class Scale(Value):
     """Log-scales of an array. `wild` marks elements that are 0 or ±∞ whatever the parameters are.
 
     Those fit any scale, so they take part in no equation. `wild` is None where there are none.
-    `natural` says that the elements are integers >= 0.
+    `natural` says that the elements are integers >= 0, `root` which index they repeat.
     """
 
-    __slots__ = ("form", "shape", "wild", "natural")
+    __slots__ = ("form", "shape", "wild", "natural", "root")
 
     def __init__(self, shape: Sequence[int], form: Form = (), wild: np.ndarray | None = None):
         self.shape, self.form = tuple(shape), form
         self.wild = None if wild is None or not wild.any() else shrunk(wild)
         self.natural = False
+        self.root: Root | None = None
 
     @property
     def all_wild(self) -> bool:
@@ -129,10 +137,11 @@ class Peek(Value):
     Only a gate that picks between multiples of those same values leaves no other trace of it.
     """
 
-    __slots__ = ("shape", "looked")
+    __slots__ = ("shape", "looked", "root")
 
     def __init__(self, shape: Sequence[int], looked: Form):
         self.shape, self.looked = tuple(shape), looked
+        self.root: Root | None = None
 
 
 def constant(value: Any) -> Scale:
