@@ -346,6 +346,7 @@ def live_equations(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[b
 def _walk(
     jaxpr: Any, consts: Sequence, args: Sequence, domain: Domain, keys: _Keys, needed: Any = None
 ) -> list[Any]:
+    consts = getattr(domain, "captured", list)(consts)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     needed = [True] * len(jaxpr.outvars) if needed is None else needed
@@ -369,7 +370,9 @@ def _evaluate(
         keys.callers.pop()
         return outputs
     if not any(isinstance(v, Value) for v in inputs):
-        return _fold(raw, inputs)
+        outputs = fold(raw, inputs)
+        getattr(domain, "folded", lambda *_: None)(inputs, outputs)
+        return outputs
     if raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES:
         return inputs
     eqn = equation(raw, keys.callers[::-1])
@@ -393,7 +396,7 @@ def _evaluate(
     return list(outputs)
 
 
-def _fold(raw: Any, inputs: list[Any]) -> list[Any]:
+def fold(raw: Any, inputs: list[Any]) -> list[Any]:
     """Evaluate an equation on constants: now where they are known, later where they are traced."""
     if all(is_concrete(v) for v in inputs):
         with jax.ensure_compile_time_eval():

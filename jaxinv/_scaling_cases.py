@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import _scaling_values as scaling
-from jaxinv._jaxpr import Equation, Value
+from jaxinv._jaxpr import Equation, Value, is_concrete
 from jaxinv._scaling_values import Peek, Root, Scale
 
 # A value is taken apart into at most so many cases; beyond, they share one scale. Every case costs
@@ -25,7 +25,7 @@ MOST_CASES = 64
 
 
 class Cases(Value):
-    """`values[e]` where index number `index` is e.
+    """`values[e]`, a value or a constant, where index number `index` is e.
 
     `axes` are the axes of the value that belong to the axes of the index: an element is in the case
     that the index has at its place on them. Without axes there is one index for all elements.
@@ -44,7 +44,10 @@ def count(value: Any) -> int:
 
 def collected(domain: Any, index: int, axes: tuple[int, ...], values: Sequence[Any]) -> Any:
     """The cases of a value; a plain value where they have one scale anyhow."""
-    values = [v if isinstance(v, Value) else domain.scale(v) for v in values]
+    if any(isinstance(v, Value) for v in values):
+        values = [v if isinstance(v, Value) else domain.scale(v) for v in values]
+    elif all(is_concrete(v) and np.array_equal(v, values[0]) for v in values):
+        return values[0]
     if all(isinstance(v, Scale) for v in values):
         alive = [v for v in values if not v.all_wild]
         if not alive:
@@ -95,15 +98,15 @@ def _case(value: Cases, e: int) -> Any:
     """An index beyond the last case reads the last, as clipping does."""
     e = min(e, len(value.values) - 1)
     chosen = value.values[e]
-    if not hasattr(chosen, "key"):
+    if isinstance(chosen, Value) and not hasattr(chosen, "key"):
         chosen.key = (value.key, e)
     return chosen
 
 
 def root(value: Any) -> Root:
     """Which index a value repeats: itself, unless it is known to be another that was moved."""
-    if value.root is not None:
-        return value.root  # type: ignore[no-any-return]
+    if isinstance(value, (Scale, Peek)) and value.root is not None:
+        return value.root
     axes = tuple(a for a, n in enumerate(value.shape) if n > 1)
     return Root(getattr(value, "key", object()), axes)
 
@@ -114,10 +117,10 @@ def note_root(eqn: Equation, operand: Any, result: Any) -> None:
         return
     if not isinstance(result, (Scale, Peek)) or not hasattr(operand, "key"):
         return
-    dtype = eqn.inputs[0].dtype
-    if not jnp.issubdtype(dtype, jnp.integer) and dtype != bool:
+    truth = jnp.issubdtype(eqn.inputs[0].dtype, jnp.bool_)
+    if not truth and not jnp.issubdtype(eqn.inputs[0].dtype, jnp.integer):
         return
-    if eqn.name == "convert_element_type" and dtype != bool:
+    if eqn.name == "convert_element_type" and not truth:
         return  # an integer that another type may not hold
     old = root(operand)
     axes = followed(eqn, 0, old.axes)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import (
     _scaling_indexing,
+    _scaling_layout,
     _scaling_linalg,
     _scaling_loops,
     _scaling_products,
@@ -22,7 +24,7 @@ from jaxinv import (
     _scaling_rules,
 )
 from jaxinv import _scaling_values as scaling
-from jaxinv._jaxpr import Body, Equation, Value
+from jaxinv._jaxpr import Body, Equation, Value, fold, is_concrete
 from jaxinv._scaling_cases import Cases, by_case, note_root
 from jaxinv._scaling_system import System
 from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Peek, Scale
@@ -33,8 +35,15 @@ _MOST_PARTS = 1024
 
 def _case_by_case(rule: Callable[..., Any]) -> Callable[..., Any]:
     def apply(domain: ScalingDomain, eqn: Equation, *inputs: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            if any(isinstance(v, Value) for v in inputs):
+                return rule(domain, eqn, *inputs)
+            outputs = fold(eqn.raws[0], list(inputs))
+            domain.folded(inputs, outputs)
+            return outputs if eqn.primitive.multiple_results else outputs[0]
+
         domain.equation = eqn
-        result = by_case(domain, eqn, partial(rule, domain, eqn), inputs)
+        result = by_case(domain, eqn, run, inputs)
         note_root(eqn, inputs[0], result)
         return result
 
@@ -48,6 +57,7 @@ class ScalingDomain:
         primitive: _case_by_case(rule)
         for primitive, rule in (
             _scaling_rules.RULES
+            | _scaling_layout.RULES
             | _scaling_reductions.RULES
             | _scaling_products.RULES
             | _scaling_linalg.RULES
@@ -55,11 +65,16 @@ class ScalingDomain:
         ).items()
     }
 
-    def __init__(self, ignore_epsilon: bool):
+    def __init__(self, ignore_epsilon: bool, trust_zeros: bool):
         self.system = System()
-        self.ignore_epsilon = ignore_epsilon
+        self.ignore_epsilon, self.trust_zeros = ignore_epsilon, trust_zeros
         self.pinned_by: dict[tuple[str, str], None] = {}
         self.ignored: dict[tuple[str, str], None] = {}
+        self.relies_on: dict[tuple[str, str, str], None] = {}
+        # Arrays that fn closes over, and what is computed from them alone: by id, the array (which
+        # keeps its id from being reused) and the names of those it comes from.
+        self.origins: dict[int, tuple[Any, frozenset[str]]] = {}
+        self.held: list[Any] = []  # arrays whose id is in use as a key
         self.indices: dict[Any, int] = {}
         self.equation: Equation | None = None  # the one whose rule is running
 
@@ -88,7 +103,49 @@ class ScalingDomain:
         if isinstance(value, Peek):
             self.seen(value.looked)
             return Scale(value.shape)
-        return value if isinstance(value, Scale) else scaling.constant(value)
+        return value if isinstance(value, Scale) else self.constant(value)
+
+    # --- constants ---
+
+    def captured(self, consts: Sequence[Any]) -> list[Any]:
+        """What arrays that `fn` closes over count as.
+
+        One that is zero (or infinite) everywhere is likely a statistic before training, so its
+        zeros say nothing of the network. Zeros among other numbers are its structure, as in a mask.
+        """
+        return [self._captured(value) for value in consts]
+
+    def _captured(self, value: Any) -> Any:
+        if not is_concrete(value) or np.ndim(value) == 0 or id(value) in self.origins:
+            return value
+        scale = scaling.constant(value)
+        if scale.wild is not None and not self.trust_zeros and scaling.uniform(value):
+            generic = Scale(np.shape(value))
+            generic.key = ("captured", id(value))
+            self.held.append(value)
+            return generic
+        dtype, shape = jnp.result_type(value), ",".join(map(str, np.shape(value)))
+        self.origins[id(value)] = value, frozenset([f"{dtype}[{shape}]"])
+        return value
+
+    def folded(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Note what constants were computed from."""
+        known = [self.origins[id(v)][1] for v in inputs if id(v) in self.origins]
+        if known:
+            for value in outputs:
+                self.origins[id(value)] = value, frozenset().union(*known)
+
+    def rely(self, value: Any) -> None:
+        """Note that a rule rests on the zeros of a constant, or on a choice by it."""
+        if id(value) in self.origins and self.equation is not None:
+            for name in sorted(self.origins[id(value)][1]):
+                self.relies_on[name, self.equation.name, self.equation.source] = None
+
+    def constant(self, value: Any) -> Scale:
+        scale = scaling.constant(value)
+        if scale.wild is not None:
+            self.rely(value)
+        return scale
 
     def undecided_or_scale(self, value: Any) -> Any:
         value = self.refresh(value)
@@ -210,7 +267,13 @@ class ScalingDomain:
         return by_case(self, eqn, run, [*consts, *init, *xs])
 
     def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
-        return _scaling_loops.switch(self, eqn, index, branches, inputs)
+        def run(number: Any, *operands: Any) -> list:
+            if is_concrete(number):
+                return branches[int(np.clip(number, 0, len(branches) - 1))](*operands)
+            return _scaling_loops.switch(self, eqn, number, branches, list(operands))
+
+        inputs = [index, *inputs]
+        return by_case(self, eqn, run, inputs) if isinstance(index, Cases) else run(*inputs)
 
     def unbounded_while(self, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
         return _scaling_loops.unbounded_while(self, eqn, condition, body, carry)

@@ -12,7 +12,7 @@ from jax import lax
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
 from jaxinv._scaling_cases import MOST_CASES, collected
-from jaxinv._scaling_rules import by_binding
+from jaxinv._scaling_layout import by_binding
 from jaxinv._scaling_values import Fresh, Scale, Step, relaid
 
 RULES, rule = rule_table()

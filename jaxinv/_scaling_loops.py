@@ -12,7 +12,7 @@ from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Body, Equation, Value, is_concrete
 from jaxinv._scaling_cases import Cases, root
 from jaxinv._scaling_cases import collected as collected_cases
-from jaxinv._scaling_rules import without_axis
+from jaxinv._scaling_layout import without_axis
 from jaxinv._scaling_values import Fresh, Scale, relaid
 
 
@@ -20,7 +20,9 @@ def _at(domain: Any, value: Any, t: int) -> Any:
     """The slice of a scanned value at step t."""
     if not isinstance(value, Value):
         with jax.ensure_compile_time_eval():
-            return value[t]
+            taken = value[t]
+        domain.folded([value], [taken])
+        return taken
     value = domain.scale(value)
 
     def take(a: np.ndarray) -> np.ndarray:
@@ -106,8 +108,8 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
 
 
 def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scale:
-    if any(v.shape != tuple(shape[1:]) for v in values):
-        return _keyed(Scale(shape))  # not asked for, so not worked out
+    if not values or any(v.shape != tuple(shape[1:]) for v in values):
+        return _keyed(Scale(shape))  # empty, or not asked for, so not worked out
     forms = [scaling.tidy(domain.system, v.form) for v in values]
     signatures = _signature(domain, values)
     if all(s == signatures[0] for s in signatures):

@@ -42,15 +42,14 @@ class Scale(Value):
     """Log-scales of an array. `wild` marks elements that are 0 or ±∞ whatever the parameters are.
 
     Those fit any scale, so they take part in no equation. `wild` is None where there are none.
-    `natural` says that the elements are integers >= 0, `root` which index they repeat.
+    `root` says which index they repeat, where they are one that was moved.
     """
 
-    __slots__ = ("form", "shape", "wild", "natural", "root")
+    __slots__ = ("form", "shape", "wild", "root")
 
     def __init__(self, shape: Sequence[int], form: Form = (), wild: np.ndarray | None = None):
         self.shape, self.form = tuple(shape), form
         self.wild = None if wild is None or not wild.any() else shrunk(wild)
-        self.natural = False
         self.root: Root | None = None
 
     @property
@@ -156,6 +155,16 @@ def constant(value: Any) -> Scale:
     if jnp.issubdtype(dtype, jnp.floating):
         array = array.astype(np.float64)  # NumPy has no isfinite for the 8- and 16-bit floats
     return Scale(shape, (), (array == 0) | ~np.isfinite(array))
+
+
+def uniform(value: Any) -> bool:
+    """Whether a floating-point array is zero everywhere, or infinite, or NaN."""
+    if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return False
+    array = np.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(np.float64)
+    return bool((array == 0).all() or np.isinf(array).all() or np.isnan(array).all())
 
 
 # --- arrays that broadcast ------------------------------------------------------------

@@ -43,7 +43,12 @@ from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 
 def rescaling_group(
-    fn: Network, params: Params, x: Inputs, *, ignore_epsilon: bool = False
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    ignore_epsilon: bool = False,
+    trust_zeros: bool = False,
 ) -> RescalingGroup:
     """All positive elementwise rescalings of the parameters that leave a network unchanged.
 
@@ -59,6 +64,11 @@ def rescaling_group(
             default. With True, an ε <= 1e-3 inside a normalisation counts as 0, the group includes
             those scale invariances, changes the function by O(ε), and names what was ignored in
             `group.ignored`.
+        trust_zeros: an array of floats that `fn` closes over and that is zero everywhere (running
+            means before training) counts as generic numbers by default, so that the group also fits
+            the trained network. With True its zeros count, and the group holds only as long as they
+            stay zero. Zeros among other numbers (masks) always count. What the group rests on is in
+            `group.relies_on`.
 
     Returns:
         A `RescalingGroup`. Its generators have small integer exponents, ordered from the input to
@@ -96,7 +106,7 @@ def rescaling_group(
     _checks.check_params(params, values=False)
     one = _checks.abstract_batch_of_one(x)
     trace = _jaxpr.trace(fn, params, one)
-    domain = ScalingDomain(ignore_epsilon)
+    domain = ScalingDomain(ignore_epsilon, trust_zeros)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
     names = _checks.leaf_names(params, "")
     names = [name or "params" for name in names]
