@@ -27,7 +27,7 @@ from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Body, Equation, Value, fold, is_concrete
 from jaxinv._scaling_cases import Cases, by_case, note_root
 from jaxinv._scaling_system import System
-from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Peek, Scale
+from jaxinv._scaling_values import Form, Fresh, Guarded, Leaf, Nudged, Peek, Scale
 
 # A parameter is taken apart into at most so many slices (`stacked[i]`); others go elementwise.
 _MOST_PARTS = 1024
@@ -94,7 +94,7 @@ class ScalingDomain:
         if isinstance(value, Fresh):
             value.assign(scaling.variables(self.system.new(value.compact)))
             value = value.decided()
-        if isinstance(value, Nudged):
+        if isinstance(value, (Nudged, Guarded)):
             return value.pin()
         if isinstance(value, Cases):
             scales = [self.scale(v) for v in value.values]

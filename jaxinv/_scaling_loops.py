@@ -108,8 +108,10 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
 
 
 def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scale:
-    if not values or any(v.shape != tuple(shape[1:]) for v in values):
-        return _keyed(Scale(shape))  # empty, or not asked for, so not worked out
+    if not values:  # no element, and a sum of none is 0
+        return _keyed(Scale(shape, (), np.ones((1,) * len(shape), bool)))
+    if any(v.shape != tuple(shape[1:]) for v in values):
+        return _keyed(Scale(shape))  # not asked for, so not worked out
     forms = [scaling.tidy(domain.system, v.form) for v in values]
     signatures = _signature(domain, values)
     if all(s == signatures[0] for s in signatures):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
 from jaxinv._scaling_cases import collected, root
-from jaxinv._scaling_values import Form, Fresh, Nudged, Peek, Scale, Step, relaid, times
+from jaxinv._scaling_values import Form, Fresh, Guarded, Nudged, Peek, Scale, Step, relaid, times
 
 RULES, rule = rule_table()
 
@@ -46,7 +46,17 @@ def _power(exponent: Fraction | int) -> Callable:
     return apply
 
 
-rule("neg", "abs", "real", "imag", "conj")(_power(1))
+rule("neg", "real", "imag", "conj")(_power(1))
+
+
+@rule("abs")
+def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
+    result = _power(1)(domain, eqn, value)
+    if isinstance(result, Scale):
+        result.fact = ("abs",)
+    return result
+
+
 rule("square")(_power(2))
 rule("sqrt")(_power(Fraction(1, 2)))
 rule("rsqrt")(_power(Fraction(-1, 2)))
@@ -129,6 +139,9 @@ def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
                 one.assign(scale.form)
                 return Scale(shape, scale.form)
     joined = domain.joined(eqn, left, right)
+    sizes = [getattr(v, "fact", None) == ("abs",) and hasattr(v, "key") for v in (left, right)]
+    if all(sizes) and eqn.name in ("max", "min"):
+        joined.fact = (eqn.name, frozenset([left.key, right.key]))
     return domain.free(eqn, joined) if eqn.name == "atan2" else joined
 
 
@@ -145,7 +158,10 @@ def _is_epsilon(value: Any) -> bool:
 
 @rule("eq", "ne", "gt", "ge", "lt", "le")
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    return Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
+    result = Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
+    if eqn.name == "eq" and is_concrete(right) and not np.any(right) and hasattr(left, "key"):
+        result.fact = ("zero", left.key)
+    return result
 
 
 @rule("not", "and", "or", "xor", "reduce_and", "reduce_or", "reduce_xor")
@@ -163,6 +179,10 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
     elif is_concrete(which):
         domain.rely(which)
         return _chosen(domain, eqn, np.asarray(which), cases)
+    guarded = isinstance(which, Peek) and len(cases) == 2 and is_concrete(cases[1])
+    if guarded and isinstance(cases[0], Scale) and which.fact == ("zero", cases[0].key):
+        pinned = partial(domain.joined, eqn, cases[0], cases[1])
+        return Guarded(cases[0], pinned)
     scales = [domain.scale(case) for case in cases]
     if not isinstance(which, Value):  # known at run time only
         which = Peek(np.shape(which), ())
@@ -208,6 +228,8 @@ def _product(sign: int) -> Callable:
         shape = eqn.outputs[0].shape
         if sign < 0 and isinstance(right, Nudged):
             right = domain.without_epsilon(eqn, right)
+        if sign < 0 and isinstance(right, Guarded) and right.divides(left):
+            right = right.base
         if left is right and isinstance(left, Fresh):
             return _power(1 + sign)(domain, eqn, left) if sign > 0 else domain.free(eqn, left)
         left, right = _one_fresh(domain, left, right)
