@@ -148,7 +148,8 @@ def followed(eqn: Equation, operand: int, axes: tuple[int, ...]) -> tuple[int, .
     shape, out = eqn.inputs[operand].shape, eqn.outputs[0].shape
     name, p = eqn.name, eqn.params
     if name in _ELEMENTWISE:
-        return axes if shape == out else None
+        same = len(shape) == len(out) and all(shape[a] == out[a] for a in axes)
+        return axes if same else None
     if name in _REDUCTIONS:
         if set(axes) & set(p["axes"]):
             return None

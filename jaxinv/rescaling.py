@@ -37,6 +37,7 @@ from jaxinv._scaling_action import (
 )
 from jaxinv._scaling_domain import ScalingDomain
 from jaxinv._scaling_group import assembled
+from jaxinv._scaling_shifts import cancelled
 from jaxinv._scaling_states import is_masked, like, transport
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
@@ -75,15 +76,17 @@ def rescaling_group(
         the output; in a dense ReLU network there is one per hidden unit, and `exp(u_j)` is the
         factor of the unit's activation.
         Parameters that the function cannot depend on (unused leaves, kernel taps that only ever see
-        padding) would be free to scale one by one. They are left out, and named in `group.unused`.
+        padding, a bias of attention keys, which softmax subtracts again) would be free to scale one
+        by one. They are left out, and named in `group.unused`.
 
     Raises:
         InvalidInput: for integer, NaN or missing params, or x without a batch axis.
 
     Notes:
         Every generator is exact. The converse is a theorem for operations with a rule, applied to
-        values that do not cancel. Not recognised: parameters whose influence cancels (the bias in
-        front of a batch normalisation), and units that are computed but not used.
+        values that do not cancel. A leaf that is only added, and subtracted again with a mean or a
+        maximum, is recognised as dead; not recognised are other ways to cancel (the bias in front
+        of a batch normalisation), and units that are computed but not used.
         Under `jit` constants of `fn` may be traced; their zeros are then not seen.
 
     References:
@@ -112,13 +115,24 @@ def rescaling_group(
     names = [name or "params" for name in names]
     leaves = [scaling.Leaf(name, shape) for name, shape in zip(names, shapes, strict=True)]
     inputs = [scaling.Scale(s.shape) for s in jax.tree.leaves(one)]
-    fresh = [scaling.Fresh(leaf, leaf.shape) for leaf in leaves]
+    # The function is the same with 0 in place of what cancels anyhow.
+    dead = cancelled(trace, lambda n: _jaxpr.trace(fn, params, _batch_of(one, n)), shapes)
+    fresh = [
+        scaling.Scale(leaf.shape, (), np.ones((1,) * len(leaf.shape), bool))
+        if gone
+        else scaling.Fresh(leaf, leaf.shape)
+        for leaf, gone in zip(leaves, dead, strict=True)
+    ]
     outputs = _jaxpr.interpret(trace, fresh, inputs, domain)
     for output in outputs:
         scale = domain.scale(output)
         keep = None if scale.wild is None else ~scale.wild
         scaling.vanish(domain.system, scale.form, keep)
     return RescalingGroup(*assembled(domain, leaves, jax.tree.structure(params)))
+
+
+def _batch_of(one: Inputs, count: int) -> Inputs:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape[1:]), s.dtype), one)
 
 
 # --- the action -----------------------------------------------------------------------

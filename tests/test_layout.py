@@ -30,7 +30,7 @@ LEVELS = [
     {"_path_gates", "_path_loops", "_scaling_indexing", "_scaling_loops"},
     {"_layer_rules", "_path_linear"},
     {"_scaling_layout", "_scaling_products", "_scaling_reductions", "_scaling_rules"},
-    {"_scaling_cases", "_scaling_linalg"},
+    {"_scaling_cases", "_scaling_linalg", "_scaling_shifts"},
     {"_layer_values", "_path_values", "_scaling_values"},
     {"_masking"},
     {"_examples", "_null_spaces", "_path_products", "_path_runs", "_precision"},

@@ -312,3 +312,66 @@ def test_a_scan_of_no_steps_is_the_identity():
         return (h + none.sum(0)) @ w["o"]
 
     assert rescaling_group(fn, _zeros(_DENSE), np.zeros((1, 3))).dim == 3
+
+
+# --- parameters that cancel -----------------------------------------------------------------------
+
+_BIASED = {**dict.fromkeys("qkv", (3, 2)), **{f"b{k}": (2,) for k in "qkv"}, "o": (2, 2)}
+
+
+def _biased(compare, w, x):
+    q, k, v = (x @ w[name] + w[f"b{name}"] for name in "qkv")
+    return compare(q @ k.swapaxes(1, 2)) @ v @ w["o"]
+
+
+def _causal(scores):
+    seen = jnp.tril(jnp.ones(scores.shape[1:], bool))
+    return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+
+
+def _centred(axis, w, x):
+    h = x @ w["a"] + w["b"]
+    return jnp.tanh(h - h.mean(axis, keepdims=True)) @ w["o"]
+
+
+CANCELLED = {
+    "keys of softmax": (functools.partial(_biased, jax.nn.softmax), _BIASED, (4, 3), {"bk"}),
+    "keys of log_softmax": (
+        functools.partial(_biased, lambda s: jnp.exp(jax.nn.log_softmax(s))),
+        _BIASED, (4, 3), {"bk"},
+    ),
+    "keys of a causal softmax": (functools.partial(_biased, _causal), _BIASED, (4, 3), {"bk"}),
+    "queries of a softmax over queries": (
+        functools.partial(_biased, lambda s: jax.nn.softmax(s, 1)), _BIASED, (4, 3), {"bq"}
+    ),
+    "nothing without a softmax": (functools.partial(_biased, relu), _BIASED, (4, 3), set()),
+    "a number before its mean is subtracted": (
+        functools.partial(_centred, -1), {"a": (3, 4), "b": (), "o": (4, 2)}, (3,), {"b"}
+    ),
+    "a vector before the mean of the batch is": (
+        functools.partial(_centred, 0), {"a": (3, 4), "b": (4,), "o": (4, 2)}, (3,), {"b"}
+    ),
+    "not before the mean of the vector is": (
+        functools.partial(_centred, -1), {"a": (3, 4), "b": (4,), "o": (4, 2)}, (3,), set()
+    ),
+    "not before twice its mean is": (
+        lambda w, x: _centred(-1, w, x) + x.sum() * (w["b"] - 2 * w["b"]),
+        {"a": (3, 4), "b": (), "o": (4, 2)}, (3,), set(),
+    ),
+    "not before the sum of the batch is": (
+        lambda w, x: jnp.tanh((h := x @ w["a"] + w["b"]) - h.sum(0)), {"a": (3, 2), "b": (2,)},
+        (3,), set(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANCELLED)
+def test_parameters_that_cancel_are_dead_and_no_others(name, x64):
+    fn, shapes, x_shape, dead = CANCELLED[name]
+    params, x = _normal(shapes), 3 * _normal((3, *x_shape))
+    group = rescaling_group(fn, params, x)
+    assert set(group.unused) == dead
+    assert_exact(fn, params, x_shape, group)
+    jacobian = jax.jacrev(fn)(params, x)
+    still = {name for name, leaf in jacobian.items() if jnp.abs(leaf).max() < 1e-12}
+    assert still == dead
