@@ -162,7 +162,8 @@ def without_axis(value: Any, axis: int) -> Any:
         lambda f: relaid(f, lambda ids: np.expand_dims(ids, axis)),
     )
     if isinstance(value, Fresh):
-        return value.through(shape, step)
+        compact = [n for a, n in enumerate(value.compact) if a != axis]
+        return value.through(shape, step, compact)
     wild = None if value.wild is None else value.wild.squeeze(axis)
     return Scale(shape, step.push(value.form), wild)
 

@@ -38,7 +38,9 @@ def _power(exponent: Fraction | int) -> Callable:
                 leaf.inverse ^= factor < 0
                 return times(f, 1 / factor)
 
-            return value.through(value.shape, Step(lambda f: times(f, factor), pull))
+            return value.through(
+                value.shape, Step(lambda f: times(f, factor), pull), value.compact
+            )
         value = domain.scale(value)
         form = domain.seen(value.form) if factor < 0 else value.form
         return Scale(value.shape, times(form, factor), value.wild)
@@ -127,8 +129,8 @@ def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     for one, other in ((left, right), (right, left)):
         if isinstance(other, Value):
             continue
-        if isinstance(one, Fresh) and domain.scale(other).all_wild:
-            return one.through(one.shape, Step(lambda f: f, lambda f: f))
+        if isinstance(one, Fresh) and one.shape == shape and domain.scale(other).all_wild:
+            return one.through(shape, Step(lambda f: f, lambda f: f), one.compact)
         if domain.ignore_epsilon and eqn.name in ("add", "max") and _is_epsilon(other):
             base = domain.scale(one)
             return Nudged(base, _size(other), partial(domain.joined, eqn, base, other))

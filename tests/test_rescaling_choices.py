@@ -136,6 +136,11 @@ CHOICES = {
         @ w["o"],
         {**_DENSE, "g": (3, 3)}, (3,), 3,
     ),
+    # A row that is read for several tokens is one row, whatever is done to it first.
+    "a table that is squared": Architecture(
+        lambda w, x: (w["g"][_which(x)] ** 2 + 0.0) @ w["p"] @ w["o"],
+        {"g": (3, 2), "p": (2, 2), "o": (2, 2)}, (2, 3), 2 + 2,
+    ),
     "pooling by argmax": Architecture(_pooled, _DENSE, (4, 3), 3),
     "a token by its number": Architecture(_last, _DENSE, (4, 3), 3),
     "cond": Architecture(_branches, {"a": (2, 3, 2), "o": (2, 2, 2)}, (3,), 2 * 2),
