@@ -303,6 +303,9 @@ class _Keys:
             return value.key
         if is_concrete(value) and np.ndim(value) == 0:
             return ("literal", str(jnp.result_type(value)), np.asarray(value).item())
+        if isinstance(value, (np.ndarray, jax.Array)) and is_concrete(value) and value.size <= 64:
+            if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+                return (str(value.dtype), value.shape, np.asarray(value).tobytes())
         return ("array", id(value))
 
     def of_output(self, eqn: Equation, inputs: Sequence[Any], index: int) -> Any:
@@ -354,6 +357,7 @@ def live_equations(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[b
 def _walk(
     jaxpr: Any, consts: Sequence, args: Sequence, domain: Domain, keys: _Keys, needed: Any = None
 ) -> list[Any]:
+    consts = getattr(domain, "captured", list)(consts)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     needed = [True] * len(jaxpr.outvars) if needed is None else needed
@@ -377,7 +381,9 @@ def _evaluate(
         keys.callers.pop()
         return outputs
     if not any(isinstance(v, Value) for v in inputs):
-        return _fold(raw, inputs)
+        outputs = fold(raw, inputs)
+        getattr(domain, "folded", lambda *_: None)(inputs, outputs)
+        return outputs
     if raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES:
         return inputs
     eqn = equation(raw, keys.callers[::-1])
@@ -401,7 +407,7 @@ def _evaluate(
     return list(outputs)
 
 
-def _fold(raw: Any, inputs: list[Any]) -> list[Any]:
+def fold(raw: Any, inputs: list[Any]) -> list[Any]:
     """Evaluate an equation on constants: now where they are known, later where they are traced."""
     if all(is_concrete(v) for v in inputs):
         with jax.ensure_compile_time_eval():

@@ -28,6 +28,7 @@ class Structure:
     unused: tuple[str, ...]
     pinned_by: tuple[tuple[str, str], ...]
     ignored: tuple[tuple[str, str], ...]
+    relies_on: tuple[tuple[str, str, str], ...]
 
 
 def assembled(
@@ -95,6 +96,7 @@ def assembled(
         unused=tuple(unused),
         pinned_by=tuple(domain.pinned_by),
         ignored=tuple(domain.ignored),
+        relies_on=tuple(domain.relies_on),
     )
     return (
         rows.astype(np.int32),
