@@ -188,7 +188,13 @@ def batch_first(fn: Network, batch_axis: int | None) -> Network:
 
 
 def traced_network(
-    fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0, *, whole: bool = True
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    batch_axis: int | None = 0,
+    *,
+    whole: bool = True,
+    least: int = 1,
 ) -> TracedNetwork:
     """Trace `fn` and decide whether it treats examples apart.
 
@@ -198,6 +204,8 @@ def traced_network(
         x: arrays or shapes with the batch axis in front (see `leading`).
         batch_axis: where that axis is in what `fn` takes; None if `fn` takes one input.
         whole: also trace the batch as given where examples are not apart.
+        least: on at least so many examples, for what looks at shapes alone: in a batch of one
+            everything is equal to its mean.
 
     Raises:
         InvalidInput: if `fn` raises on that batch.
@@ -219,12 +227,12 @@ def traced_network(
     except InvalidInput as error:
         if not whole:
             raise
-        return TracedNetwork(canonical, None, _whole(canonical, params, x), error)
+        return TracedNetwork(canonical, None, _whole(canonical, params, x, least), error)
     try:
         axes = _axes_of_outputs(alone, canonical, params, one)
     except (UnsupportedOperation, InvalidInput) as error:
         return TracedNetwork(
-            canonical, alone, _whole(canonical, params, x) if whole else None, error
+            canonical, alone, _whole(canonical, params, x, least) if whole else None, error
         )
     if not any(axes):
         return TracedNetwork(canonical, alone, None, None)
@@ -240,14 +248,22 @@ def traced_network(
     return TracedNetwork(in_front(canonical), program(in_front(alone), params, one), None, None)
 
 
-def _whole(fn: Network, params: Params, x: Inputs) -> Program:
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            jnp.shape(a), jax.dtypes.canonicalize_dtype(jnp.result_type(a))
-        ),
-        x,
-    )
-    return program(fn, params, shapes, remedy=_IN_FLOAT64)
+def _whole(fn: Network, params: Params, x: Inputs, least: int) -> Program:
+    def shapes(least: int) -> Inputs:
+        def one(a: Any) -> jax.ShapeDtypeStruct:
+            count, *rest = jnp.shape(a)
+            dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(a))
+            return jax.ShapeDtypeStruct((max(count, least), *rest), dtype)
+
+        return jax.tree.map(one, x)
+
+    given = min(jnp.shape(leaf)[0] for leaf in jax.tree.leaves(x))
+    if given < least:
+        try:
+            return program(fn, params, shapes(least))
+        except InvalidInput:
+            pass  # it takes batches of this size alone
+    return program(fn, params, shapes(1), remedy=_IN_FLOAT64)
 
 
 def _prime_foreign_to(lengths: set[int]) -> int:

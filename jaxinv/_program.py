@@ -17,7 +17,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._jaxpr import Trace, open_jaxpr, sub_jaxprs, trace
+from jaxinv._jaxpr import Equation, Trace, equation, open_jaxpr, sub_jaxprs, trace
 from jaxinv.typing import Params, PyTree
 
 
@@ -79,6 +79,18 @@ def all_lengths(closed: Any) -> set[int]:
         for inner, _, _ in sub_jaxprs(eqn, [True] * len(eqn.outvars)) or []:
             found |= all_lengths(inner)
     return found
+
+
+def find_equation(closed: Any, name: str, callers: tuple[Any, ...] = ()) -> Equation | None:
+    """The first equation of a primitive in a program, those of the functions that it calls too."""
+    for raw in open_jaxpr(closed)[0].eqns:
+        if raw.primitive.name == name:
+            return equation(raw, callers)
+        for inner, _, _ in sub_jaxprs(raw, [True] * len(raw.outvars)) or []:
+            found = find_equation(inner, name, (raw, *callers))
+            if found is not None:
+                return found
+    return None
 
 
 # --- equality -------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from jaxinv import _kernel_factors
 from jaxinv._batch import leading
 from jaxinv._checks import check_inputs, integer, one_of
 from jaxinv._problem import Problem, flatten, outputs_of, problem_of, unflatten
+from jaxinv._program import find_equation
 from jaxinv._varying import together, varies, varying_like
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params
@@ -46,8 +47,22 @@ def _check_chunk(chunk: int) -> None:
 # --- rows -----------------------------------------------------------------------------
 
 
+def _check_reverse(problem: Problem) -> None:
+    """jax cannot go backwards through a `while`: it would store an unknown number of steps."""
+    found = find_equation(problem.fn.program.trace.jaxpr, "while")
+    if found is not None:
+        raise found.refuse(
+            "reverse-mode differentiation",
+            "its number of trips is not known when it is traced, so its steps cannot be stored.",
+            "use lax.scan, or lax.fori_loop with bounds that are Python integers; "
+            "jacobian(..., mode='fwd') needs neither.",
+            what="A `while` loop",
+        )
+
+
 def _rows_of_one(problem: Problem, params: Params, example: Inputs) -> Array:
     """(out, d) of one example, by reverse mode."""
+    _check_reverse(problem)
     x, dtype = jax.tree.map(lambda a: a[None], example), problem.dtype
     y, pull = jax.vjp(lambda w: outputs_of(problem.fn, w, x, dtype)[0], params)
     (rows,) = jax.vmap(pull)(varying_like(jnp.eye(y.size, dtype=dtype), y))
@@ -56,6 +71,7 @@ def _rows_of_one(problem: Problem, params: Params, example: Inputs) -> Array:
 
 def _rows_whole(problem: Problem, params: Params, chunk: int) -> Array:
     """(n·out, d) of a network that mixes examples."""
+    _check_reverse(problem)
     fn, x, dtype = problem.fn, problem.x, problem.dtype
     y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, dtype).ravel(), params)
 
@@ -410,6 +426,8 @@ def jacobian_operator(
     """
     params, x = together(params, x)
     problem = problem_of(fn, params, x, batch_axis)
+
+    _check_reverse(problem)
 
     def f(w: Params) -> Array:
         return outputs_of(problem.fn, w, problem.x, problem.dtype).ravel()

@@ -62,7 +62,8 @@ def rescaling_group(
         params: pytree of float arrays; only shapes are used.
         x: inputs with a batch axis, or `jax.ShapeDtypeStruct`s; only shapes are used. Where fn
             treats each example apart, the group is found on a batch of one; where it does not
-            (batch norm in training mode), it is that of fn on batches of this size.
+            (batch norm in training mode), it is that of fn on batches of this size, or of three
+            where x holds fewer.
         ignore_epsilon: normalisation layers add ε to a variance, which makes them *not quite*
             scale-invariant: exactly, the weights in front of them are pinned, and that is the
             default. With True, an ε <= 1e-3 inside a normalisation counts as 0, the group includes
@@ -112,7 +113,8 @@ def rescaling_group(
         in out 2 → mid in 2
     """
     _checks.check_params(params, values=False)
-    program = traced_network(fn, params, leading(x, batch_axis), batch_axis).program
+    network = traced_network(fn, params, leading(x, batch_axis), batch_axis, least=3)
+    program = network.program
     domain = ScalingDomain(ignore_epsilon, trust_zeros)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
     names = _checks.leaf_names(params, "")

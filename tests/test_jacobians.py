@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxinv import (
     InvalidInput,
+    UnsupportedOperation,
     _kernel_factors,
     jacobian,
     jacobian_gram,
@@ -283,3 +284,17 @@ def test_examples_that_are_mixed_cannot_be_spread_over_devices(x64):
     mesh = jax.make_mesh((8,), ("data",))
     with pytest.raises(InvalidInput, match="cannot be spread over devices"):
         jacobian_gram(fn, draw(shapes), jnp.ones((8, 3)), mesh=mesh)
+
+
+def test_a_loop_of_unknown_length_needs_forward_mode():
+    def fn(w, x):
+        return lax.while_loop(lambda s: s[0] < x.shape[1], lambda s: (s[0] + 1, s[1] @ w), (0, x))[
+            1
+        ]
+
+    w, x = 0.5 * jnp.eye(2), jnp.ones((3, 2))
+    expected = jax.jacfwd(lambda w: fn(w, x))(w).reshape(6, 4)
+    np.testing.assert_allclose(jacobian(fn, w, x, mode="fwd"), expected, rtol=1e-6)
+    for reverse in (lambda: jacobian(fn, w, x, mode="rev"), lambda: jacobian_operator(fn, w, x)):
+        with pytest.raises(UnsupportedOperation, match="`while` loop is not covered by reverse"):
+            reverse()
