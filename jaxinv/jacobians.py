@@ -49,9 +49,9 @@ def _check_chunk(chunk: int) -> None:
 
 def _check_reverse(problem: Problem) -> None:
     """jax cannot go backwards through a `while`: it would store an unknown number of steps."""
-    found = find_equation(problem.fn.program.trace.jaxpr, "while")
-    if found is not None:
-        raise found.refuse(
+    loop = find_equation(problem.fn.program.trace.jaxpr, "while")
+    if loop is not None:
+        raise loop.refuse(
             "reverse-mode differentiation",
             "its number of trips is not known when it is traced, so its steps cannot be stored.",
             "use lax.scan, or lax.fori_loop with bounds that are Python integers; "

@@ -288,9 +288,8 @@ def test_examples_that_are_mixed_cannot_be_spread_over_devices(x64):
 
 def test_a_loop_of_unknown_length_needs_forward_mode():
     def fn(w, x):
-        return lax.while_loop(lambda s: s[0] < x.shape[1], lambda s: (s[0] + 1, s[1] @ w), (0, x))[
-            1
-        ]
+        step = lambda s: (s[0] + 1, s[1] @ w)  # noqa: E731
+        return jax.lax.while_loop(lambda s: s[0] < x.shape[1], step, (0, x))[1]
 
     w, x = 0.5 * jnp.eye(2), jnp.ones((3, 2))
     expected = jax.jacfwd(lambda w: fn(w, x))(w).reshape(6, 4)

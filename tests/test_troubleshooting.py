@@ -34,6 +34,7 @@ INTERNAL = {
     ("_batch_domain.py", ""),  # as well
     ("_batch.py", "its constant changes with"),
     ("_batch.py", "an output "),
+    ("_scaling_shifts.py", "_Unknown"),  # nothing is said to cancel then
     ("rlct.py", "no set of layers fits"),  # the theorem says that there is one
 }
 
