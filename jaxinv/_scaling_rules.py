@@ -95,11 +95,22 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
     old, new = eqn.inputs[0].dtype, eqn.params["new_dtype"]
     if jnp.issubdtype(new, jnp.bool_):
         return domain.free(eqn, value)  # whether it is zero
+    if jnp.issubdtype(old, jnp.bool_) and jnp.issubdtype(new, jnp.integer):
+        return _numbered(domain, eqn, value)
     if jnp.issubdtype(old, jnp.inexact) and not jnp.issubdtype(new, jnp.inexact):
         return domain.default(eqn, value)  # rounding
     if new != old and jnp.issubdtype(new, jnp.inexact) and jnp.finfo(new).bits < 16:
         return domain.default(eqn, value)  # quantisation
     return _power(1)(domain, eqn, value)
+
+
+def _numbered(domain: Any, eqn: Equation, truth: Any) -> Any:
+    """A truth value as a number is 0 in one case and 1 in the other."""
+    index, axes = root(truth)
+    domain.scale(truth)
+    out = eqn.outputs[0]
+    values = [np.full(out.shape, number, out.dtype) for number in (0, 1)]
+    return collected(domain, domain.index_number((index, "choice")), axes, values)
 
 
 @rule("reduce_precision")

@@ -143,6 +143,14 @@ CHOICES = {
     ),
     "pooling by argmax": Architecture(_pooled, _DENSE, (4, 3), 3),
     "a token by its number": Architecture(_last, _DENSE, (4, 3), 3),
+    "a truth value as an index": Architecture(
+        lambda w, x: jnp.einsum(
+            "bi,bio->bo",
+            relu(x @ w["a"]) * w["g"][(x[:, 0] > 0).astype(int)],
+            w["o"][(x[:, 0] > 0).astype(int)],
+        ),
+        {"a": (3, 3), "g": (2, 3), "o": (2, 3, 1)}, (3,), 3 + 2 * 3,
+    ),
     "cond": Architecture(_branches, {"a": (2, 3, 2), "o": (2, 2, 2)}, (3,), 2 * 2),
     "where": Architecture(
         functools.partial(_chosen, lambda first: first), _FOUR, (3,), 2 * 3
