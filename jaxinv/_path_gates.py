@@ -34,7 +34,7 @@ RULES, rule = rule_table()
 # --- gates: piecewise linear in one value ---------------------------------------------
 
 
-def _gate(domain: Any, key: Any, cases: Sequence[Any]) -> Paths:
+def gate(key: Any, cases: Sequence[Any]) -> Paths:
     """max over the slopes of a function that is linear in the value `key` on either side of 0."""
     base, slopes = None, []
     for case in cases:
@@ -54,7 +54,7 @@ def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     if isinstance(right, Paths):
         shared = [key for key in multiples_of(left) if key in multiples_of(right)]
         if shared:
-            return _gate(domain, shared[0], [left, right])
+            return gate(shared[0], [left, right])
         return Paths(_scaled.add([left.sums, right.sums]))
     if is_zero(right):
         return Paths(left.rows, runs=left.runs)
@@ -95,8 +95,6 @@ _COMPARISONS |= {"eq": np.equal, "ne": np.not_equal}
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     if not isinstance(left, Paths) and not isinstance(right, Paths):
         return domain.default(eqn, left, right)
-    if any(isinstance(v, Paths) and not v.floating for v in (left, right)):
-        return Opaque(indexed(eqn))
     test = _COMPARISONS[eqn.name]
     if isinstance(left, Paths) and is_zero(right):
         return Sign(tuple(bool(test(s, 0)) for s in (-1, 0, 1)), frozenset(multiples_of(left)))  # type: ignore[arg-type]
@@ -141,7 +139,7 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
             "write a gate as where(x > 0, x, a * x), relu(x) or max(x, y).",
             what="`select_n` (where) by a condition on x",
         )
-    return _gate(domain, shared[0], data)
+    return gate(shared[0], data)
 
 
 @rule("clamp")

@@ -79,7 +79,7 @@ def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
         return read
 
     multiples = {_moved(eqn, key, rest): moved(entry) for key, entry in multiples_of(value).items()}
-    return Paths(_sums_like(eqn, value.sums, *rest), multiples, value.floating)
+    return Paths(_sums_like(eqn, value.sums, *rest), multiples)
 
 
 class _Same:
@@ -113,8 +113,8 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
     target = eqn.params["new_dtype"]
     # Numbers may change precision; becoming an integer or a truth value is rounding or a test.
     if not jnp.issubdtype(target, jnp.floating):
-        if isinstance(value, Weight) or not value.floating:
-            return derived(eqn, [value]) if isinstance(value, Weight) else value
+        if isinstance(value, Weight):
+            return derived(eqn, [value])
         raise not_homogeneous(eqn, f"conversion to {target} rounds; ")
     if isinstance(value, Weight):
         return Weight(eqn.bind(value.value), value.length, value.leaves)
@@ -140,8 +140,7 @@ def summed(eqn: Equation, value: Paths) -> Paths:
     """The sum over the axes that `eqn` reduces."""
     axes = eqn.params["axes"]
     rows, runs = _path_runs.counted(value.rows, value.runs, axes)
-    total = Scaled(jnp.sum(rows.mantissa, axis=axes), rows.exponent)
-    return Paths(_scaled.normalize(total), runs=runs)
+    return Paths(_scaled.summed(rows, axes), runs=runs)
 
 
 def summed_in_windows(eqn: Equation, value: Paths) -> Paths:
@@ -321,7 +320,7 @@ def _product_of_data(eqn: Equation) -> Any:
         THEORY,
         "it multiplies two values that both depend on x, so the result is not homogeneous of "
         "degree one: no single path carries it (attention, x·x, gated units).",
-        REMEDY,
+        f"{REMEDY} A mask must be boolean, as in where(mask > 0, h, 0).",
         what=f"`{eqn.name}` of two values that both depend on x",
     )
 

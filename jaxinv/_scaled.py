@@ -261,6 +261,11 @@ def maximum(parts: Sequence[Scaled]) -> Scaled:
     return Scaled(top, exponent)
 
 
+def summed(s: Scaled, axes: Sequence[int], keepdims: bool = False) -> Scaled:
+    """Sum over some axes."""
+    return normalize(Scaled(jnp.sum(s.mantissa, tuple(axes), keepdims=keepdims), s.exponent))
+
+
 @jax.jit
 def total(parts: Sequence[Scaled]) -> Scaled:
     """Sum over all elements of all parts, as a scalar."""

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxinv import _checks, _examples, _jaxpr, _scaled
 from jaxinv._data_domain import Data, DataDomain, MixingDomain
 from jaxinv._path_domain import PathDomain
-from jaxinv._path_values import Paths, Weight, as_paths
+from jaxinv._path_values import Weight, as_paths, start
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.paths import scaled_kappa
@@ -79,10 +79,7 @@ def interpret(
         Weight(w, length, frozenset([name]))
         for w, length, name in zip(leaves, lengths, names, strict=True)
     ]
-    starts = [
-        Data(Paths(_ones(a, problem.dtype), floating=jnp.issubdtype(a.dtype, jnp.floating)), a)
-        for a in problem.inputs
-    ]
+    starts = [Data(start(_ones(a, problem.dtype), a.dtype), a) for a in problem.inputs]
     return _jaxpr.interpret(problem.trace, weights, starts, domain)
 
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jaxinv import _checks, _examples, _jaxpr, _path_runs, _scaled
 from jaxinv._path_domain import PathDomain
-from jaxinv._path_values import Paths, Weight, as_paths
+from jaxinv._path_values import Weight, as_paths, start
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
@@ -83,7 +83,7 @@ def _forward(
     starts = []
     for s in inputs:
         ones, runs = _path_runs.ones(s.shape, dtype)
-        starts.append(Paths(ones, None, jnp.issubdtype(s.dtype, jnp.floating), runs))
+        starts.append(start(ones, s.dtype, runs))
     outputs = _jaxpr.interpret(trace, weights, starts, domain)
     # Last, since what the interpretation refuses it refuses more to the point.
     _examples.check_examples_apart(problem.fn, problem.params, problem.one)

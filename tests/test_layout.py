@@ -27,6 +27,7 @@ LEVELS = [
     {"_scaling_group", "_scaling_states"},
     {"_data_domain"},
     {"_kernel_factors", "_layers", "_path_domain", "_scaling_domain"},
+    {"_path_codes"},
     {"_path_gates", "_path_loops", "_scaling_indexing", "_scaling_loops"},
     {"_layer_rules", "_path_linear", "_scaling_products", "_scaling_reductions", "_scaling_rules"},
     {"_layer_values", "_path_values", "_scaling_values"},
