@@ -256,8 +256,7 @@ def second_moment(array: Any, centered: bool, dtype: Any) -> Any:
     array = jnp.asarray(array, dtype)
     if centered:
         array = array - array.mean(axis=0)
-    squares = _scaled.power(array, 2.0, dtype)
-    return _scaled.normalize(squares._replace(mantissa=squares.mantissa.mean(axis=0)))
+    return _scaled.mean(_scaled.power_along(array, 2.0, dtype))
 
 
 def _mix(moment: Any, sums: Any, alpha: float) -> Any:

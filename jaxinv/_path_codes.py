@@ -19,6 +19,7 @@ from jax import lax
 from jaxinv import _path_runs, _scaled
 from jaxinv._jaxpr import Equation, Value, is_concrete
 from jaxinv._path_gates import gate
+from jaxinv._path_linear import moved
 from jaxinv._path_values import (
     Code,
     Paths,
@@ -216,8 +217,7 @@ def _lookup(domain: Any, eqn: Equation, operand: Any, index: Any) -> Paths | Non
         for c in columns
     ]
     places = jnp.concatenate(parts, axis=-1)
-    mantissa = eqn.bind(total.mantissa, places, unique_indices=False)
-    return Paths(Scaled(mantissa, total.exponent))
+    return Paths(moved(eqn, total, places, unique_indices=False))
 
 
 def _slice(domain: Any, eqn: Equation, operand: Any, *starts: Any) -> Paths:
@@ -229,8 +229,7 @@ def _slice(domain: Any, eqn: Equation, operand: Any, *starts: Any) -> Paths:
     sums = operand.sums if isinstance(operand, Paths) else edge(domain, eqn, operand)
     total = _scaled.summed(sums, [axis for axis in read if sizes[axis] == 1], keepdims=True)
     places = [jnp.int32(0) if axis in read else start for axis, start in enumerate(starts)]
-    mantissa = lax.dynamic_slice(total.mantissa, places, sizes)
-    return Paths(Scaled(mantissa, total.exponent))
+    return Paths(_scaled.moved(lambda a: lax.dynamic_slice(a, places, sizes), total))
 
 
 def _written(domain: Any, eqn: Equation, *operands: Any) -> Any:

@@ -76,7 +76,7 @@ def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
     if isinstance(value, Paths):
         return Paths(value.rows, runs=value.runs)
     if isinstance(value, Weight) and value.length is not None:
-        return Weight(abs(value.value), value.length, value.leaves)
+        return Weight(abs(value.value), value.length, value.leaves, value.axes)
     return domain.default(eqn, value)
 
 
@@ -186,7 +186,7 @@ def _scatter_extremum(domain: Any, eqn: Equation, target: Any, index: Any, updat
             parts.append(domain.power(np.zeros(np.shape(value))))
         else:
             raise _threshold(eqn)
-    (into, arriving), exponent = _scaled.align(parts)
+    (into, arriving), exponent = _scaled.align([_scaled.level(s) for s in parts])
     sums = scattered(lax.scatter_add, eqn, [into, index, arriving])
     return Paths(_scaled.normalize(Scaled(sums, exponent)))
 
@@ -197,20 +197,22 @@ def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
         return domain.default(eqn, *values)
     if not isinstance(values[0], Paths):
         return domain.default(eqn, *values)
-    sums = values[0].sums
-    total = jnp.sum(sums.mantissa, axis=eqn.params["dimension"], keepdims=True)
-    mantissa = jnp.broadcast_to(total, sums.mantissa.shape)
-    return [Paths(_scaled.normalize(Scaled(mantissa, sums.exponent)))]
+    total = _scaled.summed(values[0].sums, [eqn.params["dimension"]], keepdims=True)
+    return [Paths(_spread(total, eqn.outputs[0].shape))]
+
+
+def _spread(total: Scaled, shape: Sequence[int]) -> Scaled:
+    return Scaled(jnp.broadcast_to(total.mantissa, shape), total.exponent)
 
 
 @rule("top_k")
 def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
     if not isinstance(value, Paths):
         return domain.default(eqn, value)
-    axis = eqn.params.get("axis", -1)
-    total = jnp.sum(value.sums.mantissa, axis=axis, keepdims=True)
-    mantissa = jnp.broadcast_to(total, eqn.outputs[0].shape)
-    values = Paths(_scaled.normalize(Scaled(mantissa, value.sums.exponent)))
+    sums = value.sums
+    axis = eqn.params.get("axis", -1) % sums.mantissa.ndim
+    total = _scaled.summed(sums, [axis], keepdims=True)
+    values = Paths(_spread(total, eqn.outputs[0].shape))
     positions = eqn.refuse(
         THEORY, "positions are integers, not sums over paths.", "use the values, not the positions."
     )

@@ -21,7 +21,6 @@ CONSTANT, DERIVED, WEIGHT, PATHS = "constant", "derived", "weight", "paths"
 INDEX, INTEGER, MASK = "index", "integer", "mask"
 _ORDER = (CONSTANT, WEIGHT, DERIVED, PATHS)
 _CODES = (INDEX, INTEGER, MASK)
-_PLAIN = (CONSTANT, DERIVED, INDEX)  # packed as one array
 
 
 def _kind(value: Any) -> str:
@@ -56,7 +55,7 @@ def _pack(domain: Any, eqn: Equation, value: Any, kind: str) -> Any:
     if kind == INDEX:  # the sums mean nothing
         return jnp.ones(jnp.shape(value) if _kind(value) == CONSTANT else value.sums.mantissa.shape)
     if kind in (PATHS, *_CODES) or isinstance(value, path.Sign):
-        return tuple(path.as_paths(domain, eqn, value).sums)
+        return _arrays(path.as_paths(domain, eqn, value).sums)
     if kind == CONSTANT:
         return value
     array = value.value if isinstance(value, path.Weight) else jnp.asarray(value)
@@ -64,7 +63,12 @@ def _pack(domain: Any, eqn: Equation, value: Any, kind: str) -> Any:
         return array
     length = value.length if isinstance(value, path.Weight) else domain.power(value)
     assert length is not None
-    return array, *length
+    return array, *_arrays(length)
+
+
+def _arrays(s: Scaled) -> tuple[Any, Any]:
+    """Mantissas and exponents of one shape, whatever the exponents are known to share."""
+    return s.mantissa, _scaled.every_exponent(s)
 
 
 def _unpack(packed: Any, kind: str, leaves: frozenset[str]) -> Any:
@@ -85,16 +89,6 @@ def _unpack(packed: Any, kind: str, leaves: frozenset[str]) -> Any:
     return unpacked
 
 
-def _stack(packed: Any, kind: str) -> Any:
-    """Stacked outputs of a scan: one exponent per step becomes one exponent in all."""
-    if kind in _PLAIN:
-        return packed
-    *array, mantissa, exponents = packed
-    common = jnp.max(exponents)
-    shifted = jax.vmap(lambda m, e: _scaled.shift(m, e - common))(mantissa, exponents)
-    return (*array, shifted, common)
-
-
 def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
     """`lax.scan` over sums of paths; the kind of each carry is found by fixpoint."""
     length, reverse = eqn.params["length"], eqn.params["reverse"]
@@ -105,9 +99,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
     kinds = [_kind(v) for v in init]
     leaves = [_leaves(v) for v in init]
     x_kinds, x_leaves = [_kind(v) for v in xs], [_leaves(v) for v in xs]
-    # The exponent of a scanned array is one scalar, the same at every step.
-    x_packed = [_pack(domain, eqn, v, k) for v, k in zip(xs, x_kinds, strict=True)]
-    x_arrays = [p if k in _PLAIN else p[:-1] for p, k in zip(x_packed, x_kinds, strict=True)]
+    x_arrays = [_pack(domain, eqn, v, k) for v, k in zip(xs, x_kinds, strict=True)]
 
     def run(carry: list, slices: list, domain: Any = domain) -> list[Any]:
         state = [
@@ -115,8 +107,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
             for v, f, c, k, names in zip(init, fixed, carry, kinds, leaves, strict=True)
         ]
         scanned = [
-            _unpack(s if k in _PLAIN else (*s, p[-1]), k, names)
-            for s, p, k, names in zip(slices, x_packed, x_kinds, x_leaves, strict=True)
+            _unpack(s, k, names) for s, k, names in zip(slices, x_kinds, x_leaves, strict=True)
         ]
         return body(*consts, *state, *scanned, domain=domain)
 
@@ -166,7 +157,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         for v, f, c, k, names in zip(init, fixed, carry, kinds, leaves, strict=True)
     ]
     stacked = [
-        _unpack(_stack(y, k), k, names)
+        _unpack(y, k, names)
         for y, k, names in zip(ys, out_kinds[len(init) :], out_leaves[len(init) :], strict=True)
     ]
     return final + stacked

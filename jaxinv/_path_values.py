@@ -1,8 +1,8 @@
 """Values of the path domain: weights, sums over paths, functions of a sign.
 
-Numbers are kept as mantissa times a power of two. The exponent is one integer per array, so that
-path sums of any depth neither overflow nor underflow, and scaling a unit by a power of two changes
-no bit of any mantissa.
+Numbers are kept as mantissa times a power of two. Exponents follow the units: an integer for each,
+so that path sums of any depth neither overflow nor underflow, and scaling a unit by a power of two
+changes no bit of any mantissa.
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ class Weight(Value):
 
     `length` is its |.|^p. It is None where the elements are not monomials of the parameters (a
     weight-normalised kernel, say): the edge then has a weight, but no parameter is an edge.
+    `axes`, where known, are those along which the exponents of the length vary, one by one: the
+    exponent is then a sum of a vector for each.
     """
 
-    __slots__ = ("value", "length", "leaves")
+    __slots__ = ("value", "length", "leaves", "axes")
 
-    def __init__(self, value: Any, length: Scaled | None, leaves: frozenset[str]):
-        self.value, self.length, self.leaves = value, length, leaves
+    def __init__(
+        self,
+        value: Any,
+        length: Scaled | None,
+        leaves: frozenset[str],
+        axes: tuple[int, ...] | None = None,
+    ):
+        self.value, self.length, self.leaves, self.axes = value, length, leaves, axes
 
 
 class Paths(Value):

@@ -76,7 +76,7 @@ def interpret(
     """Values of the outputs; every input element has γ² = 1."""
     names = problem.trace.param_names
     weights = [
-        Weight(w, length, frozenset([name]))
+        Weight(w, length, frozenset([name]), _scaled.gauged_axes(w.shape))
         for w, length, name in zip(leaves, lengths, names, strict=True)
     ]
     starts = [Data(start(_ones(a, problem.dtype), a.dtype), a) for a in problem.inputs]
@@ -322,11 +322,10 @@ def _mean_squares(
         slopes = jax.vmap(of_example, (0 if signs.ndim == 2 else None, 0))(signs, problem.inputs)
         if centered:
             slopes = [g - g.mean(axis=0) for g in slopes]
-        squared = [_scaled.power(g, 2.0, problem.dtype) for g in slopes]
-        means = [s._replace(mantissa=s.mantissa.mean(axis=0)) for s in squared]
+        means = [_scaled.mean(_scaled.power_along(g, 2.0, problem.dtype)) for g in slopes]
         return [_scaled.add([t, m]) for t, m in zip(total, means, strict=True)], None
 
-    start = [Scaled(jnp.zeros_like(w), jnp.zeros((), jnp.int32)) for w in problem.leaves]
+    start = [Scaled(jnp.zeros_like(w), jnp.zeros(w.shape, jnp.int32)) for w in problem.leaves]
     total, _ = jax.lax.scan(step, start, rows)
     return [s._replace(mantissa=s.mantissa / (probes or 1)) for s in total]
 

@@ -75,7 +75,12 @@ def _forward(
     trace, leaves, lengths, inputs, dtype = problem[:5]
     domain = PathDomain(float(p), dtype, edges_only, streaming)
     weights = [
-        Weight(jnp.asarray(value), Scaled(m, length.exponent), frozenset([name]))
+        Weight(
+            jnp.asarray(value),
+            Scaled(m, length.exponent),
+            frozenset([name]),
+            _scaled.gauged_axes(m.shape),
+        )
         for value, m, length, name in zip(
             leaves, mantissas, lengths, trace.param_names, strict=True
         )
@@ -291,7 +296,7 @@ def unit_path_norms(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -
                 f"fn's output has shape {out.mantissa.shape} for one example, so it has no leading "
                 "batch axis and no per-example units. Return (batch, ...) outputs."
             )
-        norms.append(_scaled.root(Scaled(out.mantissa[0], out.exponent), float(p)))
+        norms.append(_scaled.root(_scaled.moved(lambda array: array[0], out), float(p)))
     return jax.tree.unflatten(problem.trace.output_tree, norms)
 
 

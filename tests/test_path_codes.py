@@ -160,7 +160,7 @@ def test_whole_numbers_are_inputs_like_any_other():
             "both depend on x",
             lambda h, i: h * i[:, None].astype(h.dtype),
         ),  # without bound
-        ("rounding", lambda h, i: h + (i // 2).astype(float)[:, None]),
+        ("were rounded", lambda h, i: h + (i // 2).astype(float)[:, None]),
         ("divides", lambda h, i: h / i[:, None].astype(h.dtype)),
         ("infinite", lambda h, i: jnp.where(i[:, None] > 0, h, -jnp.inf)),
         ("read single elements", lambda h, i: jax.lax.dynamic_slice(h, (0, i[0]), (1, 2))),
