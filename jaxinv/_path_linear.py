@@ -501,5 +501,6 @@ def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     if isinstance(left, Paths) or isinstance(right, Paths):
         paths = [as_paths(domain, eqn, v) for v in (left, right)]
         terms, runs = _path_runs.together([(v.rows, v.runs) for v in paths])
-        return Paths(_scaled.add(terms), runs=runs)
+        edges = tuple(not isinstance(v, Paths) for v in (left, right))
+        return Paths(_scaled.add(terms, edges), runs=runs)
     return domain.default(eqn, left, right)

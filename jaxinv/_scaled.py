@@ -269,13 +269,16 @@ def root_squared(s: Scaled, p: float) -> Scaled:
     return Scaled(inner ** jnp.asarray(2 / p, dtype) * _exact_power(2 * own - whole, dtype), whole)
 
 
-@jax.jit
-def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
-    """The mantissas over one common exponent, the largest among those of non-zero parts."""
+@partial(jax.jit, static_argnames="edges")
+def align(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> tuple[list[Any], Any]:
+    """The mantissas over common exponents, the largest among those of non-zero parts.
+
+    `edges` says which parts are lengths of edges, and no sums over paths.
+    """
     if len(parts) == 1:
         return [parts[0].mantissa], parts[0].exponent
     if any(jnp.ndim(s.exponent) for s in parts):
-        return _aligned_cells(parts)
+        return _aligned_cells(parts, edges)
     tops = [_largest(abs(lax.stop_gradient(s.mantissa))) for s in parts]
     factors, common = _alignment(tops, [s.exponent for s in parts])
     return [_lowered(s.mantissa, f) for s, f in zip(parts, factors, strict=True)], common
@@ -292,7 +295,7 @@ def _alignment(tops: list[Any], exponents: list[Any]) -> tuple[list[Any], Any]:
     return steps, common
 
 
-def _aligned_cells(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
+def _aligned_cells(parts: Sequence[Scaled], edges: Sequence[bool] | None) -> tuple[list[Any], Any]:
     """`align` where exponents are arrays."""
     rank = max(jnp.ndim(s.exponent) for s in parts)
     exponents = [
@@ -307,7 +310,10 @@ def _aligned_cells(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
         common = jnp.maximum(common, jnp.where(_tops(fixed, own) > 0, exponent, NONE))
     common = jnp.where(common > NONE, common, 0)
     steps = [lax.min(exponent - common, jnp.int32(126)) for exponent in exponents]
-    return [shift(s.mantissa, k) for s, k in zip(parts, steps, strict=True)], common
+    # An edge that starts at a constant (a bias) is on no other paths: what is lost stays its own.
+    lower = [_lowered if starts else shift for starts in (edges or [False] * len(parts))]
+    shifted = [f(s.mantissa, k) for f, s, k in zip(lower, parts, steps, strict=True)]
+    return shifted, common
 
 
 @jax.custom_jvp
@@ -324,15 +330,15 @@ def _lowered(mantissa: Any, k: Any) -> Any:
 def _lowered_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     mantissa, k = primals
     _, _, bias = _layout(mantissa.dtype)
-    lost = jnp.where(k > 30 - 2 * bias, 1, jnp.nan).astype(mantissa.dtype)
+    lost = jnp.where(k > -bias - 40, 1, jnp.nan).astype(mantissa.dtype)
     slope = shift(tangents[0], k) * lost
     return _lowered(mantissa, k), slope
 
 
-@jax.jit
-def add(parts: Sequence[Scaled]) -> Scaled:
-    """Elementwise sum."""
-    mantissas, exponent = align(parts)
+@partial(jax.jit, static_argnames="edges")
+def add(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> Scaled:
+    """Elementwise sum; for `edges` see `align`."""
+    mantissas, exponent = align(parts, edges)
     return normalize(Scaled(sum(mantissas[1:], mantissas[0]), exponent))
 
 

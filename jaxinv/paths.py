@@ -34,8 +34,8 @@ from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 # Slopes of mantissas are shares of γ^p and so at most of the order of one: they start from this
-# power of two, which leaves float32 room for shares down to 2^-166.
-_HEADROOM = 40
+# power of two, which leaves float32 room for shares down to 2^-216.
+_HEADROOM = 90
 
 
 class _Problem(NamedTuple):
@@ -168,10 +168,11 @@ def path_norm(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> Arra
         UnsupportedOperation: for an operation that path semantics do not cover.
 
     Notes:
-        Each array carries one exponent beside its mantissas, so depth and the scale of whole layers
-        never overflow. Within one array |w|^p spans the range of the dtype: in float32 a weight
-        below 2^(-126/p) times the largest of its array (10^-19 times, for p = 2) counts as 0. Use
-        float64 parameters where one array spans more than that.
+        Exponents are kept beside mantissas, one for each unit and one for each row and column of
+        a weight: depth and the scale of layers never overflow, and units rescaled by any power of
+        two give the same bits. Beside its row and column, in float32 a weight below 2^(-126/p)
+        times the others (10^-19 times, for p = 2) counts as 0. Where all that runs into a unit was
+        so small the answer is NaN; use float64 parameters then.
         `fn` must treat the examples of a batch apart; statistics over a batch are refused.
 
     References:
@@ -229,9 +230,9 @@ def path_kappa(fn: Network, params: Params, x: Inputs, *, p: float = 2.0) -> PyT
         InvalidInput, UnsupportedOperation: as for `path_norm`.
 
     Notes:
-        Where paths meet, a part that is 2^127 times smaller than the other (in float32) has lost
-        its κ, which is NaN then: the bias of a unit with path sums above 10^38, say. A weight whose
-        paths make up less than 10^-49 of γ_p^p counts as on no path. Use float64 for both.
+        The bias of a unit whose path sums are above 2^166 times the size of the bias (in float32)
+        has lost its κ, which is NaN then. A weight whose paths make up less than 10^-65 of γ_p^p
+        counts as on no path. Use float64 for both.
 
     References:
         Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), eq. 6–8;
