@@ -30,7 +30,7 @@ LEVELS = [
     {"_path_codes"},
     {"_path_gates", "_path_loops", "_scaling_indexing", "_scaling_loops"},
     {"_layer_rules", "_path_linear", "_scaling_products", "_scaling_reductions", "_scaling_rules"},
-    {"_layer_values", "_path_values", "_scaling_values"},
+    {"_layer_values", "_path_exponents", "_path_values", "_scaling_values"},
     {"_masking"},
     {"_examples", "_null_spaces", "_path_products", "_path_runs", "_precision"},
     {"_checkpoint", "_determinants", "_scaled", "_scaling_system", "_stream"},
