@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxinv import _scaled
 from jaxinv._jaxpr import Body, Equation, Value
 from jaxinv._path_domain import PathDomain
-from jaxinv._path_values import Paths, Sign, Weight, is_zero
+from jaxinv._path_values import Code, Paths, Sign, Weight, is_zero
 
 THEORY = "data-dependent path semantics"
 
@@ -34,6 +34,7 @@ _MOVES = frozenset(
 _SUMS = frozenset(
     "add sub add_any reduce_sum cumsum reduce_window_sum scatter-add scatter_add mul div".split()
 )
+_GATES = frozenset(("mul", "gather"))  # of two values: a mask, a lookup at places from x
 _SIGNS = frozenset("sign gt ge lt le eq ne".split())
 
 
@@ -55,8 +56,11 @@ class Data(Value):
         """The path value under this value's identity."""
         old = self.path
         new: Paths | Sign
-        if isinstance(old, Paths):
-            new = Paths(old.sums, old.multiples, old.floating)
+        if isinstance(old, Code):
+            new = Code(old.sums, old.multiples, None, old.levels, old.numeric)
+            new.columns = old.columns
+        elif isinstance(old, Paths):
+            new = Paths(old.sums, old.multiples)
         else:
             new = Sign(old.branches, old.bases)
         new.key = self.key
@@ -100,7 +104,7 @@ class DataDomain:
         else:
             outs = _as_list(eqn, self._path_rule(eqn, self._seen_all(inputs)))
         arrays = _as_list(eqn, evaluate(eqn, inputs))
-        is_open = summed or eqn.name in PRODUCTS or (moved and _open(inputs))
+        is_open = summed or _is_product(eqn, inputs) or (moved and _open(inputs))
         layers: frozenset = frozenset()
         for v in inputs:
             if not isinstance(v, Data) or eqn.name in _SIGNS:
@@ -127,7 +131,7 @@ class DataDomain:
     def _linear(self, eqn: Equation, inputs: Sequence[Any]) -> tuple[bool, bool]:
         """(moves elements, adds or scales them) of an operation on data."""
         data = [v for v in inputs if isinstance(v, Data)]
-        if any(isinstance(v.path, Sign) for v in data):
+        if any(isinstance(v.path, Sign) for v in data) or len(data) > 1 and eqn.name in _GATES:
             return False, False
         if eqn.name in _MOVES:
             # Finished and unfinished units meet in one array: all of them are finished first.
@@ -138,6 +142,8 @@ class DataDomain:
 
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
         """Recurrence: the same weights belong to units of many steps."""
+        if not eqn.params["length"]:
+            return self.path.scan(eqn, body, consts, init, xs)
         raise eqn.refuse(
             THEORY,
             "statistics of the data belong to the units of one layer; the units of a loop share "
@@ -156,6 +162,11 @@ class DataDomain:
         )
 
 
+def _is_product(eqn: Equation, inputs: Sequence[Any]) -> bool:
+    """A layer; to read rows of weights at integers from x is one, of their one-hot code."""
+    return eqn.name in PRODUCTS or (eqn.name == "gather" and not isinstance(inputs[0], Data))
+
+
 def _once(function: Callable[[], Any]) -> Callable[[], Any]:
     """The function, evaluated at most once and only if asked for."""
     results: list[Any] = []
@@ -170,10 +181,10 @@ def _once(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def _with_bases(path: Any, again: Callable[[], list[Any]], index: int) -> Any:
     """The same sums; what they are multiples of is read off finished units."""
-    if not isinstance(path, Paths):
+    if not isinstance(path, Paths) or isinstance(path, Code):
         return path
     bases = {key: (lambda key=key: again()[index].multiples[key]()) for key in path.multiples}
-    return Paths(path.sums, bases, path.floating)
+    return Paths(path.sums, bases)
 
 
 def _view(value: Any) -> Any:
@@ -217,13 +228,14 @@ class MixingDomain(DataDomain):
 
     def seen(self, value: Data) -> Paths | Sign:
         """Finish the unit: mix its paths with the moment of its numbers."""
-        if not value.open or not isinstance(value.path, Paths) or self.alpha == 0:
+        paths = isinstance(value.path, Paths) and not isinstance(value.path, Code)
+        if not value.open or not paths or self.alpha == 0:
             return value.view()
         if value.finished is None:
             value.finished = self._mixed(value)
         view = value.view()
         assert isinstance(view, Paths)
-        finished = Paths(value.finished, view.multiples, view.floating)
+        finished = Paths(value.finished, view.multiples)
         finished.key = view.key
         return finished
 
@@ -244,8 +256,7 @@ def second_moment(array: Any, centered: bool, dtype: Any) -> Any:
     array = jnp.asarray(array, dtype)
     if centered:
         array = array - array.mean(axis=0)
-    squares = _scaled.power(array, 2.0, dtype)
-    return _scaled.normalize(squares._replace(mantissa=squares.mantissa.mean(axis=0)))
+    return _scaled.mean(_scaled.power_along(array, 2.0, dtype))
 
 
 def _mix(moment: Any, sums: Any, alpha: float) -> Any:

@@ -159,11 +159,16 @@ def _selection(mask: Any, params: Params, updates: PyTree) -> PyTree:
 def _share_exponent(kappas: PyTree, updates: PyTree) -> tuple[PyTree, Array]:
     """κ of all leaves over one exponent, for storage."""
     parts = jax.tree.leaves(kappas, is_leaf=lambda s: isinstance(s, Scaled))
-    parts = [_scaled.normalize(s) for s in parts]
-    _, top = _scaled.align(parts)
+    _, top = _scaled.align([_scaled.shared(s) for s in parts])
     exponent = top - _HEADROOM
-    shifted = [_scaled.shift(s.mantissa, s.exponent - exponent) for s in parts]
+    shifted = [_stored(s, exponent) for s in parts]
     return jax.tree.unflatten(jax.tree.structure(updates), shifted), exponent
+
+
+def _stored(s: Scaled, exponent: Array) -> Array:
+    """κ / 2^exponent; NaN, not 0, where that is too small to be held."""
+    numbers = _scaled.shift(s.mantissa, s.exponent - exponent)
+    return jnp.where((numbers == 0) & (s.mantissa != 0), jnp.nan, numbers)
 
 
 def _divide(

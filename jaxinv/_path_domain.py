@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxinv import _path_gates, _path_linear, _path_loops, _scaled
+from jaxinv import _path_codes, _path_gates, _path_linear, _path_loops, _scaled
 from jaxinv._jaxpr import Equation
 from jaxinv._path_values import Paths, Sign, Weight, derived, not_homogeneous, of_signs
 from jaxinv._scaled import Scaled
@@ -21,7 +21,10 @@ class PathDomain:
     `streaming` allows products that cannot be differentiated in forward mode (see `_stream`).
     """
 
-    rules = _path_linear.RULES | _path_gates.RULES
+    rules = {
+        primitive: _path_codes.aware(rule)
+        for primitive, rule in (_path_linear.RULES | _path_gates.RULES).items()
+    }
 
     def __init__(self, p: float, dtype: Any, edges_only: bool, streaming: bool = False):
         self.p, self.dtype = p, dtype
@@ -36,12 +39,17 @@ class PathDomain:
         return _scaled.power(value, self.p, self.dtype)
 
     def default(self, eqn: Equation, *inputs: Any) -> Any:
-        """Operations without a rule: allowed on parameters alone, and on signs; else refused."""
-        if not any(isinstance(v, Paths | Sign) for v in inputs):
-            return derived(eqn, inputs)
-        if not any(isinstance(v, Paths | Weight) for v in inputs):
-            return of_signs(eqn, inputs)
-        raise not_homogeneous(eqn)
+        """Operations without a rule: allowed on parameters, signs, integers; or refused."""
+        return _default(self, eqn, *inputs)
 
     scan = _path_loops.scan
     switch = _path_loops.switch
+
+
+@_path_codes.aware
+def _default(domain: PathDomain, eqn: Equation, *inputs: Any) -> Any:
+    if not any(isinstance(v, Paths | Sign) for v in inputs):
+        return derived(eqn, inputs)
+    if not any(isinstance(v, Paths | Weight) for v in inputs):
+        return of_signs(eqn, inputs)
+    raise not_homogeneous(eqn)

@@ -34,7 +34,7 @@ RULES, rule = rule_table()
 # --- gates: piecewise linear in one value ---------------------------------------------
 
 
-def _gate(domain: Any, key: Any, cases: Sequence[Any]) -> Paths:
+def gate(key: Any, cases: Sequence[Any]) -> Paths:
     """max over the slopes of a function that is linear in the value `key` on either side of 0."""
     base, slopes = None, []
     for case in cases:
@@ -54,7 +54,7 @@ def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     if isinstance(right, Paths):
         shared = [key for key in multiples_of(left) if key in multiples_of(right)]
         if shared:
-            return _gate(domain, shared[0], [left, right])
+            return gate(shared[0], [left, right])
         return Paths(_scaled.add([left.sums, right.sums]))
     if is_zero(right):
         return Paths(left.rows, runs=left.runs)
@@ -76,7 +76,7 @@ def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
     if isinstance(value, Paths):
         return Paths(value.rows, runs=value.runs)
     if isinstance(value, Weight) and value.length is not None:
-        return Weight(abs(value.value), value.length, value.leaves)
+        return Weight(abs(value.value), value.length, value.leaves, value.axes)
     return domain.default(eqn, value)
 
 
@@ -95,8 +95,6 @@ _COMPARISONS |= {"eq": np.equal, "ne": np.not_equal}
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     if not isinstance(left, Paths) and not isinstance(right, Paths):
         return domain.default(eqn, left, right)
-    if any(isinstance(v, Paths) and not v.floating for v in (left, right)):
-        return Opaque(indexed(eqn))
     test = _COMPARISONS[eqn.name]
     if isinstance(left, Paths) and is_zero(right):
         return Sign(tuple(bool(test(s, 0)) for s in (-1, 0, 1)), frozenset(multiples_of(left)))  # type: ignore[arg-type]
@@ -141,7 +139,7 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
             "write a gate as where(x > 0, x, a * x), relu(x) or max(x, y).",
             what="`select_n` (where) by a condition on x",
         )
-    return _gate(domain, shared[0], data)
+    return gate(shared[0], data)
 
 
 @rule("clamp")
@@ -188,7 +186,7 @@ def _scatter_extremum(domain: Any, eqn: Equation, target: Any, index: Any, updat
             parts.append(domain.power(np.zeros(np.shape(value))))
         else:
             raise _threshold(eqn)
-    (into, arriving), exponent = _scaled.align(parts)
+    (into, arriving), exponent = _scaled.align([_scaled.level(s) for s in parts])
     sums = scattered(lax.scatter_add, eqn, [into, index, arriving])
     return Paths(_scaled.normalize(Scaled(sums, exponent)))
 
@@ -199,20 +197,22 @@ def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
         return domain.default(eqn, *values)
     if not isinstance(values[0], Paths):
         return domain.default(eqn, *values)
-    sums = values[0].sums
-    total = jnp.sum(sums.mantissa, axis=eqn.params["dimension"], keepdims=True)
-    mantissa = jnp.broadcast_to(total, sums.mantissa.shape)
-    return [Paths(_scaled.normalize(Scaled(mantissa, sums.exponent)))]
+    total = _scaled.summed(values[0].sums, [eqn.params["dimension"]], keepdims=True)
+    return [Paths(_spread(total, eqn.outputs[0].shape))]
+
+
+def _spread(total: Scaled, shape: Sequence[int]) -> Scaled:
+    return Scaled(jnp.broadcast_to(total.mantissa, shape), total.exponent)
 
 
 @rule("top_k")
 def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
     if not isinstance(value, Paths):
         return domain.default(eqn, value)
-    axis = eqn.params.get("axis", -1)
-    total = jnp.sum(value.sums.mantissa, axis=axis, keepdims=True)
-    mantissa = jnp.broadcast_to(total, eqn.outputs[0].shape)
-    values = Paths(_scaled.normalize(Scaled(mantissa, value.sums.exponent)))
+    sums = value.sums
+    axis = eqn.params.get("axis", -1) % sums.mantissa.ndim
+    total = _scaled.summed(sums, [axis], keepdims=True)
+    values = Paths(_spread(total, eqn.outputs[0].shape))
     positions = eqn.refuse(
         THEORY, "positions are integers, not sums over paths.", "use the values, not the positions."
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv import _path_products, _path_runs, _scaled, _stream
+from jaxinv import _path_exponents, _path_products, _path_runs, _scaled, _stream
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
 from jaxinv._path_values import (
     REMEDY,
@@ -54,7 +54,20 @@ def _values_and_leaves(parts: Sequence[Any]) -> tuple[list[Any], frozenset[str]]
 
 
 def _sums_like(eqn: Equation, sums: Scaled, *rest: Any) -> Scaled:
-    return Scaled(eqn.bind(sums.mantissa, *rest), sums.exponent)
+    if eqn.name == "reduce_precision":
+        return Scaled(eqn.bind(sums.mantissa), sums.exponent)
+    return moved(eqn, sums, *rest)
+
+
+def moved(eqn: Equation, sums: Scaled, *rest: Any, **changed: Any) -> Scaled:
+    """The operation, which moves elements, on mantissas and exponents."""
+
+    def bind(array: Any) -> Any:
+        if eqn.name == "gather" and array.dtype == jnp.int32:
+            return eqn.bind(array, *rest, **{**changed, "fill_value": 0})
+        return eqn.bind(array, *rest, **changed)
+
+    return _scaled.moved(bind, sums)
 
 
 def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
@@ -64,7 +77,10 @@ def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
         return _indexed_by_data(eqn, [value, *rest])
     if isinstance(value, Weight):
         length = None if value.length is None else _sums_like(eqn, value.length, *rest)
-        return Weight(eqn.bind(value.value, *rest), length, value.leaves)
+        axes = value.axes if eqn.name == "transpose" else None
+        if axes is not None:
+            axes = tuple(eqn.params["permutation"].index(axis) for axis in axes)
+        return Weight(eqn.bind(value.value, *rest), length, value.leaves, axes)
     shape = eqn.inputs[0].shape
     if isinstance(value, Sign):
         branches = tuple(eqn.bind(jnp.broadcast_to(b, shape), *rest) for b in value.branches)
@@ -79,7 +95,7 @@ def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
         return read
 
     multiples = {_moved(eqn, key, rest): moved(entry) for key, entry in multiples_of(value).items()}
-    return Paths(_sums_like(eqn, value.sums, *rest), multiples, value.floating)
+    return Paths(_sums_like(eqn, value.sums, *rest), multiples)
 
 
 class _Same:
@@ -113,11 +129,11 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
     target = eqn.params["new_dtype"]
     # Numbers may change precision; becoming an integer or a truth value is rounding or a test.
     if not jnp.issubdtype(target, jnp.floating):
-        if isinstance(value, Weight) or not value.floating:
-            return derived(eqn, [value]) if isinstance(value, Weight) else value
+        if isinstance(value, Weight):
+            return derived(eqn, [value])
         raise not_homogeneous(eqn, f"conversion to {target} rounds; ")
     if isinstance(value, Weight):
-        return Weight(eqn.bind(value.value), value.length, value.leaves)
+        return Weight(eqn.bind(value.value), value.length, value.leaves, value.axes)
     return _renamed(value)
 
 
@@ -140,8 +156,7 @@ def summed(eqn: Equation, value: Paths) -> Paths:
     """The sum over the axes that `eqn` reduces."""
     axes = eqn.params["axes"]
     rows, runs = _path_runs.counted(value.rows, value.runs, axes)
-    total = Scaled(jnp.sum(rows.mantissa, axis=axes), rows.exponent)
-    return Paths(_scaled.normalize(total), runs=runs)
+    return Paths(_scaled.summed(rows, axes), runs=runs)
 
 
 def summed_in_windows(eqn: Equation, value: Paths) -> Paths:
@@ -152,12 +167,20 @@ def summed_in_windows(eqn: Equation, value: Paths) -> Paths:
     rows, runs = _path_runs.sliding(
         value.rows, value.runs, {axis: w for axis, w in windows if dilation[axis] == 1}
     )
-    return Paths(_scaled.normalize(_sums_like(eqn, rows)), runs=runs)
+    windows = zip(*(eqn.params[name] for name in names), strict=True)
+    moving = [axis for axis, w in enumerate(windows) if w != (1, 1, 1, (0, 0))]
+    return Paths(_scaled.normalize(_along(eqn, rows, moving)), runs=runs)
+
+
+def _along(eqn: Equation, sums: Scaled, axes: Sequence[int]) -> Scaled:
+    """Sums of elements that lie along some axes."""
+    leveled = _scaled.level(sums, axes)
+    return Scaled(eqn.bind(leveled.mantissa), leveled.exponent)
 
 
 def accumulated(eqn: Equation, value: Paths) -> Paths:
     """The running sum of `eqn`."""
-    return Paths(_scaled.normalize(_sums_like(eqn, value.sums)))
+    return Paths(_scaled.normalize(_along(eqn, value.sums, [eqn.params["axis"]])))
 
 
 rule("reduce_sum")(_linear(summed))
@@ -181,17 +204,25 @@ def assemble(positions: Callable[[int], Sequence[int]]) -> Callable:
             return _bind_arrays(eqn, full)
 
         if any(isinstance(v, Paths | Sign) for v in arrays):
-            parts = [as_paths(domain, eqn, v).sums for v in arrays]
-            aligned, exponent = _scaled.align(parts)
-            return Paths(Scaled(bind(aligned), exponent))
+            return Paths(_assembled(eqn, bind, [as_paths(domain, eqn, v).sums for v in arrays]))
         lengths = _lengths(domain, arrays)
         if lengths is None:
             return derived(eqn, inputs)
-        aligned, exponent = _scaled.align(lengths)
         values, leaves = _values_and_leaves(arrays)
-        return Weight(bind(values), Scaled(bind(aligned), exponent), leaves)
+        return Weight(bind(values), _assembled(eqn, bind, lengths), leaves)
 
     return apply
+
+
+def _assembled(eqn: Equation, bind: Callable, parts: Sequence[Scaled]) -> Scaled:
+    """The parts in one array, each element with the exponent that it had."""
+    if eqn.name == "scatter-add":
+        parts = [_scaled.level(s) for s in parts]
+    if any(jnp.ndim(s.exponent) for s in parts):
+        exponents = bind([_scaled.every_exponent(s) for s in parts])
+        return Scaled(bind([s.mantissa for s in parts]), exponents)
+    aligned, exponent = _scaled.align(parts)
+    return Scaled(bind(aligned), exponent)
 
 
 def _bind_arrays(eqn: Equation, arrays: list[Any]) -> Any:
@@ -218,13 +249,17 @@ def _split(domain: Any, eqn: Equation, value: Any) -> Any:
         values = eqn.bind(value.value)
         if value.length is None:
             return [Weight(v, None, value.leaves) for v in values]
-        parts = eqn.bind(value.length.mantissa)
-        return [
-            Weight(v, Scaled(m, value.length.exponent), value.leaves)
-            for v, m in zip(values, parts, strict=True)
-        ]
-    sums = as_paths(domain, eqn, value).sums
-    return [Paths(Scaled(m, sums.exponent)) for m in eqn.bind(sums.mantissa)]
+        parts = _split_scaled(eqn, value.length)
+        return [Weight(v, s, value.leaves) for v, s in zip(values, parts, strict=True)]
+    return [Paths(s) for s in _split_scaled(eqn, as_paths(domain, eqn, value).sums)]
+
+
+def _split_scaled(eqn: Equation, s: Scaled) -> list[Scaled]:
+    mantissas = eqn.bind(s.mantissa)
+    if not jnp.ndim(s.exponent):
+        return [Scaled(m, s.exponent) for m in mantissas]
+    exponents = eqn.bind(_scaled.every_exponent(s))
+    return [Scaled(m, e) for m, e in zip(mantissas, exponents, strict=True)]
 
 
 # --- products: edges in series ---
@@ -240,25 +275,34 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         return derived(eqn, [left, right])
     if isinstance(left, Paths) and eqn.name == "conv_general_dilated" and left.runs:
         return _convolution(domain, eqn, left, right)
-    operands = [
-        as_paths(domain, eqn, v).sums if isinstance(v, Paths | Sign) else edge(domain, eqn, v)
-        for v in (left, right)
-    ]
-    if domain.streaming:
-        streamed = _streamed(domain, eqn, left, right, operands)
-        if streamed is not None:
-            return streamed
-    one, other = operands
-    out = _contracted(eqn, one, other, isinstance(left, Paths | Sign))
-    return Paths(_scaled.normalize(out))
+    weight_is_right = isinstance(left, Paths | Sign)
+    data, weight = (left, right) if weight_is_right else (right, left)
+    sums = as_paths(domain, eqn, data).sums
+    return Paths(_scaled.normalize(_contracted(domain, eqn, sums, weight, weight_is_right)))
 
 
-def _contracted(eqn: Equation, left: Scaled, right: Scaled, weight_is_right: bool) -> Scaled:
-    mantissa = _path_products.product(eqn, left.mantissa, right.mantissa, weight_is_right)
+def _contracted(
+    domain: Any, eqn: Equation, sums: Scaled, weight: Any, weight_is_right: bool
+) -> Scaled:
+    """The contraction with |w|^p, after exponents have been moved between the two."""
+    length = edge(domain, eqn, weight)
+    axes = weight.axes if isinstance(weight, Weight) and weight.length is not None else None
+    if not isinstance(weight, Weight) and jnp.ndim(length.exponent):
+        axes = None if is_concrete(weight) else _scaled.gauged_axes(jnp.shape(weight))
+    part = _path_exponents.moved(eqn, sums, length, axes, weight_is_right)
+    mantissa = _streamed(domain, eqn, part, weight, weight_is_right) if domain.streaming else None
+    operands = (part.data, part.weight) if weight_is_right else (part.weight, part.data)
     if mantissa is None:
-        exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
-        mantissa = eqn.bind(left.mantissa, right.mantissa, **exact)
-    return Scaled(mantissa, left.exponent + right.exponent)
+        mantissa = _path_products.product(eqn, *operands, weight_is_right)
+    if mantissa is None:
+        mantissa = eqn.bind(*operands, **_EXACT)
+    if part.plan is not None:
+        value = weight.value if isinstance(weight, Weight) else jnp.asarray(weight)
+        mantissa = _path_exponents.checked(mantissa, sums, value, part, domain.streaming)
+    return Scaled(mantissa, part.exponent)
+
+
+_EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
 
 
 def _convolution(domain: Any, eqn: Equation, value: Paths, kernel: Any) -> Paths:
@@ -282,38 +326,30 @@ def _convolution(domain: Any, eqn: Equation, value: Paths, kernel: Any) -> Paths
     for axis, run in runs.items():
         shape[axis] -= run.length - run.kept
     smaller = eqn._replace(outputs=(jax.ShapeDtypeStruct(shape, out.dtype),))
-    sums = _contracted(smaller, rows, edge(domain, eqn, kernel), True)
+    sums = _contracted(domain, smaller, rows, kernel, True)
     return Paths(_scaled.normalize(sums), runs=runs)
 
 
 rule("dot_general", "conv_general_dilated")(_bilinear)
 
 
-def _streamed(domain: Any, eqn: Equation, left: Any, right: Any, operands: list[Scaled]) -> Any:
+def _streamed(domain: Any, eqn: Equation, part: Any, weight: Any, weight_is_right: bool) -> Any:
     """A matrix-vector product that reads a large matrix once; None where this is not one."""
     if eqn.name != "dot_general" or domain.p not in (1, 2):
         return None
-    swapped = not isinstance(left, Paths)
-    weight, length = (left, operands[0]) if swapped else (right, operands[1])
-    sums = operands[1] if swapped else operands[0]
-    (contracting, batch) = eqn.params["dimension_numbers"]
-    (axis, *more), (data_axis, *_) = contracting if swapped else contracting[::-1]
-    one_row = sums.mantissa.size == sums.mantissa.shape[data_axis]
+    contracting, batch = eqn.params["dimension_numbers"]
+    (data_axis, *_), (axis, *more) = contracting if weight_is_right else contracting[::-1]
+    one_row = part.data.size == part.data.shape[data_axis]
     matrix = weight.value if isinstance(weight, Weight) else None
-    if matrix is None or weight.length is None or not one_row or batch[0] or more:
+    if matrix is None or not part.separate or not one_row or batch[0] or more:
         return None
     if matrix.ndim != 2 or matrix.size < _stream.SMALLEST:
         return None
     p = int(domain.p)
-    whole = length.exponent // p
-    scales = (
-        _scaled.power_of_two(-whole, domain.dtype),
-        _scaled.power_of_two(length.exponent - p * whole, domain.dtype),
-    )
-    vector = jnp.ravel(sums.mantissa)
-    out = _stream.contract(vector, length.mantissa, matrix, scales, p, axis)
-    out = Scaled(out.reshape(eqn.outputs[0].shape), sums.exponent + p * whole)
-    return Paths(_scaled.normalize(out))
+    along, across = (_scaled.power_of_two(-(k // p), domain.dtype) for k in part.gauges)
+    scales = (along, across) if axis == 0 else (across, along)
+    out = _stream.contract(jnp.ravel(part.data), part.weight, matrix, scales, p, axis)
+    return out.reshape(eqn.outputs[0].shape)
 
 
 def _product_of_data(eqn: Equation) -> Any:
@@ -321,7 +357,7 @@ def _product_of_data(eqn: Equation) -> Any:
         THEORY,
         "it multiplies two values that both depend on x, so the result is not homogeneous of "
         "degree one: no single path carries it (attention, x·x, gated units).",
-        REMEDY,
+        f"{REMEDY} A mask must be boolean, as in where(mask > 0, h, 0).",
         what=f"`{eqn.name}` of two values that both depend on x",
     )
 
@@ -425,7 +461,7 @@ def _reciprocal(constant: Any) -> Any:
 @rule("neg")
 def _neg(domain: Any, eqn: Equation, value: Any) -> Any:
     if isinstance(value, Weight):
-        return Weight(-value.value, value.length, value.leaves)
+        return Weight(-value.value, value.length, value.leaves, value.axes)
     if isinstance(value, Sign):
         return of_signs(eqn, [value])
     return _renamed(value)
@@ -460,10 +496,11 @@ def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
         if is_zero(one) and np.ndim(one) == 0 and isinstance(other, Weight | Paths):
             return _neg(domain, eqn, other) if eqn.name == "sub" and other is right else (
                 _renamed(other) if isinstance(other, Paths)
-                else Weight(other.value, other.length, other.leaves)
+                else Weight(other.value, other.length, other.leaves, other.axes)
             )  # fmt: skip
     if isinstance(left, Paths) or isinstance(right, Paths):
         paths = [as_paths(domain, eqn, v) for v in (left, right)]
         terms, runs = _path_runs.together([(v.rows, v.runs) for v in paths])
-        return Paths(_scaled.add(terms), runs=runs)
+        edges = tuple(not isinstance(v, Paths) for v in (left, right))
+        return Paths(_scaled.add(terms, edges), runs=runs)
     return domain.default(eqn, left, right)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxinv import _path_values as path
@@ -14,12 +15,17 @@ from jaxinv._jaxpr import Body, Equation, Opaque, Value
 from jaxinv._scaled import Scaled
 
 # How a value is packed into arrays: a constant as itself, sums as (mantissa, exponent), a weight
-# as its value, mantissa and exponent, a weight that is no monomial as its value.
+# as its value, mantissa and exponent, a weight that is no monomial as its value. Integers and
+# truth values from x are packed as sums are; an index is an integer whose sums mean nothing.
 CONSTANT, DERIVED, WEIGHT, PATHS = "constant", "derived", "weight", "paths"
+INDEX, INTEGER, MASK = "index", "integer", "mask"
 _ORDER = (CONSTANT, WEIGHT, DERIVED, PATHS)
+_CODES = (INDEX, INTEGER, MASK)
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, path.Code):
+        return MASK if value.levels == (0.0, 1.0) else INTEGER if value.numeric else INDEX
     if isinstance(value, path.Paths):
         return PATHS
     if isinstance(value, path.Weight):
@@ -30,6 +36,12 @@ def _kind(value: Any) -> str:
 
 
 def _join(a: str, b: str) -> str:
+    if a == b:
+        return a
+    if {a, b} <= {CONSTANT, *_CODES}:
+        return INDEX
+    if {a, b} & set(_CODES):
+        return PATHS
     if {a, b} == {CONSTANT, WEIGHT}:
         return WEIGHT
     return max(a, b, key=_ORDER.index)
@@ -40,8 +52,10 @@ def _leaves(value: Any) -> frozenset[str]:
 
 
 def _pack(domain: Any, eqn: Equation, value: Any, kind: str) -> Any:
-    if kind == PATHS or isinstance(value, path.Sign):
-        return tuple(path.as_paths(domain, eqn, value).sums)
+    if kind == INDEX:  # the sums mean nothing
+        return jnp.ones(jnp.shape(value) if _kind(value) == CONSTANT else value.sums.mantissa.shape)
+    if kind in (PATHS, *_CODES) or isinstance(value, path.Sign):
+        return _arrays(path.as_paths(domain, eqn, value).sums)
     if kind == CONSTANT:
         return value
     array = value.value if isinstance(value, path.Weight) else jnp.asarray(value)
@@ -49,14 +63,24 @@ def _pack(domain: Any, eqn: Equation, value: Any, kind: str) -> Any:
         return array
     length = value.length if isinstance(value, path.Weight) else domain.power(value)
     assert length is not None
-    return array, *length
+    return array, *_arrays(length)
+
+
+def _arrays(s: Scaled) -> tuple[Any, Any]:
+    """Mantissas and exponents of one shape, whatever the exponents are known to share."""
+    return s.mantissa, _scaled.every_exponent(s)
 
 
 def _unpack(packed: Any, kind: str, leaves: frozenset[str]) -> Any:
     if kind == CONSTANT:
         return packed
-    if kind == PATHS:
-        unpacked: Value = path.Paths(Scaled(*packed))
+    unpacked: Value
+    if kind == INDEX:
+        unpacked = path.Code(Scaled(packed, jnp.int32(0)), numeric=False)
+    elif kind in _CODES:
+        unpacked = path.Code(Scaled(*packed), levels=(0.0, 1.0) if kind == MASK else None)
+    elif kind == PATHS:
+        unpacked = path.Paths(Scaled(*packed))
     elif kind == DERIVED:
         unpacked = path.Weight(packed, None, leaves)
     else:
@@ -65,29 +89,17 @@ def _unpack(packed: Any, kind: str, leaves: frozenset[str]) -> Any:
     return unpacked
 
 
-def _stack(packed: Any, kind: str) -> Any:
-    """Stacked outputs of a scan: one exponent per step becomes one exponent in all."""
-    if kind in (CONSTANT, DERIVED):
-        return packed
-    *array, mantissa, exponents = packed
-    common = jnp.max(exponents)
-    shifted = jax.vmap(lambda m, e: _scaled.shift(m, e - common))(mantissa, exponents)
-    return (*array, shifted, common)
-
-
 def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
     """`lax.scan` over sums of paths; the kind of each carry is found by fixpoint."""
     length, reverse = eqn.params["length"], eqn.params["reverse"]
+    if not length:
+        return init + [np.zeros(a.shape, a.dtype) for a in eqn.outputs[len(init) :]]
     # A carry that the body hands on untouched (shared weights, often) is a constant of the loop.
     fixed = [body.jaxpr.outvars[i] is body.jaxpr.invars[len(consts) + i] for i in range(len(init))]
     kinds = [_kind(v) for v in init]
     leaves = [_leaves(v) for v in init]
     x_kinds, x_leaves = [_kind(v) for v in xs], [_leaves(v) for v in xs]
-    # The exponent of a scanned array is one scalar, the same at every step.
-    x_packed = [_pack(domain, eqn, v, k) for v, k in zip(xs, x_kinds, strict=True)]
-    x_arrays = [
-        p if k in (CONSTANT, DERIVED) else p[:-1] for p, k in zip(x_packed, x_kinds, strict=True)
-    ]
+    x_arrays = [_pack(domain, eqn, v, k) for v, k in zip(xs, x_kinds, strict=True)]
 
     def run(carry: list, slices: list, domain: Any = domain) -> list[Any]:
         state = [
@@ -95,8 +107,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
             for v, f, c, k, names in zip(init, fixed, carry, kinds, leaves, strict=True)
         ]
         scanned = [
-            _unpack(s if k in (CONSTANT, DERIVED) else (*s, p[-1]), k, names)
-            for s, p, k, names in zip(slices, x_packed, x_kinds, x_leaves, strict=True)
+            _unpack(s, k, names) for s, k, names in zip(slices, x_kinds, x_leaves, strict=True)
         ]
         return body(*consts, *state, *scanned, domain=domain)
 
@@ -146,7 +157,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         for v, f, c, k, names in zip(init, fixed, carry, kinds, leaves, strict=True)
     ]
     stacked = [
-        _unpack(_stack(y, k), k, names)
+        _unpack(y, k, names)
         for y, k, names in zip(ys, out_kinds[len(init) :], out_leaves[len(init) :], strict=True)
     ]
     return final + stacked

@@ -43,8 +43,16 @@ def ones(shape: Sequence[int], dtype: Any) -> tuple[Scaled, Runs]:
 
 def spread(rows: Scaled, runs: Runs) -> Scaled:
     """The whole array."""
-    every = tuple((axis, run, run.length) for axis, run in runs.items())
-    return Scaled(_resized(rows.mantissa, every), rows.exponent)
+    return _resized_rows(rows, [(axis, run, run.length) for axis, run in runs.items()])
+
+
+def _resized_rows(rows: Scaled, changes: Sequence[tuple[int, Run, int]]) -> Scaled:
+    """`_resized` on mantissas, and on exponents along the axes that these have."""
+    exponent = rows.exponent
+    if jnp.ndim(exponent):
+        own = tuple(change for change in changes if exponent.shape[change[0]] > 1)
+        exponent = _resized(exponent, own)
+    return Scaled(_resized(rows.mantissa, tuple(changes)), exponent)
 
 
 def _resized(array: Any, changes: tuple[tuple[int, Run, int], ...]) -> Any:
@@ -120,7 +128,7 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
         changes.append((axis, run, kept))
         inside = last - first + 1 + more
         out[axis] = Run(first, inside, inside + (run.length - kept) // stride)
-    return Scaled(_resized(rows.mantissa, tuple(changes)), rows.exponent), out
+    return _resized_rows(rows, changes), out
 
 
 def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[int, Run]]:
@@ -146,8 +154,7 @@ def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[
                 left_out = common[axis].length - common[axis].kept if axis in common else 0
                 changes[i].append((axis, run, run.length - left_out))
     resized = [
-        Scaled(_resized(rows.mantissa, tuple(change)), rows.exponent)
-        for (rows, _), change in zip(arrays, changes, strict=True)
+        _resized_rows(rows, change) for (rows, _), change in zip(arrays, changes, strict=True)
     ]
     return resized, common
 

@@ -1,8 +1,8 @@
 """Values of the path domain: weights, sums over paths, functions of a sign.
 
-Numbers are kept as mantissa times a power of two. The exponent is one integer per array, so that
-path sums of any depth neither overflow nor underflow, and scaling a unit by a power of two changes
-no bit of any mantissa.
+Numbers are kept as mantissa times a power of two. Exponents follow the units: an integer for each,
+so that path sums of any depth neither overflow nor underflow, and scaling a unit by a power of two
+changes no bit of any mantissa.
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ class Weight(Value):
 
     `length` is its |.|^p. It is None where the elements are not monomials of the parameters (a
     weight-normalised kernel, say): the edge then has a weight, but no parameter is an edge.
+    `axes`, where known, are those along which the exponents of the length vary, one by one: the
+    exponent is then a sum of a vector for each.
     """
 
-    __slots__ = ("value", "length", "leaves")
+    __slots__ = ("value", "length", "leaves", "axes")
 
-    def __init__(self, value: Any, length: Scaled | None, leaves: frozenset[str]):
-        self.value, self.length, self.leaves = value, length, leaves
+    def __init__(
+        self,
+        value: Any,
+        length: Scaled | None,
+        leaves: frozenset[str],
+        axes: tuple[int, ...] | None = None,
+    ):
+        self.value, self.length, self.leaves, self.axes = value, length, leaves, axes
 
 
 class Paths(Value):
@@ -54,22 +62,45 @@ class Paths(Value):
     `where(x > 0, x, a * x)` is recognised. For `runs` see `_path_runs`.
     """
 
-    __slots__ = ("rows", "runs", "multiples", "floating")
+    __slots__ = ("rows", "runs", "multiples")
 
-    def __init__(
-        self,
-        rows: Scaled,
-        multiples: dict | None = None,
-        floating: bool = True,
-        runs: Runs | None = None,
-    ):
-        self.rows, self.runs = rows, runs or {}
-        self.multiples, self.floating = multiples or {}, floating
+    def __init__(self, rows: Scaled, multiples: dict | None = None, runs: Runs | None = None):
+        self.rows, self.runs, self.multiples = rows, runs or {}, multiples or {}
 
     @property
     def sums(self) -> Scaled:
         """The sums at all positions; `rows` holds fewer where there are runs."""
         return spread(self.rows, self.runs)
+
+
+class Code(Paths):
+    """An integer or a truth value that is read from x; also a float that takes two values.
+
+    `levels` are the two numbers that it can be, where that is known. Without `numeric` its sums
+    mean nothing: it is no linear function of the inputs, and serves as an index or a condition.
+    `columns` are the constant entries of an index vector, None for those that are read from x.
+    """
+
+    __slots__ = ("levels", "numeric", "columns")
+
+    def __init__(
+        self,
+        rows: Scaled,
+        multiples: dict | None = None,
+        runs: Runs | None = None,
+        levels: tuple[float, float] | None = None,
+        numeric: bool = True,
+    ):
+        super().__init__(rows, multiples, runs)
+        self.levels, self.numeric = levels, numeric
+        self.columns: tuple[Any, ...] | None = None
+
+
+def start(rows: Scaled, dtype: Any, runs: Runs | None = None) -> Paths:
+    """An input: one path starts at each element."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return Paths(rows, runs=runs)
+    return Code(rows, None, runs, (0.0, 1.0) if dtype == jnp.bool_ else None)
 
 
 class Sign(Value):
@@ -101,6 +132,8 @@ def edge(domain: Any, eqn: Equation, value: Any) -> Scaled:
 
 def as_paths(domain: Any, eqn: Equation, value: Any) -> Paths:
     """A weight or constant that meets data is an edge from a node that is constantly 1 (a bias)."""
+    if isinstance(value, Code) and not value.numeric:
+        raise rounding(eqn)
     if isinstance(value, Paths):
         return value
     if isinstance(value, Sign):
@@ -121,13 +154,24 @@ def indexed(eqn: Equation) -> Any:
     return eqn.refuse(
         THEORY,
         "which element is read depends on values, so there is no fixed set of paths.",
-        "index with constants, or pass one-hot inputs instead of integer tokens (x @ table).",
+        "read single elements (table[ids], take_along_axis) by integers that are inputs, or index "
+        "with constants.",
         what=f"`{eqn.name}` of indices that depend on x or on the parameters (a gather)",
     )
 
 
 def not_homogeneous(eqn: Equation, detail: str = "") -> Any:
     return eqn.refuse(THEORY, f"{detail}{HOMOGENEITY}", REMEDY)
+
+
+def rounding(eqn: Equation) -> Any:
+    """The refusal of a number made by integer arithmetic."""
+    return eqn.refuse(
+        THEORY,
+        "integers from x were rounded, divided or looked up, so the number is not linear in them.",
+        "use them as indices or compare them (one_hot, where), or compute with floats.",
+        what=f"`{eqn.name}` of integer arithmetic on x",
+    )
 
 
 def derived(eqn: Equation, inputs: Sequence[Any]) -> Any:

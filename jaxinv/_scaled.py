@@ -1,12 +1,14 @@
-"""Arrays as mantissa × 2^exponent, with one exponent for the array.
+"""Arrays as mantissa × 2^exponent.
 
-Multiplying by a power of two is exact, so everything here commutes bitwise with power-of-two
-rescalings. Exponents are int32 scalars and carry no gradient; mantissas are differentiated.
+The exponent is one for the array, or an array of the same rank that broadcasts to it: units that
+were rescaled by very different factors then keep all their digits. Multiplying by a power of two is
+exact, so everything here commutes bitwise with power-of-two rescalings. Exponents are int32 and
+carry no gradient; mantissas are differentiated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from jax import lax
 
 
 class Scaled(NamedTuple):
-    """mantissa · 2^exponent: a float array and an int32 scalar."""
+    """mantissa · 2^exponent: a float array, and an int32 scalar or array that broadcasts to it."""
 
     mantissa: Any
     exponent: Any
@@ -116,9 +118,54 @@ def times(exponent: Any, factor: float, dtype: Any) -> tuple[Any, Any]:
 
 @jax.jit
 def normalize(s: Scaled) -> Scaled:
-    """The same numbers with the largest |mantissa| in [1, 4)."""
-    unit = _common_unit(lax.stop_gradient(s.mantissa))
-    return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, _exponent_of(unit)))
+    """The same numbers with the largest |mantissa| of those that share an exponent in [1, 4)."""
+    fixed = lax.stop_gradient(s.mantissa)
+    if not s.exponent.ndim:
+        unit = _common_unit(fixed)
+        return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, _exponent_of(unit)))
+    unit = _even_unit(_tops(fixed, s.exponent.shape))
+    return Scaled(s.mantissa * (1 / unit), s.exponent + _exponent_of(unit))
+
+
+def _tops(x: Any, cells: Sequence[int]) -> Any:
+    """The largest |x| in each cell of an array of shape `cells` that broadcasts to x."""
+    if not x.ndim:
+        return lax.expand_dims(abs(x), range(len(cells)))
+    axes = tuple(axis for axis, n in enumerate(cells) if n == 1)
+    return jnp.max(abs(x), axes, initial=0, keepdims=True)
+
+
+def moved(function: Callable[[Any], Any], s: Scaled) -> Scaled:
+    """The same numbers in other places."""
+    if not jnp.ndim(s.exponent):
+        return Scaled(function(s.mantissa), s.exponent)
+    return Scaled(function(s.mantissa), function(every_exponent(s)))
+
+
+def every_exponent(s: Scaled) -> Any:
+    """The exponent of each element."""
+    return jnp.broadcast_to(s.exponent, s.mantissa.shape)
+
+
+NONE = jnp.iinfo(jnp.int32).min // 2  # the exponent of 0, where a largest is sought
+
+
+def level(s: Scaled, axes: Sequence[int] | None = None) -> Scaled:
+    """Over exponents that are equal along some axes; over one exponent if axes is None.
+
+    What is too small beside the largest along those axes becomes 0, which does not count in a sum.
+    """
+    if not jnp.ndim(s.exponent):
+        return s
+    along = tuple(range(s.exponent.ndim)) if axes is None else tuple(axes)
+    if axes is not None and all(s.exponent.shape[axis] == 1 for axis in along):
+        return s
+    fixed = lax.stop_gradient(s.mantissa)
+    found = jnp.where(_tops(fixed, s.exponent.shape) > 0, s.exponent, NONE)
+    top = jnp.max(found, along, initial=NONE, keepdims=True)
+    top = jnp.where(top > NONE, top, 0)
+    mantissa = shift(s.mantissa, lax.min(s.exponent - top, jnp.int32(126)))
+    return Scaled(mantissa, top if axes is not None else top.reshape(()))
 
 
 @jax.jit
@@ -141,10 +188,17 @@ def _smallest(x: Any) -> Any:
     return lax.reduce_min(x, tuple(range(x.ndim)))
 
 
-def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
-    """|value|^p; scaled by an exact power of two first, so that it cannot overflow.
+def gauged_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The axes whose indices have an exponent each in `power`: the two longest, the later first."""
+    longest = sorted(range(len(shape)), key=lambda axis: (-shape[axis], -axis))
+    return tuple(sorted(longest[:2], reverse=True))
 
-    With `sample` the power of two is read off a few elements on a regular grid: any will do, unless
+
+def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
+    """|value|^p; scaled by exact powers of two first, so that it neither overflows nor vanishes.
+
+    Every row and every column has a power of two: a unit rescaled by any factor changes exponents
+    alone. With `sample` they are read off a few elements on a regular grid: any will do, unless
     others are larger by 2^(127/p), and reading a large array once more is what costs.
     """
     if not isinstance(value, jax.Array):
@@ -154,11 +208,19 @@ def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
 
 @partial(jax.jit, static_argnames=("p", "dtype", "sample"))
 def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
-    x = value.astype(dtype)
-    seen = x[tuple(slice(None, None, max(1, n // 16)) for n in x.shape)] if sample else x
-    unit = _common_unit(lax.stop_gradient(seen))
-    x = abs(x) * (1 / unit)
-    k = _exponent_of(unit)
+    x = abs(value.astype(dtype))
+    k = jnp.zeros((1,) * x.ndim, jnp.int32)
+    if not x.ndim:
+        unit = _even_unit(lax.stop_gradient(x))
+        x, k = x * (1 / unit), _exponent_of(unit)
+    for axis in gauged_axes(x.shape):
+        grid = [
+            slice(None, None, 1 if a == axis or not sample else max(1, n // 16))
+            for a, n in enumerate(x.shape)
+        ]
+        cells = [n if a == axis else 1 for a, n in enumerate(x.shape)]
+        unit = _even_unit(_tops(lax.stop_gradient(x[tuple(grid)]), cells))
+        x, k = x * (1 / unit), k + _exponent_of(unit)
     exponent, fraction = times(k, p, x.dtype)
     if p % 1 == 0:
         return Scaled(lax.integer_pow(x, int(p)) if p > 1 else x, exponent)
@@ -166,14 +228,23 @@ def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
     return Scaled(x ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
+def power_along(value: Any, p: float, dtype: Any) -> Scaled:
+    """|value|^p with an exponent for each index of all axes but the first."""
+    x = abs(value.astype(dtype))
+    unit = _even_unit(_tops(lax.stop_gradient(x), (1, *x.shape[1:])))
+    exponent, fraction = times(_exponent_of(unit), p, x.dtype)
+    return Scaled((x * (1 / unit)) ** jnp.asarray(p, x.dtype) * fraction, exponent)
+
+
 def _power_of_constant(value: Any, p: float, dtype: Any) -> Scaled:
     x = np.abs(np.asarray(value, np.float64))
-    top = x.max(initial=0.0)
-    k = int(np.frexp(top)[1]) - 1 if 0 < top < np.inf else 0
-    whole = int(np.floor(k * p))
-    return Scaled(
-        jnp.asarray(np.ldexp(x, -k) ** p * 2.0 ** (k * p - whole), dtype), jnp.int32(whole)
-    )
+    top, least = x.max(initial=0.0), x.min(initial=np.inf, where=x > 0)
+    k: Any = np.frexp(top)[1] - 1 if 0 < top < np.inf else np.int64(0)
+    if least < top * 2.0 ** (-100 / p):
+        k = np.where((x > 0) & (x < np.inf), np.frexp(x)[1] - 1, 0)
+    whole = np.floor(k * p)
+    mantissa = np.ldexp(x, -k) ** p * 2.0 ** (k * p - whole)
+    return Scaled(jnp.asarray(mantissa, dtype), jnp.asarray(whole.astype(np.int32)))
 
 
 @partial(jax.jit, static_argnames="p")
@@ -198,11 +269,16 @@ def root_squared(s: Scaled, p: float) -> Scaled:
     return Scaled(inner ** jnp.asarray(2 / p, dtype) * _exact_power(2 * own - whole, dtype), whole)
 
 
-@jax.jit
-def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
-    """The mantissas over one common exponent, the largest among those of non-zero parts."""
+@partial(jax.jit, static_argnames="edges")
+def align(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> tuple[list[Any], Any]:
+    """The mantissas over common exponents, the largest among those of non-zero parts.
+
+    `edges` says which parts are lengths of edges, and no sums over paths.
+    """
     if len(parts) == 1:
         return [parts[0].mantissa], parts[0].exponent
+    if any(jnp.ndim(s.exponent) for s in parts):
+        return _aligned_cells(parts, edges)
     tops = [_largest(abs(lax.stop_gradient(s.mantissa))) for s in parts]
     factors, common = _alignment(tops, [s.exponent for s in parts])
     return [_lowered(s.mantissa, f) for s, f in zip(parts, factors, strict=True)], common
@@ -210,39 +286,59 @@ def align(parts: Sequence[Scaled]) -> tuple[list[Any], Any]:
 
 @jax.jit
 def _alignment(tops: list[Any], exponents: list[Any]) -> tuple[list[Any], Any]:
-    none = jnp.int32(jnp.iinfo(jnp.int32).min // 2)
+    none = jnp.int32(NONE)
     common = none
     for top, exponent in zip(tops, exponents, strict=True):
         common = lax.max(common, lax.select(top > 0, exponent, none))
     common = lax.select(common > none, common, jnp.int32(0))
-    factors = [
-        _exact_power(lax.min(exponent - common, jnp.int32(126)), top.dtype)
-        for top, exponent in zip(tops, exponents, strict=True)
+    steps = [lax.min(exponent - common, jnp.int32(126)) for exponent in exponents]
+    return steps, common
+
+
+def _aligned_cells(parts: Sequence[Scaled], edges: Sequence[bool] | None) -> tuple[list[Any], Any]:
+    """`align` where exponents are arrays."""
+    rank = max(jnp.ndim(s.exponent) for s in parts)
+    exponents = [
+        s.exponent if jnp.ndim(s.exponent) else s.exponent.reshape((1,) * rank) for s in parts
     ]
-    return factors, common
+    cells = np.broadcast_shapes(*(e.shape for e in exponents))
+    common = jnp.int32(NONE)
+    for s, exponent in zip(parts, exponents, strict=True):
+        fixed = lax.stop_gradient(s.mantissa)
+        # A part with fewer elements than cells has one for each of its own.
+        own = [n if m > 1 else 1 for n, m in zip(cells, fixed.shape or (1,) * rank, strict=True)]
+        common = jnp.maximum(common, jnp.where(_tops(fixed, own) > 0, exponent, NONE))
+    common = jnp.where(common > NONE, common, 0)
+    steps = [lax.min(exponent - common, jnp.int32(126)) for exponent in exponents]
+    # An edge that starts at a constant (a bias) is on no other paths: what is lost stays its own.
+    lower = [_lowered if starts else shift for starts in (edges or [False] * len(parts))]
+    shifted = [f(s.mantissa, k) for f, s, k in zip(lower, parts, steps, strict=True)]
+    return shifted, common
 
 
 @jax.custom_jvp
-def _lowered(mantissa: Any, factor: Any) -> Any:
-    """mantissa · factor, where a factor that underflows to 0 has the derivative NaN, not 0.
+def _lowered(mantissa: Any, k: Any) -> Any:
+    """mantissa · 2^k, whose derivative is NaN, not 0, where 2^k has left the range of the dtype.
 
-    Next to a sum that is 2^127 times larger a part does not count. What it would count for, if it
-    were larger, is κ: a number that has been lost, and is not 0.
+    Next to a sum that is so much larger a part does not count. What it would count for, if it were
+    larger, is κ: a number that has been lost, and is not 0.
     """
-    return mantissa * factor
+    return shift(mantissa, k)
 
 
 @_lowered.defjvp
 def _lowered_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-    mantissa, factor = primals
-    slope = lax.select(factor > 0, factor, lax.full_like(factor, jnp.nan))
-    return _lowered(mantissa, factor), tangents[0] * slope
+    mantissa, k = primals
+    _, _, bias = _layout(mantissa.dtype)
+    lost = jnp.where(k > -bias - 40, 1, jnp.nan).astype(mantissa.dtype)
+    slope = shift(tangents[0], k) * lost
+    return _lowered(mantissa, k), slope
 
 
-@jax.jit
-def add(parts: Sequence[Scaled]) -> Scaled:
-    """Elementwise sum."""
-    mantissas, exponent = align(parts)
+@partial(jax.jit, static_argnames="edges")
+def add(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> Scaled:
+    """Elementwise sum; for `edges` see `align`."""
+    mantissas, exponent = align(parts, edges)
     return normalize(Scaled(sum(mantissas[1:], mantissas[0]), exponent))
 
 
@@ -261,10 +357,26 @@ def maximum(parts: Sequence[Scaled]) -> Scaled:
     return Scaled(top, exponent)
 
 
+def summed(s: Scaled, axes: Sequence[int], keepdims: bool = False) -> Scaled:
+    """Sum over some axes."""
+    s, axes = level(s, axes), tuple(axes)
+    exponent = s.exponent
+    if jnp.ndim(exponent) and not keepdims:
+        exponent = lax.squeeze(exponent, axes)
+    return normalize(Scaled(jnp.sum(s.mantissa, axes, keepdims=keepdims), exponent))
+
+
+def mean(s: Scaled) -> Scaled:
+    """Mean over the first axis, along which the exponents are equal."""
+    exponent = s.exponent[0] if s.exponent.ndim else s.exponent
+    return normalize(Scaled(s.mantissa.mean(axis=0), exponent))
+
+
 @jax.jit
 def total(parts: Sequence[Scaled]) -> Scaled:
     """Sum over all elements of all parts, as a scalar."""
-    return add([normalize(Scaled(jnp.sum(s.mantissa), s.exponent)) for s in parts])
+    sums = [Scaled(jnp.sum(level(s).mantissa), level(s).exponent) for s in parts]
+    return add([normalize(s) for s in sums])
 
 
 @jax.jit
@@ -297,12 +409,8 @@ def quotient(above: Any, below: Any) -> tuple[Any, Any]:
 
 
 def shared(s: Scaled) -> Scaled:
-    """Mantissas with an exponent each over one exponent; the smallest may become 0."""
-    exponent = jnp.broadcast_to(s.exponent, s.mantissa.shape)
-    none = jnp.iinfo(jnp.int32).min // 2
-    top = jnp.max(jnp.where(s.mantissa != 0, exponent, none), initial=none)
-    top = jnp.where(top > none, top, 0)
-    return normalize(Scaled(shift(s.mantissa, exponent - top), top))
+    """The same numbers over one exponent; the smallest may become 0."""
+    return normalize(level(s))
 
 
 def norm(leaves: Sequence[Any]) -> Any:

@@ -18,28 +18,28 @@ from jax import lax
 SMALLEST = 1 << 16
 
 
-def _product(matrix: Any, vector: Any, p: int, scale: Any, axis: int) -> Any:
-    """Σ_k vector_k · |matrix·scale|^p over `axis` of the matrix, for a vector >= 0.
+def _product(matrix: Any, vector: Any, p: int, scales: Any, axis: int) -> Any:
+    """Σ_k vector_k · |matrix·rows·columns|^p over `axis` of the matrix, for a vector >= 0.
 
     The square root is correctly rounded: vectors that differ by powers of four give sums that do.
     """
-    root = (jnp.sqrt(vector) if p == 2 else vector) * scale
+    root = lax.expand_dims(jnp.sqrt(vector) if p == 2 else vector, (1 - axis,)) * scales[axis]
     # Without the barrier XLA would work the root out again for each element of the matrix.
-    root = lax.expand_dims(lax.optimization_barrier(root), (1 - axis,))
-    weighted = matrix.astype(vector.dtype) * root
+    weighted = matrix.astype(vector.dtype) * lax.optimization_barrier(root) * scales[1 - axis]
     return jnp.sum(lax.square(weighted) if p == 2 else abs(weighted), axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def contract(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: int) -> Any:
-    """Σ_k vector_k · |matrix·scale|^p, contracted over `axis` of the matrix; vector >= 0.
+    """Σ_k vector_k · |matrix·rows·columns|^p, contracted over `axis` of the matrix; vector >= 0.
 
-    `length` must equal |matrix·scale|^p / unit, with (scale, unit) = `scales` powers of two. It is
-    never read: it receives the gradient. The gradient with respect to `matrix` is all in it.
+    `scales` are powers of two, one for each row of the matrix, (m, 1), and each column, (1, n).
+    `length` must equal |matrix·rows·columns|^p. It is never read: it receives the gradient. The
+    gradient with respect to `matrix` is all in it.
     Cotangents must be >= 0 too, as those of path sums are; a negative one gives NaN.
     """
     del length
-    return _product(matrix, vector, p, scales[0], axis)
+    return _product(matrix, vector, p, scales, axis)
 
 
 def _forward(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: int) -> Any:
@@ -56,16 +56,16 @@ def _forward(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: i
 
 
 def _backward(p: int, axis: int, kept: Any, cotangent: Any) -> Any:
-    vector, matrix, (scale, unit), needed = kept
+    vector, matrix, scales, needed = kept
     of_vector = jnp.zeros_like(vector)
     if needed is not None:
-        of_vector = _product(matrix, cotangent, p, scale, 1 - axis)
+        of_vector = _product(matrix, cotangent, p, scales, 1 - axis)
         # An update in place of the matrix needs rows and columns only. If it could come before this
         # last read, XLA would copy the matrix first: so make it depend on what was read.
-        unit = jnp.where(jnp.isnan(of_vector[0]), jnp.nan, unit)
+        vector = vector * jnp.where(jnp.isnan(of_vector[0]), jnp.nan, 1)
     rows, columns = (vector, cotangent) if axis == 0 else (cotangent, vector)
-    of_length = (rows * unit)[:, None] * columns
-    return of_vector, of_length, jnp.zeros_like(matrix), (jnp.zeros_like(scale),) * 2
+    of_length = rows[:, None] * columns
+    return of_vector, of_length, jnp.zeros_like(matrix), jax.tree.map(jnp.zeros_like, scales)
 
 
 contract.defvjp(_forward, _backward, symbolic_zeros=True)

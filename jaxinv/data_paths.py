@@ -32,7 +32,7 @@ from jaxinv import _checks, _jaxpr, _scaled
 from jaxinv._batch import TracedNetwork, leading, traced_network
 from jaxinv._data_domain import Data, DataDomain, MixingDomain
 from jaxinv._path_domain import PathDomain
-from jaxinv._path_values import Paths, Weight, as_paths
+from jaxinv._path_values import Weight, as_paths, start
 from jaxinv._scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.paths import scaled_kappa
@@ -76,13 +76,10 @@ def interpret(
     """Values of the outputs; every input element has γ² = 1."""
     names = problem.network.program.trace.param_names
     weights = [
-        Weight(w, length, frozenset([name]))
+        Weight(w, length, frozenset([name]), _scaled.gauged_axes(w.shape))
         for w, length, name in zip(leaves, lengths, names, strict=True)
     ]
-    starts = [
-        Data(Paths(_ones(a, problem.dtype), floating=jnp.issubdtype(a.dtype, jnp.floating)), a)
-        for a in problem.inputs
-    ]
+    starts = [Data(start(_ones(a, problem.dtype), a.dtype), a) for a in problem.inputs]
     return problem.network.interpret(weights, starts, domain)
 
 
@@ -343,11 +340,10 @@ def _mean_squares(
         slopes = jax.vmap(of_example, (0 if signs.ndim == 2 else None, 0))(signs, problem.inputs)
         if centered:
             slopes = [g - g.mean(axis=0) for g in slopes]
-        squared = [_scaled.power(g, 2.0, problem.dtype) for g in slopes]
-        means = [s._replace(mantissa=s.mantissa.mean(axis=0)) for s in squared]
+        means = [_scaled.mean(_scaled.power_along(g, 2.0, problem.dtype)) for g in slopes]
         return [_scaled.add([t, m]) for t, m in zip(total, means, strict=True)], None
 
-    start = [Scaled(jnp.zeros_like(w), jnp.zeros((), jnp.int32)) for w in problem.leaves]
+    start = [Scaled(jnp.zeros_like(w), jnp.zeros(w.shape, jnp.int32)) for w in problem.leaves]
     total, _ = jax.lax.scan(step, start, rows)
     return [s._replace(mantissa=s.mantissa / (probes or 1)) for s in total]
 

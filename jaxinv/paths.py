@@ -29,13 +29,13 @@ import jax.numpy as jnp
 from jaxinv import _checks, _jaxpr, _path_runs, _scaled
 from jaxinv._batch import TracedNetwork, leading, traced_network
 from jaxinv._path_domain import PathDomain
-from jaxinv._path_values import Paths, Weight, as_paths
+from jaxinv._path_values import Weight, as_paths, start
 from jaxinv._scaled import Scaled
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 # Slopes of mantissas are shares of γ^p and so at most of the order of one: they start from this
-# power of two, which leaves float32 room for shares down to 2^-166.
-_HEADROOM = 40
+# power of two, which leaves float32 room for shares down to 2^-216.
+_HEADROOM = 90
 
 
 class _Problem(NamedTuple):
@@ -78,7 +78,12 @@ def _forward(
     trace = network.program.trace
     domain = PathDomain(float(p), dtype, edges_only, streaming)
     weights = [
-        Weight(jnp.asarray(value), Scaled(m, length.exponent), frozenset([name]))
+        Weight(
+            jnp.asarray(value),
+            Scaled(m, length.exponent),
+            frozenset([name]),
+            _scaled.gauged_axes(m.shape),
+        )
         for value, m, length, name in zip(
             leaves, mantissas, lengths, trace.param_names, strict=True
         )
@@ -86,7 +91,7 @@ def _forward(
     starts = []
     for s in network.program.inputs:
         ones, runs = _path_runs.ones(s.shape, dtype)
-        starts.append(Paths(ones, None, jnp.issubdtype(s.dtype, jnp.floating), runs))
+        starts.append(start(ones, s.dtype, runs))
     outputs = network.interpret(weights, starts, domain)
     last = _jaxpr.output_equation(trace)
     return [
@@ -182,10 +187,11 @@ def path_norm(
         UnsupportedOperation: for an operation that path semantics do not cover.
 
     Notes:
-        Each array carries one exponent beside its mantissas, so depth and the scale of whole layers
-        never overflow. Within one array |w|^p spans the range of the dtype: in float32 a weight
-        below 2^(-126/p) times the largest of its array (10^-19 times, for p = 2) counts as 0. Use
-        float64 parameters where one array spans more than that.
+        Exponents are kept beside mantissas, one for each unit and one for each row and column of
+        a weight: depth and the scale of layers never overflow, and units rescaled by any power of
+        two give the same bits. Beside its row and column, in float32 a weight below 2^(-126/p)
+        times the others (10^-19 times, for p = 2) counts as 0. Where all that runs into a unit was
+        so small the answer is NaN; use float64 parameters then.
         `fn` must treat the examples of a batch apart: whatever is not known to is refused by name
         (statistics over the batch, positions in it, its size).
 
@@ -249,9 +255,9 @@ def path_kappa(
         InvalidInput, UnsupportedOperation: as for `path_norm`.
 
     Notes:
-        Where paths meet, a part that is 2^127 times smaller than the other (in float32) has lost
-        its κ, which is NaN then: the bias of a unit with path sums above 10^38, say. A weight whose
-        paths make up less than 10^-49 of γ_p^p counts as on no path. Use float64 for both.
+        The bias of a unit whose path sums are above 2^166 times the size of the bias (in float32)
+        has lost its κ, which is NaN then. A weight whose paths make up less than 10^-65 of γ_p^p
+        counts as on no path. Use float64 for both.
 
     References:
         Neyshabur, Salakhutdinov, Srebro, NeurIPS 2015 (arXiv:1506.02617), eq. 6–8;
@@ -313,7 +319,7 @@ def unit_path_norms(
     """
     problem = _prepare(fn, params, x, p, batch_axis)
     outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
-    norms = [_scaled.root(Scaled(out.mantissa[0], out.exponent), float(p)) for out in outputs]
+    norms = [_scaled.root(_scaled.moved(lambda array: array[0], out), float(p)) for out in outputs]
     return jax.tree.unflatten(problem.network.program.trace.output_tree, norms)
 
 

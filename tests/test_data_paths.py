@@ -340,7 +340,7 @@ def test_range_of_float32():
         wide = [np.asarray(k) for k in wide]
     assert max(k.max() for k in wide) > 1e60
     for s, k in zip(narrow, wide, strict=True):
-        found = np.ldexp(np.asarray(s.mantissa, np.float64), int(s.exponent))
+        found = np.ldexp(np.asarray(s.mantissa, np.float64), np.asarray(s.exponent))
         np.testing.assert_allclose(found, k, rtol=1e-5)
 
 

@@ -474,10 +474,12 @@ def test_a_kappa_that_float32_has_lost_is_nan_and_not_zero():
     def fn(w, x):
         return (x @ w["in"] + w["bias"]) @ w["out"]
 
-    params = {"in": jnp.full((2, 2), 1e25), "bias": jnp.zeros(2), "out": jnp.full((2, 1), 1e-12)}
+    params = {"in": jnp.full((2, 2), 1e30), "bias": jnp.zeros(2), "out": jnp.full((2, 1), 1e-12)}
     kappa = path_kappa(fn, params, X)
     assert jnp.isnan(kappa["bias"]).all()
     np.testing.assert_allclose(kappa["in"], 1e-24, rtol=1e-5)
+    params["in"] = jnp.full((2, 2), 1e22)
+    np.testing.assert_allclose(path_kappa(fn, params, X)["bias"], 1e-24, rtol=1e-5)
     with jax.enable_x64(True):
         double = jax.tree.map(lambda a: a.astype(jnp.float64), params)
         np.testing.assert_allclose(path_kappa(fn, double, X)["bias"], 1e-24, rtol=1e-5)

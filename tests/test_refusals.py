@@ -383,12 +383,12 @@ def test_a_saturated_path_of_a_hundred_weights_is_not_counted():
         path_norm(lambda w, x: jax.nn.relu6(x * w), np.full((1, 1), 100.0, np.float32), X[:, :1])
 
 
-def test_integer_tokens_are_refused_with_the_one_hot_remedy():
-    def embed(w, tokens):
-        return w[tokens]
+def test_indices_computed_from_activations_are_refused():
+    def route(w, x):
+        return w[jnp.argmax(x @ w, axis=-1)]
 
-    with pytest.raises(JaxinvError, match="one-hot") as caught:
-        path_norm(embed, W, np.zeros((4,), np.int32))
+    with pytest.raises(JaxinvError, match="argmax") as caught:
+        path_norm(route, W, X)
     assert "test_refusals.py" in str(caught.value)
 
 
