@@ -372,13 +372,11 @@ def _evaluate(
     raw: Any, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
 ) -> list[Any]:
     if raw.primitive in _CALLS:
-        keys.callers.append(raw)
-        outputs = Body(_sub_jaxpr(raw), domain, keys, wanted)(*inputs)
-        keys.callers.pop()
-        return outputs
+        return _call(raw, inputs, wanted, domain, keys)
     if not any(isinstance(v, Value) for v in inputs):
         return _fold(raw, inputs)
-    if raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES:
+    identity = raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES
+    if identity and raw.primitive not in domain.rules:
         return inputs
     eqn = equation(raw, keys.callers[::-1])
     control = _CONTROL_FLOW.get(raw.primitive)
@@ -399,6 +397,18 @@ def _evaluate(
         if isinstance(value, Value) and not hasattr(value, "key"):
             value.key = keys.of_output(eqn, inputs, index)
     return list(outputs)
+
+
+def _call(raw: Any, inputs: list, wanted: list[bool], domain: Domain, keys: _Keys) -> list[Any]:
+    def walk() -> list[Any]:
+        keys.callers.append(raw)
+        outputs = Body(_sub_jaxpr(raw), domain, keys, wanted)(*inputs)
+        keys.callers.pop()
+        return outputs
+
+    if hasattr(domain, "called") and any(isinstance(v, Value) for v in inputs):
+        return domain.called(equation(raw, keys.callers[::-1]), inputs, walk)
+    return walk()
 
 
 def _fold(raw: Any, inputs: list[Any]) -> list[Any]:

@@ -25,7 +25,8 @@ import numpy as np
 from jax import lax
 
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
-from jaxinv._precision import call_in, in_precision
+from jaxinv._exact import check_known, exact_rank
+from jaxinv._precision import as_dtype, call_in, in_precision
 from jaxinv._rank_evidence import (
     column_sizes,
     error_of_jacobian,
@@ -41,8 +42,8 @@ from jaxinv.jacobians import (
 )
 from jaxinv.typing import Array, Inputs, Network, Params
 
-Method = Literal["auto", "svd", "tsqr", "gram", "certificate"]
-METHODS = ("auto", "svd", "tsqr", "gram", "certificate")
+Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
+METHODS = ("auto", "svd", "tsqr", "gram", "certificate", "exact")
 # float64 takes a rank without proof of its upper bound if σ_r stands out by this factor.
 _CERTAIN_GAP = 1e3
 _EXACT = lax.Precision.HIGHEST
@@ -80,6 +81,8 @@ class Rank(NamedTuple):
                 return "no rank: the Jacobian is not finite"
             return f"rank not certified: at most {self.upper}"
         word = "certain" if self.certain else "NOT CERTAIN"
+        if jnp.isnan(self.largest):
+            return f"rank {self.rank} ({word}): in exact arithmetic, at most {self.upper}"
         return (
             f"rank {self.rank} ({word}): {self.lower} proven from below, at most {self.upper}; "
             f"σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, gap {self.gap:.1e}, "
@@ -327,18 +330,34 @@ def jacobian_rank(
             not cast to less (if it does, the measured error shows it).
         method: "svd", "tsqr", "gram" as for `jacobian_spectrum`. "certificate" proves the rank
             d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
-            and gives -1 where it cannot. "auto" tries the certificate, then the SVD.
+            and gives -1 where it cannot. "auto" tries the certificate, then the SVD. "exact" counts
+            in exact arithmetic: see below.
         rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
         dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
             equals a bound known from theory.
         chunk: examples at a time.
         batch_axis: as for `jaxinv.jacobian`.
 
+    "exact" is for small networks that are piecewise polynomial in their parameters: sums,
+    products, quotients, maxima, pools and whatever moves elements about. Every float is a rational
+    number, so the Jacobian of the function that `fn` writes in real numbers is a rational matrix,
+    with the derivatives that JAX takes at ties. It is computed modulo two primes near 2^31 without
+    any rounding, and so is its rank, which can only be too low. It is `certain` if both primes
+    agree. That rests on no accident: to be wrong, both primes would have to divide all the largest
+    minors that are not 0. What `fn` computes from constants alone (closed-over arrays, literals)
+    is taken as the floats that it gives.
+
     Returns:
-        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`.
+        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`. "exact"
+        needs the numbers in params and x, so it works outside both only.
 
     Raises:
-        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0.
+        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0; for
+            "exact" inside `jit` or `vmap`, with an `rtol`, or for a Jacobian of more than 2^22
+            elements or 2^31 steps n·out·d·min(n·out, d).
+        UnsupportedOperation: for "exact", of operations that are not piecewise polynomial (tanh,
+            exp, rsqrt), of casts to less than `dtype`, and of functions whose own derivative
+            (custom_jvp) is not that of their values.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -348,11 +367,17 @@ def jacobian_rank(
         >>> found = jacobian_rank(networks.mlp, w, x)  # 9 parameters, 3 rescalings
         >>> int(found.rank), bool(found.certain)
         (6, True)
+        >>> print(jacobian_rank(networks.mlp, w, x, method="exact"))
+        rank 6 (certain): in exact arithmetic, at most 6
     """
     dtype = _checked(method, dtype)
     if rtol is not None:
         rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
     _check_values(params, x, dtype, chunk)
+    if method == "exact":
+        if rtol is not None:
+            raise InvalidInput("method='exact' compares nothing with a tolerance: leave rtol out.")
+        return _exact_rank(fn, params, x, dtype, batch_axis)
 
     def rank(params: Params, x: Inputs) -> Rank:
         problem = problem_of(fn, params, x, batch_axis)
@@ -364,6 +389,20 @@ def jacobian_rank(
         return _automatic(params, x, network, dtype, chunk, rtol, problem)
 
     return call_in(dtype, rank, params, x)
+
+
+def _exact_rank(fn: Network, params: Params, x: Inputs, dtype: Any, batch_axis: int | None) -> Rank:
+    with in_precision(dtype):
+        params, x = as_dtype((params, x), dtype)
+        check_known(params, x)
+        problem = problem_of(fn, params, x, batch_axis)
+        found = exact_rank(problem.fn, params, problem.x)
+        most = min(problem.rows, problem.parameters)
+        count = jnp.asarray(found.rank, jnp.int32)
+        upper = jnp.asarray(found.rank if found.agreed else most, jnp.int32)
+        zero, unknown = jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype)
+        certain = jnp.asarray(found.agreed or found.rank == most)
+        return Rank(count, count, upper, certain, zero, zero, unknown, unknown, unknown)
 
 
 def _automatic(
