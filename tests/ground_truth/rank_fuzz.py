@@ -267,6 +267,8 @@ KINDS: list[tuple[str, Callable, tuple]] = [
 ]
 # Where no guess is needed, most answers must be certain.
 PROVEN = ("plain", "rescaled")
+# Asked by jit and eagerly too; compiling every network three times would take most of the time.
+APART = (linear, shallow)
 
 
 class Case(NamedTuple):
@@ -315,7 +317,7 @@ def decisions(batch, method, dtype, apart):
     found = compiled(network, method, dtype, True)(*stacked)
     yield from zip(batch, ["vmap"] * len(batch), np.asarray(found.rank).tolist(),
                    np.asarray(found.certain).tolist(), strict=True)  # fmt: skip
-    for case in batch[:apart]:
+    for case in batch[: apart if network in APART else 0]:
         found = compiled(network, method, dtype, False)(case.w, case.x)
         yield case, "jit", int(found.rank), bool(found.certain)
         found = jacobian_rank(network, case.w, case.x, method=method, dtype=dtype)
@@ -332,11 +334,12 @@ class Report(NamedTuple):
         return self.counts[(*key, "right, certain")] / max(1, self.counts[(*key, "asked")])
 
 
-def fuzz(networks, seed, *, methods=METHODS, dtypes=DTYPES, apart=1, only=None, progress=False):
-    """Ask every method about so many networks; a network's arrays are float64 where needed."""
+def fuzz(networks, seed, *, methods=METHODS, dtypes=DTYPES, apart=1, only=None, of=None,
+         progress=False):  # fmt: skip
+    """Ask every method about so many networks, of some kinds `only` and `of` some networks."""
     rng, report = np.random.default_rng(seed), Report(Counter(), [])
     families = [(kind, draw, net) for kind, draw, nets in KINDS for net in nets
-                if only is None or kind in only]  # fmt: skip
+                if (only is None or kind in only) and (of is None or net in of)]  # fmt: skip
     per_family = -(-networks // len(families))
     size = min(ENSEMBLE, per_family)
     with jax.enable_x64(True):
@@ -396,9 +399,11 @@ def main(arguments=None):
     parser.add_argument("--networks", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--snippets", type=int, default=0, help="show so many faults as programs")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--kinds", nargs="*", choices=[kind for kind, *_ in KINDS])
     options = parser.parse_args(arguments)
-    report = fuzz(options.networks, options.seed, only=options.kinds, progress=True)
+    report = fuzz(options.networks, options.seed, methods=options.methods, only=options.kinds,
+                  progress=True)  # fmt: skip
     print(table(report))
     for kind in PROVEN:
         if options.kinds is None or kind in options.kinds:
