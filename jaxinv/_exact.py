@@ -53,7 +53,10 @@ def check_known(params: Params, x: Inputs) -> None:
 def _check_size(fn: Network, params: Params, x: Inputs) -> None:
     """Raise `InvalidInput` where the answer would take minutes."""
     d = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    rows = sum(int(np.prod(y.shape)) for y in jax.tree.leaves(jax.eval_shape(fn, params, x)))
+    rows = sum(
+        int(np.prod(y.shape))
+        for y in jax.tree.leaves(jax.eval_shape(lambda w, x: fn(w, x), params, x))
+    )
     if rows * d > MOST_ELEMENTS or rows * d * min(rows, d) > MOST_STEPS:
         raise InvalidInput(
             f"method='exact' eliminates the {rows} x {d} Jacobian step by step. It takes Jacobians "

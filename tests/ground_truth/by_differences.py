@@ -53,7 +53,9 @@ def rank_of_fractions(matrix):
         top = rows[rank]
         for i in range(rank + 1, len(rows)):
             row, factor = rows[i], rows[i][column]
-            rows[i] = [(top[column] * a - factor * b) // previous for a, b in zip(row, top, strict=True)]
+            rows[i] = [
+                (top[column] * a - factor * b) // previous for a, b in zip(row, top, strict=True)
+            ]
         previous = top[column]
         rank += 1
     return rank

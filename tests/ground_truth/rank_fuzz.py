@@ -69,7 +69,9 @@ def conv(w, x):
     """A 2x2 convolution, relu, the mean of 2x2 windows, a linear layer."""
     images = x.reshape(-1, 3, 3, 1)
     h = lax.conv_general_dilated(images, w[0], (1, 1), "VALID", dimension_numbers=_NHWC)
-    h = lax.reduce_window(relu(h), np.zeros((), h.dtype)[()], lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    h = lax.reduce_window(
+        relu(h), np.zeros((), h.dtype)[()], lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+    )
     return (h / 4).reshape(len(x), -1) @ w[1]
 
 
@@ -384,7 +386,9 @@ def table(report):
 def snippet(fault):
     """Python that shows one fault."""
     case, method, dtype, way, rank = fault
-    name = next((f"SOFTMAX[{s}]" for s, f in SOFTMAX.items() if f is case.network), case.network.__name__)
+    name = next(
+        (f"SOFTMAX[{s}]" for s, f in SOFTMAX.items() if f is case.network), case.network.__name__
+    )
     arrays = ", ".join(f"np.array({w.tolist()!r})" for w in case.w)
     return (
         f"# {case.kind}: {method}, {np.dtype(dtype).name}, {way}: {rank} (certain), true {case.rank}\n"
