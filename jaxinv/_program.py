@@ -190,7 +190,9 @@ def _same_array(a: Any, b: Any) -> bool:
 def call_and_body(eqn: Equation) -> tuple[Callable[..., list[Any]], Callable[..., list[Any]]]:
     """A call, and what it calls, as functions of all its inputs: they may differ in derivative."""
     raw = eqn.raws[0]
-    ((body, *_),) = sub_jaxprs(raw, [True] * len(raw.outvars)) or ()
+    found = sub_jaxprs(raw, [True] * len(raw.outvars))
+    assert found is not None, "not a call"
+    ((body, *_),) = found
     places = {v: i for i, v in enumerate(raw.invars) if isinstance(v, jex.Var)}
     inner, _ = open_jaxpr(body)
     alone = inner.replace(constvars=[], invars=list(places), outvars=raw.outvars, eqns=[raw])

@@ -34,7 +34,7 @@ relu = jax.nn.relu
 
 
 def gate(z):
-    return z * (z > 0)
+    return z * (z > 0).astype(z.dtype)
 
 
 def mlp(w, x):
@@ -374,7 +374,8 @@ COLUMNS = ("asked", "decided", "wrong", "WRONG, CERTAIN", "right, certain")
 
 
 def table(report):
-    keys = sorted({key[:3] for key in report.counts}, key=lambda k: ([n for n, *_ in KINDS].index(k[0]), k[1:]))  # fmt: skip
+    order = [kind for kind, *_ in KINDS]
+    keys = sorted({key[:3] for key in report.counts}, key=lambda k: (order.index(k[0]), k[1:]))
     lines = ["| kind | method | dtype | " + " | ".join(COLUMNS) + " |", "|---" * 8 + "|"]
     for key in keys:
         numbers = [str(report.counts[(*key, what)]) for what in COLUMNS]
@@ -386,16 +387,20 @@ def table(report):
 def snippet(fault):
     """Python that shows one fault."""
     case, method, dtype, way, rank = fault
-    name = next(
-        (f"SOFTMAX[{s}]" for s, f in SOFTMAX.items() if f is case.network), case.network.__name__
+    names = {f: f"SOFTMAX[{scale}]" for scale, f in SOFTMAX.items()}
+    name, dtype = names.get(case.network, case.network.__name__), np.dtype(dtype).name
+    options = f"method={method!r}, dtype=np.{dtype}"
+    return "\n".join(
+        [
+            f"# {case.kind}: {method}, {dtype}, {way}: {rank} (certain), true {case.rank}",
+            "from tests.ground_truth.rank_fuzz import *",
+            f"w = [{', '.join(f'np.array({w.tolist()!r})' for w in case.w)}]",
+            f"x = np.array({case.x.tolist()!r})",
+            "with jax.enable_x64(True):",
+            f"    print(jacobian_rank({name}, w, x, {options}), 'true', true_rank({name}, w, x))",
+            "",
+        ]
     )
-    arrays = ", ".join(f"np.array({w.tolist()!r})" for w in case.w)
-    return (
-        f"# {case.kind}: {method}, {np.dtype(dtype).name}, {way}: {rank} (certain), true {case.rank}\n"
-        f"from tests.ground_truth.rank_fuzz import *\nw = [{arrays}]\nx = np.array({case.x.tolist()!r})\n"
-        f"with jax.enable_x64(True):\n    print(jacobian_rank({name}, w, x, method={method!r}, "
-        f"dtype=np.{np.dtype(dtype).name}), 'true', true_rank({name}, w, x))\n"
-    )  # fmt: skip
 
 
 def main(arguments=None):
