@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv import _exact_rules
+from jaxinv import _exact_gates, _exact_rules
 from jaxinv import _exact_values as exact
 from jaxinv._exact_values import Exact, lift, refuse
 from jaxinv._jaxpr import Body, Equation, Opaque, Value
@@ -23,7 +23,7 @@ from jaxinv._program import call_and_body
 class ExactDomain:
     """Piecewise rational operations on exact numbers."""
 
-    rules = _exact_rules.RULES
+    rules = _exact_rules.RULES | _exact_gates.RULES
 
     def __init__(self) -> None:
         self.tied = False  # whether a maximum or minimum of equal numbers was met

@@ -1,8 +1,7 @@
-"""Exact rules: one small function per operation, derivatives at ties as JAX takes them."""
+"""Exact rules of what moves elements about, of sums, products and conversions."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -53,11 +52,44 @@ def _inside(eqn: Equation, index: Any, whole: Exact) -> Ints:
     return index
 
 
-@rule("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "rev", "tile")
-@rule("gather", "dynamic_slice", "split", "unstack")
+@rule("reshape", "squeeze", "expand_dims")
+def _reshape(domain: Any, eqn: Equation, value: Any) -> Any:
+    return exact.take(value, exact.positions(value).reshape(eqn.outputs[0].shape))
+
+
+@rule("transpose")
+def _transpose(domain: Any, eqn: Equation, value: Any) -> Any:
+    return exact.take(value, exact.positions(value).transpose(eqn.params["permutation"]))
+
+
+@rule("broadcast_in_dim")
+def _broadcast(domain: Any, eqn: Equation, value: Any) -> Any:
+    shape = [1] * len(eqn.outputs[0].shape)
+    for axis, n in zip(eqn.params["broadcast_dimensions"], value.shape, strict=True):
+        shape[axis] = n
+    index = exact.positions(value).reshape(shape)
+    return exact.take(value, np.broadcast_to(index, eqn.outputs[0].shape))
+
+
+@rule("slice")
+def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
+    names = ("start_indices", "limit_indices")
+    steps = eqn.params["strides"] or [1] * len(value.shape)
+    where = map(slice, *(eqn.params[name] for name in names), steps)
+    return exact.take(value, exact.positions(value)[tuple(where)])
+
+
+@rule("rev", "tile", "dynamic_slice", "split", "unstack")
 def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
     _constants(eqn, rest)
     return _moved(lambda i: eqn.bind(i, *rest), eqn, [value])
+
+
+@rule("gather")
+def _gather(domain: Any, eqn: Equation, value: Any, indices: Any) -> Any:
+    _constants(eqn, [indices])
+    value = lift(eqn, value)
+    return _moved(lambda i: eqn.bind(i, indices, fill_value=-1), eqn, [value])
 
 
 @rule("concatenate", "stack", "pad")
@@ -94,31 +126,31 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
 # --- sums and products ------------------------------------------------------------------
 
 
-def _pair(eqn: Equation, left: Any, right: Any) -> list[Exact]:
+def pair(eqn: Equation, left: Any, right: Any) -> list[Exact]:
     shape = eqn.outputs[0].shape
     return [exact.broadcast(lift(eqn, v), shape) for v in (left, right)]
 
 
 @rule("add", "add_any")
 def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    return exact.add(*_pair(eqn, left, right))
+    return exact.add(*pair(eqn, left, right))
 
 
 @rule("sub")
 def _sub(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    left, right = _pair(eqn, left, right)
+    left, right = pair(eqn, left, right)
     return exact.add(left, exact.negate(right))
 
 
 @rule("mul")
 def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    return exact.multiply(*_pair(eqn, left, right))
+    return exact.multiply(*pair(eqn, left, right))
 
 
 @rule("div")
 def _div(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     inverse = exact.reciprocal(eqn, lift(eqn, right))
-    return exact.multiply(*_pair(eqn, left, inverse))
+    return exact.multiply(*pair(eqn, left, inverse))
 
 
 @rule("neg")
@@ -278,165 +310,16 @@ def _convolution(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     return exact.take(out, order)
 
 
-def _pool_windows(eqn: Equation, value: Exact) -> Ints:
+def pool_windows(eqn: Equation, value: Exact) -> Ints:
     names = ("window_dimensions", "window_strides", "window_dilation", "base_dilation", "padding")
     return _windows(exact.positions(value), *(eqn.params[name] for name in names))
 
 
 @rule("reduce_window_sum")
 def _window_sum(domain: Any, eqn: Equation, value: Any) -> Any:
-    patches = exact.take(value, _pool_windows(eqn, value))
+    patches = exact.take(value, pool_windows(eqn, value))
     tangents = exact.summed_tangents(patches, lambda t: t.sum(1))
     return exact.reduced(np.asarray(patches.num.sum(axis=0), object), value.den, tangents)
-
-
-# --- gates ------------------------------------------------------------------------------
-
-
-def _chosen(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    """The larger or the smaller of two; equal ones have half of both derivatives."""
-    sign = 1 if eqn.name == "max" else -1
-    for one, other in ((left, right), (right, left)):
-        # softmax and logsumexp start their maxima there.
-        if not isinstance(one, Value) and np.all(np.asarray(one) == -sign * np.inf):
-            return exact.broadcast(other, eqn.outputs[0].shape)
-    left, right = _pair(eqn, left, right)
-    a, b = exact.ranks(left, right)
-    first = np.sign(sign * (a - b))
-    domain.tied |= bool((first == 0).any())
-    num = np.where(first >= 0, *exact.common_denominator([left, right])[0])
-    den = exact.common_denominator([left, right])[1]
-    weights = [(1 + first) / 2, (1 - first) / 2]
-    return exact.weighted([left, right], weights, exact.reduced(num, den, None))
-
-
-rule("max", "min")(_chosen)
-
-
-@rule("abs")
-def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
-    return exact.multiply(value, lift(eqn, _signs(value)))
-
-
-def _signs(value: Exact) -> Ints:
-    return (value.num > 0).astype(np.int64) - (value.num < 0).astype(np.int64)
-
-
-@rule("sign")
-def _sign(domain: Any, eqn: Equation, value: Any) -> Any:
-    return jnp.asarray(_signs(value), eqn.outputs[0].dtype)
-
-
-@rule("floor", "ceil")
-def _rounded(domain: Any, eqn: Equation, value: Any) -> Any:
-    up = -1 if eqn.name == "ceil" else 1
-    return Exact(np.asarray(up * ((up * value.num) // value.den), object).reshape(value.shape))
-
-
-@rule("clamp")
-def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
-    """Inside its bounds the operand moves, at a bound nothing, beyond it the bound."""
-    shape = eqn.outputs[0].shape
-    parts = [exact.broadcast(lift(eqn, v), shape) for v in (low, value, high)]
-    a, b, c = exact.ranks(*parts)
-    (n, m, k), den = exact.common_denominator(parts)
-    num = np.where(np.minimum(np.maximum(a, b), c) == c, k, np.where(b < a, n, m))
-    weights = [w.astype(np.float64) for w in (a > b, (a < b) & (b < c), c < b)]
-    return exact.weighted(parts, weights, Exact(num, den))
-
-
-@rule("reduce_max", "reduce_min")
-def _extreme(domain: Any, eqn: Equation, value: Any) -> Any:
-    """Elements that share the extreme share its derivative equally."""
-    axes = tuple(eqn.params["axes"])
-    kept = [a for a in range(len(value.shape)) if a not in axes]
-    index = exact.positions(value).transpose(*axes, *kept)
-    index = index.reshape(-1, *[value.shape[a] for a in kept])
-    order = exact.ranks(value)[0].ravel()[index] * (1 if eqn.name == "reduce_max" else -1)
-    top = order == order.max(0)
-    out = exact.take(value, np.take_along_axis(index, order.argmax(0)[None], 0)[0])
-    if value.tangents is not None:
-        parts = exact.take(value, index)
-        shares = exact.multiply(parts, lift(None, top.astype(np.float64)))
-        counts = lift(None, top.sum(0).astype(np.float64))
-        total = exact.summed_tangents(shares, lambda t: t.sum(1))
-        out.tangents = exact.scaled_tangents(total, exact.reciprocal(eqn, counts).residues())
-    return out
-
-
-@rule("reduce_window_max", "reduce_window_min")
-def _window_extreme(domain: Any, eqn: Equation, value: Any) -> Any:
-    """The first of the elements that share the extreme has its derivative."""
-    index = _pool_windows(eqn, value)
-    order = exact.ranks(value)[0].ravel() + 1
-    if eqn.name == "reduce_window_min":
-        order = order.max() + 1 - order
-    order = np.where(index >= 0, order[np.maximum(index, 0)], 0)
-    found = np.take_along_axis(index, order.argmax(0)[None], 0)[0]
-    if (found < 0).any():
-        raise refuse(eqn, "a window lies in the padding, so its extreme is infinite.")
-    return exact.take(value, found)
-
-
-# --- order: results that are constants of the program -----------------------------------
-
-_COMPARISONS = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt,
-    "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-}  # fmt: skip
-
-
-def _as_exact(eqn: Equation, value: Any) -> Exact | None:
-    return (
-        None if not isinstance(value, Exact) and not np.isfinite(value).all() else lift(eqn, value)
-    )
-
-
-@rule(*_COMPARISONS)
-def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    compared = _COMPARISONS[eqn.name]
-    shape = eqn.outputs[0].shape
-    parts = [_as_exact(eqn, v) for v in (left, right)]
-    if None in parts:  # an infinity, which is beyond every number
-        return jnp.asarray(compared(*[np.zeros(shape) if isinstance(v, Exact) else np.asarray(v)
-                                      for v in (left, right)]))  # fmt: skip
-    a, b = exact.ranks(*[exact.broadcast(v, shape) for v in parts if v is not None])
-    return jnp.asarray(compared(a, b))
-
-
-@rule("is_finite")
-def _is_finite(domain: Any, eqn: Equation, value: Any) -> Any:
-    return jnp.ones(value.shape, bool)
-
-
-@rule("argmax", "argmin")
-def _argument(domain: Any, eqn: Equation, value: Any) -> Any:
-    return eqn.bind(jnp.asarray(exact.ranks(value)[0]))
-
-
-@rule("sort")
-def _sort(domain: Any, eqn: Equation, *arrays: Any) -> Any:
-    order = [
-        jnp.asarray(exact.ranks(v)[0] if isinstance(v, Exact) else v).astype(a.dtype)
-        for v, a in zip(arrays, eqn.inputs, strict=True)
-    ]
-    index = lax.broadcasted_iota(np.int32, eqn.inputs[0].shape, eqn.params["dimension"])
-    *_, places = eqn.bind(*order, index)
-    axis = eqn.params["dimension"]
-    return [
-        exact.take(v, np.take_along_axis(exact.positions(v), np.asarray(places), axis))
-        if isinstance(v, Exact)
-        else jnp.take_along_axis(v, places, axis)
-        for v in arrays
-    ]
-
-
-@rule("top_k")
-def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
-    _, places = eqn.bind(jnp.asarray(exact.ranks(value)[0].astype(np.int32)))
-    axis = eqn.params.get("axis", -1)
-    index = np.take_along_axis(exact.positions(value), np.asarray(places), axis)
-    return [exact.take(value, index), places]
 
 
 # --- precision --------------------------------------------------------------------------
@@ -445,6 +328,10 @@ def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
 @rule("stop_gradient")
 def _stop_gradient(domain: Any, eqn: Equation, value: Any) -> Any:
     return Exact(value.num, value.den)
+
+
+def signs(value: Exact) -> Ints:
+    return (value.num > 0).astype(np.int64) - (value.num < 0).astype(np.int64)
 
 
 @rule("convert_element_type")
@@ -457,7 +344,7 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
         return jnp.asarray(value.num != 0)
     if not jnp.issubdtype(target, jnp.integer):
         raise refuse(eqn, f"it converts to {target}.")
-    toward_zero = _signs(value) * (abs(value.num) // value.den)
+    toward_zero = signs(value) * (abs(value.num) // value.den)
     limits = jnp.iinfo(target)
     if not all(int(limits.min) <= n <= int(limits.max) for n in toward_zero.ravel()):
         raise refuse(eqn, f"it converts numbers to {target} that are beyond its range.")
