@@ -32,10 +32,10 @@ class ExactRank(NamedTuple):
     agreed: bool  # the same modulo both primes
 
 
-def exact_rank(fn: Network, params: Params, x: Inputs) -> ExactRank:
+def exact_rank(fn: Network, params: Params, x: Inputs, most_steps: int = MOST_STEPS) -> ExactRank:
     """The rank of ∂fn(params, x)/∂params in exact arithmetic, at concrete params and x."""
     check_known(params, x)
-    _check_size(fn, params, x)
+    _check_size(fn, params, x, most_steps)
     found = [rank_modulo(J, p) for J, p in zip(jacobian_modulo(fn, params, x), PRIMES, strict=True)]
     return ExactRank(max(found), len(set(found)) == 1)
 
@@ -50,17 +50,17 @@ def check_known(params: Params, x: Inputs) -> None:
         )
 
 
-def _check_size(fn: Network, params: Params, x: Inputs) -> None:
+def _check_size(fn: Network, params: Params, x: Inputs, most_steps: int) -> None:
     """Raise `InvalidInput` where the answer would take minutes."""
     d = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     rows = sum(
         int(np.prod(y.shape))
         for y in jax.tree.leaves(jax.eval_shape(lambda w, x: fn(w, x), params, x))
     )
-    if rows * d > MOST_ELEMENTS or rows * d * min(rows, d) > MOST_STEPS:
+    if rows * d > MOST_ELEMENTS or rows * d * min(rows, d) > most_steps:
         raise InvalidInput(
             f"method='exact' eliminates the {rows} x {d} Jacobian step by step. It takes Jacobians "
-            f"of at most {MOST_ELEMENTS} elements and {MOST_STEPS} steps, rows·d·min(rows, d). "
+            f"of at most {MOST_ELEMENTS} elements and {most_steps} steps, rows·d·min(rows, d). "
             "Use fewer inputs, or method='auto', 'certificate' or 'tsqr'."
         )
 

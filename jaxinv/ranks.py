@@ -25,14 +25,14 @@ import numpy as np
 from jax import lax
 
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
-from jaxinv._exact import check_known, exact_rank
+from jaxinv._exact import MOST_STEPS, check_known, exact_rank
 from jaxinv._precision import as_dtype, call_in, in_precision
 from jaxinv._rank_evidence import (
     column_sizes,
     error_of_jacobian,
     known_ambiguities,
 )
-from jaxinv.errors import InvalidInput
+from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.jacobians import (
     fold_rows,
     jacobian,
@@ -46,6 +46,8 @@ Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
 METHODS = ("auto", "svd", "tsqr", "gram", "certificate", "exact")
 # float64 takes a rank without proof of its upper bound if σ_r stands out by this factor.
 _CERTAIN_GAP = 1e3
+# Up to so many steps of elimination "auto" asks for an exact rank: about a second.
+_STEPS_OF_AUTO = 1 << 26
 _EXACT = lax.Precision.HIGHEST
 
 
@@ -330,8 +332,8 @@ def jacobian_rank(
             not cast to less (if it does, the measured error shows it).
         method: "svd", "tsqr", "gram" as for `jacobian_spectrum`. "certificate" proves the rank
             d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
-            and gives -1 where it cannot. "auto" tries the certificate, then the SVD. "exact" counts
-            in exact arithmetic: see below.
+            and gives -1 where it cannot. "auto" tries the certificate, then the SVD, and,
+            where that is not certain of a small network outside `jit`, "exact": see below.
         rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
         dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
             equals a bound known from theory.
@@ -345,7 +347,7 @@ def jacobian_rank(
     any rounding, and so is its rank, which can only be too low. It is `certain` if both primes
     agree. That rests on no accident: to be wrong, both primes would have to divide all the largest
     minors that are not 0. What `fn` computes from constants alone (closed-over arrays, literals)
-    is taken as the floats that it gives.
+    is taken as the floats that it gives. Of params or x that `dtype` rounds nothing is certain.
 
     Returns:
         A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`. "exact"
@@ -388,20 +390,49 @@ def jacobian_rank(
             return _rank_by_spectrum(params, x, network, method, dtype, chunk, rtol)
         return _automatic(params, x, network, dtype, chunk, rtol, problem)
 
-    return call_in(dtype, rank, params, x)
+    found = call_in(dtype, rank, params, x)
+    if method != "auto" or rtol is not None:
+        return found
+    return _settled(found, fn, params, x, dtype, batch_axis)
 
 
-def _exact_rank(fn: Network, params: Params, x: Inputs, dtype: Any, batch_axis: int | None) -> Rank:
+def _settled(
+    found: Rank, fn: Network, params: Params, x: Inputs, dtype: Any, batch_axis: int | None
+) -> Rank:
+    """In exact arithmetic where the bounds do not meet, of a small network of known numbers."""
+    if isinstance(found.certain, jax.core.Tracer) or found.certain:
+        return found
+    try:
+        exact = _exact_rank(fn, params, x, dtype, batch_axis, _STEPS_OF_AUTO)
+    except (UnsupportedOperation, InvalidInput):
+        return found
+    if not exact.certain or exact.rank != found.rank:
+        return exact if exact.certain else found
+    return found._replace(lower=exact.lower, upper=exact.upper, certain=exact.certain)
+
+
+def _exact_rank(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    dtype: Any,
+    batch_axis: int | None,
+    most_steps: int = MOST_STEPS,
+) -> Rank:
+    check_known(params, x)
+    given = jax.tree.leaves((params, x))
     with in_precision(dtype):
         params, x = as_dtype((params, x), dtype)
-        check_known(params, x)
+        used = jax.tree.leaves((params, x))
+        # What is exact of rounded arrays proves nothing of those that were given.
+        rounded = not all(map(np.array_equal, given, used))
         problem = problem_of(fn, params, x, batch_axis)
-        found = exact_rank(problem.fn, params, problem.x)
+        found = exact_rank(problem.fn, params, problem.x, most_steps)
         most = min(problem.rows, problem.parameters)
         count = jnp.asarray(found.rank, jnp.int32)
         upper = jnp.asarray(found.rank if found.agreed else most, jnp.int32)
         zero, unknown = jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype)
-        certain = jnp.asarray(found.agreed or found.rank == most)
+        certain = jnp.asarray((found.agreed or found.rank == most) and not rounded)
         return Rank(count, count, upper, certain, zero, zero, unknown, unknown, unknown)
 
 

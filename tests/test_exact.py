@@ -281,13 +281,20 @@ def test_integer_inputs_are_indices():
     assert rank(lambda w, x: w[x], table, np.array([0, 2, 2, 3])) == 6
 
 
-def test_the_dtype_decides_which_numbers_are_meant():
+def test_nothing_is_certain_of_arrays_that_were_rounded_first():
     x = np.array([[1.0, 1.0], [1.0, 1.0 + 2.0**-40]])
     linear = lambda w, x: x @ w  # noqa: E731
     assert rank(linear, np.ones((2, 1)), x) == 2
-    assert (
-        int(jacobian_rank(linear, np.ones((2, 1)), x, method="exact", dtype=np.float32).rank) == 1
-    )
+    found = jacobian_rank(linear, np.ones((2, 1)), x, method="exact", dtype=np.float32)
+    assert int(found.rank) == 1 and not bool(found.certain)
+
+
+def test_auto_is_certain_where_only_exact_arithmetic_is():
+    """A linear layer between two others, whose GL(2) no rescaling names."""
+    rng = np.random.default_rng(6)
+    w, x = [rng.normal(size=s) for s in ((3, 2), (2, 3))], rng.normal(size=(9, 3))
+    found = jacobian_rank(lambda w, x: x @ w[0] @ w[1], w, x)
+    assert int(found.rank) == 12 - 4 and bool(found.certain)
 
 
 @settings(max_examples=13)

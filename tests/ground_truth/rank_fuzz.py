@@ -319,9 +319,13 @@ def decisions(batch, method, dtype, apart):
     found = compiled(network, method, dtype, True)(*stacked)
     yield from zip(batch, ["vmap"] * len(batch), np.asarray(found.rank).tolist(),
                    np.asarray(found.certain).tolist(), strict=True)  # fmt: skip
-    for case in batch[: apart if network in APART else 0]:
-        found = compiled(network, method, dtype, False)(case.w, case.x)
-        yield case, "jit", int(found.rank), bool(found.certain)
+    asked = method == "auto" and batch[0].kind in PROVEN
+    for number, case in enumerate(batch[: 8 * apart if asked else apart]):
+        if network not in APART and not asked:
+            break
+        if number < apart:
+            found = compiled(network, method, dtype, False)(case.w, case.x)
+            yield case, "jit", int(found.rank), bool(found.certain)
         found = jacobian_rank(network, case.w, case.x, method=method, dtype=dtype)
         yield case, "eager", int(found.rank), bool(found.certain)
 
@@ -330,9 +334,9 @@ class Report(NamedTuple):
     counts: Counter  # (kind, method, dtype, what)
     faults: list  # (case, method, dtype, way, rank) that were certain and wrong
 
-    def share(self, kind, method, dtype):
-        """Of all answers, those right and certain."""
-        key = (kind, method, np.dtype(dtype).name)
+    def share(self, kind, method, dtype, way="eager"):
+        """Of the answers of one way of asking, those right and certain."""
+        key = (kind, f"{method}, {way}", np.dtype(dtype).name)
         return self.counts[(*key, "right, certain")] / max(1, self.counts[(*key, "asked")])
 
 
@@ -358,7 +362,11 @@ def fuzz(networks, seed, *, methods=METHODS, dtypes=DTYPES, apart=1, only=None, 
 
 
 def _count(report, method, dtype, case, way, rank, certain):
-    key = (case.kind, method, np.dtype(dtype).name)
+    key = (
+        case.kind,
+        f"{method}, {'eager' if way == 'eager' else 'compiled'}",
+        np.dtype(dtype).name,
+    )
     report.counts[(*key, "asked")] += 1
     if rank >= 0:
         report.counts[(*key, "decided")] += 1
