@@ -158,10 +158,10 @@ def natural(repeats, sizes=(32, 24, 24, 10), examples=128, damping=1e-3) -> Comp
 
         return lambda: step(params, x, y)
 
-    functions: dict[str, Any] = {f"jaxinv, {s}": step_by(s) for s in ("exact", "cg")}
+    functions: dict[str, Any] = {f"jaxinv, {s}": step_by(s) for s in ("exact", "cr")}
     notes = {
         "jaxinv, exact": "exact Fisher, eigenvectors",
-        "jaxinv, cg": "exact Fisher, matrix-free",
+        "jaxinv, cr": "exact Fisher, matrix-free",
     }
     try:
         functions["kfac-jax"] = kfac_step(params, x, y, loss, damping)

@@ -1,5 +1,10 @@
 """jaxinv: the invariances of neural networks, in pure functional JAX."""
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from jaxinv._batch import batch_first
 from jaxinv.capacity import (
     fisher_rao_norm,
     group_norm,
@@ -61,6 +66,7 @@ __all__ = [
     "JaxinvError",
     "UnsupportedOperation",
     "balance",
+    "batch_first",
     "batch_norm_as_reparam",
     "data_dependent_path_kappa",
     "data_dependent_path_norm",
@@ -114,3 +120,28 @@ __all__ = [
     "unit_path_norms",
     "weight_normalize",
 ]
+
+if TYPE_CHECKING:
+    from jaxinv import bayes as bayes
+    from jaxinv import cli as cli
+    from jaxinv import experiments as experiments
+    from jaxinv import inspection as inspection
+    from jaxinv import networks as networks
+    from jaxinv import pages as pages
+    from jaxinv import resnet as resnet
+    from jaxinv import rlct as rlct
+    from jaxinv import sampling as sampling
+else:  # a type checker would take any name for a module
+    _ON_DEMAND = (
+        "bayes", "cli", "experiments", "inspection", "networks", "pages", "resnet", "rlct",
+        "sampling",
+    )  # fmt: skip
+
+    def __getattr__(name: str) -> ModuleType:
+        """A module that nothing above needs, imported when it is first asked for."""
+        if name in _ON_DEMAND:
+            return importlib.import_module(f"jaxinv.{name}")
+        raise AttributeError(f"module 'jaxinv' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_ON_DEMAND})

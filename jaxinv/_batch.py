@@ -17,25 +17,24 @@ from jaxinv._batch_domain import BatchDomain, RecordingDomain
 from jaxinv._batch_values import Apart, Place, Shared, Single, refusal
 from jaxinv._checks import abstract_batch_of_one, check_inputs
 from jaxinv._jaxpr import (
-    Trace,
     interpret,
     is_concrete,
     open_jaxpr,
     output_equation,
 )
 from jaxinv._program import Program, all_lengths, program
+from jaxinv._varying import varies
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.typing import Inputs, Network, Params, PyTree
 
 _ANY_SIZE = (
-    "fn cannot be traced on a batch of {size}. It must accept any batch size (reshape with -1 or "
-    "x.shape[0] in place of a fixed batch size) and fit these params. If axis 0 of x does not "
-    "count examples, say which axis does (batch_axis=1), or that x is one input (batch_axis=None)."
+    "fn must accept any batch size (reshape with -1 or x.shape[0] in place of a fixed batch size) "
+    "and fit these params. If axis 0 of x does not count examples, say which axis does "
+    "(batch_axis=1), or that x is one input (batch_axis=None)."
 )
-
-_IN_DOUBLE = (
-    " It is run in float64 here. If fn makes float32 arrays of its own (the carry of a recurrent "
-    "cell), ask for float32: dtype=jnp.float32 where there is that option."
+_IN_FLOAT64 = (
+    "A fn that makes float32 arrays of its own (the carry of a recurrent cell) cannot run in "
+    "float64: ask for dtype=jnp.float32 where there is that option."
 )
 
 
@@ -46,15 +45,17 @@ class TracedNetwork:
     are not apart. Equal for equal programs, so that jitted code may take it as static.
     """
 
-    __slots__ = ("one", "whole", "refusal")
+    __slots__ = ("one", "whole", "error", "fn")
 
-    def __init__(self, one: Program | None, whole: Program | None, refusal: Exception | None):
-        self.one, self.whole, self.refusal = one, whole, refusal
+    def __init__(
+        self, fn: Network, one: Program | None, whole: Program | None, error: Exception | None
+    ):
+        self.fn, self.one, self.whole, self.error = fn, one, whole, error
 
     @property
     def apart(self) -> bool:
         """Whether each example is treated by itself."""
-        return self.refusal is None
+        return self.error is None
 
     @property
     def program(self) -> Program:
@@ -71,14 +72,17 @@ class TracedNetwork:
             raise  # what the domain refuses it refuses more to the point
         except Exception:
             # On a batch of one a function that mixes examples may be nonsense (an empty slice).
-            if self.refusal is None:
+            if self.error is None:
                 raise
-            raise self.refusal from None
-        if self.refusal is not None:
-            raise self.refusal
+            raise self.error from None
+        if self.error is not None:
+            raise self.error
         return outputs
 
     def __call__(self, params: Params, x: Inputs) -> PyTree:
+        if varies(params, x):
+            # Inside of shard_map: programs are traced on shapes, which do not vary over devices.
+            return self.fn(params, x)
         if not self.apart:
             assert self.whole is not None
             return self.whole(params, x)
@@ -106,14 +110,19 @@ class TracedNetwork:
 # --- the axis ------------------------------------------------------------------------
 
 
+def _check_axis(batch_axis: Any) -> None:
+    whole = isinstance(batch_axis, int) and not isinstance(batch_axis, bool) and batch_axis >= 0
+    if batch_axis is not None and not whole:
+        raise InvalidInput(
+            f"batch_axis must be an integer >= 0, or None if x is one input, not {batch_axis!r}."
+        )
+
+
 def leading(x: Inputs, batch_axis: int | None) -> Inputs:
     """x with its batch axis in front; shapes without values stay shapes."""
-    if batch_axis == 0 and not isinstance(batch_axis, bool):
+    _check_axis(batch_axis)
+    if batch_axis == 0:
         return x
-    if batch_axis is not None and (isinstance(batch_axis, bool) or not isinstance(batch_axis, int)):
-        raise InvalidInput(
-            f"batch_axis must be an integer, or None if x is one input, not {batch_axis!r}."
-        )
 
     def move(leaf: Any) -> Any:
         shape = list(jnp.shape(leaf))
@@ -133,24 +142,46 @@ def leading(x: Inputs, batch_axis: int | None) -> Inputs:
     return jax.tree.map(move, x)
 
 
-def input_shapes(x: Inputs, batch_axis: int | None) -> Inputs:
-    """Checked shapes of one example, its batch axis where `fn` expects it; values are dropped."""
-    one = abstract_batch_of_one(leading(x, batch_axis))
-
-    def place(s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = list(s.shape[1:])
-        if batch_axis is not None:
-            shape.insert(batch_axis, 1)
-        return jax.ShapeDtypeStruct(shape, s.dtype)
-
-    return jax.tree.map(place, one)
-
-
 def _as_given(x: Inputs, batch_axis: int | None) -> Inputs:
     """The inverse of `leading`, on arrays."""
     if batch_axis is None:
         return jax.tree.map(lambda a: a[0], x)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, batch_axis), x) if batch_axis else x
+
+
+def batch_first(fn: Network, batch_axis: int | None) -> Network:
+    """The same network for inputs with the batch axis in front, for functions without that option.
+
+    Args:
+        fn: a network that takes inputs whose axis `batch_axis` counts examples and gives outputs
+            with examples on that axis; or, for None, one that takes one input and gives one output.
+        batch_axis: that axis, or None.
+
+    Returns:
+        `fn(params, x)` for x with a leading batch axis, of length one if `batch_axis` is None.
+
+    Raises:
+        InvalidInput: if batch_axis is no integer >= 0 nor None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import batch_first, path_sgd
+        >>> graph = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+        >>> net = batch_first(lambda w, x: graph @ x @ w, None)  # x is one graph of two nodes
+        >>> x = jnp.ones((2, 3))
+        >>> net(jnp.ones((3, 4)), x[None]).shape
+        (1, 2, 4)
+        >>> optimizer = path_sgd(0.1, net, x[None])
+    """
+    _check_axis(batch_axis)
+
+    def first(params: Params, x: Inputs) -> PyTree:
+        y = fn(params, _as_given(x, batch_axis))
+        if batch_axis is None:
+            return jax.tree.map(lambda a: jnp.asarray(a)[None], y)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, batch_axis, 0), y)
+
+    return first
 
 
 # --- tracing -------------------------------------------------------------------------
@@ -181,17 +212,32 @@ def traced_network(
 
     one = abstract_batch_of_one(x)
     if batch_axis is None:
-        return TracedNetwork(program(canonical, params, one, _remedy("")), None, None)
+        alone = program(canonical, params, one, remedy=_IN_FLOAT64)
+        return TracedNetwork(canonical, alone, None, None)
     try:
-        alone = program(canonical, params, one, _remedy(_ANY_SIZE.format(size=1)))
+        alone = program(canonical, params, one, remedy=_ANY_SIZE)
     except InvalidInput as error:
         if not whole:
             raise
-        return TracedNetwork(None, _whole(canonical, params, x), error)
+        return TracedNetwork(canonical, None, _whole(canonical, params, x), error)
     try:
-        return TracedNetwork(_with_batch_in_front(alone, canonical, params, one), None, None)
+        axes = _axes_of_outputs(alone, canonical, params, one)
     except (UnsupportedOperation, InvalidInput) as error:
-        return TracedNetwork(alone, _whole(canonical, params, x) if whole else None, error)
+        return TracedNetwork(
+            canonical, alone, _whole(canonical, params, x) if whole else None, error
+        )
+    if not any(axes):
+        return TracedNetwork(canonical, alone, None, None)
+
+    def in_front(network: Network) -> Network:
+        def moved(params: Params, x: Inputs) -> PyTree:
+            y, tree = jax.tree.flatten(network(params, x))
+            arrays = [jnp.moveaxis(a, axis, 0) for a, axis in zip(y, axes, strict=True)]
+            return jax.tree.unflatten(tree, arrays)
+
+        return moved
+
+    return TracedNetwork(in_front(canonical), program(in_front(alone), params, one), None, None)
 
 
 def _whole(fn: Network, params: Params, x: Inputs) -> Program:
@@ -201,30 +247,7 @@ def _whole(fn: Network, params: Params, x: Inputs) -> Program:
         ),
         x,
     )
-    return program(fn, params, shapes, _remedy(""))
-
-
-def _remedy(text: str) -> str:
-    if not jax.config.read("jax_enable_x64"):
-        return text
-    return (text + _IN_DOUBLE).strip()
-
-
-def _with_batch_in_front(one: Program, fn: Network, params: Params, x: Inputs) -> Program:
-    """The program for one example; raises unless `fn` is known to treat each by itself."""
-    size = _prime_foreign_to(all_lengths(one.trace.jaxpr))
-    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
-    many = program(fn, params, batch, _ANY_SIZE.format(size=size))
-    axes = _axes_of_outputs(many.trace, params, batch, size, one.trace)
-    if not any(axes):
-        return one
-
-    def in_front(params: Params, x: Inputs) -> PyTree:
-        y, tree = jax.tree.flatten(one(params, x))
-        moved = [jnp.moveaxis(a, axis, 0) for a, axis in zip(y, axes, strict=True)]
-        return jax.tree.unflatten(tree, moved)
-
-    return program(in_front, params, x)
+    return program(fn, params, shapes, remedy=_IN_FLOAT64)
 
 
 def _prime_foreign_to(lengths: set[int]) -> int:
@@ -237,10 +260,11 @@ def _prime_foreign_to(lengths: set[int]) -> int:
     return candidate
 
 
-def _axes_of_outputs(
-    many: Trace, params: Params, batch: Inputs, size: int, one: Trace
-) -> list[int]:
-    """The batch axis of every output; raises where examples are not apart."""
+def _axes_of_outputs(alone: Program, fn: Network, params: Params, x: Inputs) -> list[int]:
+    """The batch axis of every output; raises unless `fn` is known to treat each example apart."""
+    size = _prime_foreign_to(all_lengths(alone.trace.jaxpr))
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
+    many, one = program(fn, params, batch, remedy=_ANY_SIZE).trace, alone.trace
     domain = BatchDomain(size)
     weights = [Shared(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]
     inputs = [Apart(s.shape, Place(0)) for s in jax.tree.leaves(batch)]
@@ -276,4 +300,4 @@ def _axes_of_outputs(
     return axes
 
 
-__all__ = ["TracedNetwork", "input_shapes", "leading", "traced_network"]
+__all__ = ["TracedNetwork", "batch_first", "leading", "traced_network"]

@@ -53,6 +53,16 @@ def save(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping[str, An
         raise
 
 
+def _check_unpacked(content: bytes) -> None:
+    """`save` packs nothing, so nothing unpacks to more than the file."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        members = file.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("its arrays are packed")
+        if sum(member.file_size for member in members) > len(content):
+            raise ValueError("its arrays are larger than the file")
+
+
 def load(path: Path, identity: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Read what `save` has written for the same identity.
 
@@ -61,17 +71,19 @@ def load(path: Path, identity: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     remedy = "choose another checkpoint directory, or remove this one to begin anew"
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        content = path.read_bytes()
+        _check_unpacked(content)
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop(_HEADER).tobytes())
         sound = header["digest"] == digest(arrays)
         theirs = dict(header["identity"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a file may hold anything, and its readers raise all sorts
         raise InvalidInput(f"{path}: damaged ({error}); {remedy}") from error
     if not sound:
         raise InvalidInput(f"{path}: damaged, its checksum is another; {remedy}")
     ours = json.loads(json.dumps(identity))
     if other := [name for name in ours if ours[name] != theirs.get(name)]:
-        was = ", ".join(f"{name} = {theirs.get(name)}, not {ours[name]}" for name in other)
+        was = ", ".join(f"{name} = {theirs.get(name)!r}, not {ours[name]!r}" for name in other)
         raise InvalidInput(f"{path}: of another configuration ({was}); {remedy}")
     return arrays

@@ -303,6 +303,9 @@ class _Keys:
             return value.key
         if is_concrete(value) and np.ndim(value) == 0:
             return ("literal", str(jnp.result_type(value)), np.asarray(value).item())
+        if isinstance(value, (np.ndarray, jax.Array)) and is_concrete(value) and value.size <= 64:
+            if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+                return (str(value.dtype), value.shape, np.asarray(value).tobytes())
         return ("array", id(value))
 
     def of_output(self, eqn: Equation, inputs: Sequence[Any], index: int) -> Any:
@@ -354,6 +357,7 @@ def live_equations(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[b
 def _walk(
     jaxpr: Any, consts: Sequence, args: Sequence, domain: Domain, keys: _Keys, needed: Any = None
 ) -> list[Any]:
+    consts = getattr(domain, "captured", list)(consts)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     needed = [True] * len(jaxpr.outvars) if needed is None else needed
@@ -374,7 +378,9 @@ def _evaluate(
     if raw.primitive in _CALLS:
         return _call(raw, inputs, wanted, domain, keys)
     if not any(isinstance(v, Value) for v in inputs):
-        return _fold(raw, inputs)
+        outputs = fold(raw, inputs)
+        getattr(domain, "folded", lambda *_: None)(inputs, outputs)
+        return outputs
     identity = raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES
     if identity and raw.primitive not in domain.rules:
         return inputs
@@ -406,12 +412,11 @@ def _call(raw: Any, inputs: list, wanted: list[bool], domain: Domain, keys: _Key
         keys.callers.pop()
         return outputs
 
-    if hasattr(domain, "called") and any(isinstance(v, Value) for v in inputs):
-        return domain.called(equation(raw, keys.callers[::-1]), inputs, walk)
-    return walk()
+    called = getattr(domain, "called", None)
+    return called(equation(raw, keys.callers[::-1]), inputs, walk) if called else walk()
 
 
-def _fold(raw: Any, inputs: list[Any]) -> list[Any]:
+def fold(raw: Any, inputs: list[Any]) -> list[Any]:
     """Evaluate an equation on constants: now where they are known, later where they are traced."""
     if all(is_concrete(v) for v in inputs):
         with jax.ensure_compile_time_eval():
@@ -424,7 +429,6 @@ def _fold(raw: Any, inputs: list[Any]) -> list[Any]:
 def _cond(
     eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
 ) -> list[Any]:
-    del wanted
     index, *operands = inputs
     branches = [Body(b, domain, keys) for b in eqn.params["branches"]]
     if is_concrete(index):
@@ -435,13 +439,9 @@ def _cond(
 def _while(
     eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
 ) -> list[Any]:
-    del wanted
-    split = np.cumsum([eqn.params["cond_nconsts"], eqn.params["body_nconsts"]])
-    cond_consts, body_consts, carry = (
-        inputs[: split[0]],
-        inputs[split[0] : split[1]],
-        inputs[split[1] :],
-    )
+    first = eqn.params["cond_nconsts"]
+    then = first + eqn.params["body_nconsts"]
+    cond_consts, body_consts, carry = inputs[:first], inputs[first:then], inputs[then:]
     condition = Body(eqn.params["cond_jaxpr"], domain, keys)
     body = Body(eqn.params["body_jaxpr"], domain, keys)
     for _ in range(MAX_WHILE_TRIPS):

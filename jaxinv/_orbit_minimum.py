@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv import _scaled
 from jaxinv._scaling_action import log_add, transpose
+from jaxinv._varying import together, varying_like
 from jaxinv.rescaling import RescalingGroup, class_scales
 from jaxinv.typing import Array
 
@@ -34,6 +36,12 @@ class Weights(NamedTuple):
     """Positive numbers per parameter, by their logarithms: a_e exp((Bu)_e) without overflow."""
 
     logs: list[Array]
+
+    @classmethod
+    def powers(cls, leaves: Sequence[Array], p: float) -> Weights:
+        """|w_e|^p."""
+        dtype = _scaled.working_dtype(leaves)
+        return cls([p * jnp.log(abs(leaf.astype(dtype))) for leaf in leaves])
 
     def moved(self, group: RescalingGroup, u: Array) -> list[Array]:
         """log a_e + (Bu)_e."""
@@ -111,10 +119,50 @@ class Problem(NamedTuple):
         return self.multiplier * (product - mean * jnp.vdot(mean, v))
 
 
-@jax.jit  # else every call would compile its loops anew
+def least_norm(
+    group: RescalingGroup, leaves: Sequence[Array], p: float, tol: float
+) -> tuple[Array, Array, Array, Array]:
+    """(p·u, log Σ_e |w_e|^p, steps, error) of the member of the orbit with the smallest p-norm."""
+    weights = Weights.powers(leaves, p)
+    zero = jnp.zeros(group.dim, weights.logs[0].dtype)
+    return minimize(Problem(group, weights, 1.0, zero, most_terms(group)), tol)
+
+
 def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
     """(u, value, steps, error): majorisation from afar, then Newton with conjugate gradients."""
-    start = problem.start(jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype))
+    group, weights = _stacked(problem.group, problem.weights)
+    return _minimize(problem._replace(group=group, weights=weights), tol)
+
+
+def _stacked(group: RescalingGroup, weights: Weights) -> tuple[RescalingGroup, Weights]:
+    """Leaves of one shape, scaled along the same axes, as one leaf with an axis in front.
+
+    A program with a few operations for every leaf takes minutes to compile for hundreds of layers.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, (log, terms) in enumerate(zip(weights.logs, group.indices, strict=True)):
+        alike.setdefault((jnp.shape(log), *(jnp.shape(ids) for ids in terms)), []).append(i)
+    if len(alike) == len(weights.logs):
+        return group, weights
+    indices = tuple(
+        tuple(
+            (jnp.stack if any(isinstance(a, jax.Array) for a in term) else np.stack)(term)
+            for term in zip(*(group.indices[i] for i in members), strict=True)
+        )
+        for members in alike.values()
+    )
+    logs = [jnp.stack([weights.logs[i] for i in members]) for members in alike.values()]
+    return group._replace(indices=indices), Weights(logs)
+
+
+@jax.jit  # else every call would compile its loops anew
+def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
+    problem = together(problem)[0]
+    zero, count = varying_like(
+        (jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype), jnp.zeros((), jnp.int32)),
+        problem,
+    )
+    start = problem.start(zero)
     # Forces go round the loops with their point: a program twice as large compiles twice as long.
     forces = up, down = problem.forces(start)
     c = problem.linear
@@ -159,7 +207,7 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         return (error > _NEWTON_BELOW) & (steps < _MOST_SWEEPS)
 
     point, forces, sweeps, error = lax.while_loop(
-        far, sweep, (start, forces, jnp.zeros((), jnp.int32), error_of(up, down))
+        far, sweep, (start, forces, count, error_of(up, down))
     )
 
     def newton(state: tuple) -> tuple:
@@ -187,7 +235,8 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
             return (size, *problem.point(point.u + size * direction, point.log_sum))
 
         # From a step of 2 that has no value, so that the first one tried is 1.
-        first = (jnp.full((), 2, value.dtype), point, jnp.full((), jnp.nan, value.dtype))
+        size, none = jnp.full((), 2, value.dtype), jnp.full((), jnp.nan, value.dtype)
+        first = (varying_like(size, value), point, varying_like(none, value))
         _, after, new = lax.while_loop(uphill, halve, first)
         after_forces = problem.forces(after)
         after_error = error_of(*after_forces)
@@ -202,7 +251,7 @@ def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         return (error > tol) & ~stuck & (steps < sweeps + _MOST_NEWTON_STEPS)
 
     point, _, steps, error, _ = lax.while_loop(
-        unfinished, newton, (point, forces, sweeps, error, jnp.zeros((), bool))
+        unfinished, newton, (point, forces, sweeps, error, count > 0)
     )
     value = problem.value(point.u, point.log_sum)
     return point.u, value, steps, error
@@ -228,6 +277,7 @@ def _conjugate_gradients(product: Any, b: Array, diagonal: Array, tol: Array) ->
 
     p = b / diagonal
     state = (jnp.zeros_like(b), b, p, jnp.vdot(b, p), jnp.zeros((), jnp.int32))
+    state = together(*state)
     return lax.while_loop(unfinished, step, state)[0]
 
 

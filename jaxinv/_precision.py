@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinv._varying import together
+
 
 def in_precision(dtype: Any) -> Any:
     """A scope in which `dtype` exists; no global option changes."""
@@ -38,6 +40,7 @@ def call_in(dtype: Any, function: Callable[..., Any], *arguments: Any) -> Any:
 
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
         return inside(*arguments)
+    arguments = together(*arguments)
     return _vmapped_inside(inside, dtype)(*arguments)
 
 

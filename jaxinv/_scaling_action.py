@@ -79,6 +79,14 @@ class RescalingGroup(NamedTuple):
         """(epsilon, source line) of what `ignore_epsilon` took for zero."""
         return self.structure.ignored
 
+    @property
+    def relies_on(self) -> tuple[tuple[str, str, str], ...]:
+        """(closed-over array, operation, source line) wherever zeros of the array are used.
+
+        The generators leave the function unchanged as long as those zeros stay where they are.
+        """
+        return self.structure.relies_on
+
     def __str__(self) -> str:
         """Generators by layer, and what limits the group."""
         s = self.structure
@@ -92,6 +100,7 @@ class RescalingGroup(NamedTuple):
         lines += [f"  unused: {name}" for name in s.unused]
         lines += [f"  pinned by {name} at {where}" for name, where in s.pinned_by]
         lines += [f"  taken for 0: {name} at {where}" for name, where in s.ignored]
+        lines += [f"  relies on the zeros of {a} in {name} at {at}" for a, name, at in s.relies_on]
         return "\n".join(lines)
 
 

@@ -7,42 +7,76 @@ scale 0, which can lose generators but never make a wrong one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import (
     _scaling_indexing,
+    _scaling_layout,
+    _scaling_linalg,
     _scaling_loops,
     _scaling_products,
     _scaling_reductions,
     _scaling_rules,
 )
 from jaxinv import _scaling_values as scaling
-from jaxinv._jaxpr import Equation, Value
+from jaxinv._jaxpr import Body, Equation, Value, fold, is_concrete
+from jaxinv._scaling_cases import Cases, by_case, note_root
 from jaxinv._scaling_system import System
-from jaxinv._scaling_values import Form, Fresh, Leaf, Nudged, Peek, Scale
+from jaxinv._scaling_values import Form, Fresh, Guarded, Leaf, Nudged, Peek, Scale
 
 # A parameter is taken apart into at most so many slices (`stacked[i]`); others go elementwise.
 _MOST_PARTS = 1024
 
 
+def _case_by_case(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(domain: ScalingDomain, eqn: Equation, *inputs: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            if any(isinstance(v, Value) for v in inputs):
+                return rule(domain, eqn, *inputs)
+            outputs = fold(eqn.raws[0], list(inputs))
+            domain.folded(inputs, outputs)
+            return outputs if eqn.primitive.multiple_results else outputs[0]
+
+        domain.equation = eqn
+        result = by_case(domain, eqn, run, inputs)
+        note_root(eqn, inputs[0], result)
+        return result
+
+    return apply
+
+
 class ScalingDomain:
     """Equations between the scales of all values of one program."""
 
-    rules = (
-        _scaling_rules.RULES
-        | _scaling_reductions.RULES
-        | _scaling_products.RULES
-        | _scaling_indexing.RULES
-    )
+    rules = {
+        primitive: _case_by_case(rule)
+        for primitive, rule in (
+            _scaling_rules.RULES
+            | _scaling_layout.RULES
+            | _scaling_reductions.RULES
+            | _scaling_products.RULES
+            | _scaling_linalg.RULES
+            | _scaling_indexing.RULES
+        ).items()
+    }
 
-    def __init__(self, ignore_epsilon: bool):
+    def __init__(self, ignore_epsilon: bool, trust_zeros: bool):
         self.system = System()
-        self.ignore_epsilon = ignore_epsilon
+        self.ignore_epsilon, self.trust_zeros = ignore_epsilon, trust_zeros
         self.pinned_by: dict[tuple[str, str], None] = {}
         self.ignored: dict[tuple[str, str], None] = {}
+        self.relies_on: dict[tuple[str, str, str], None] = {}
+        # Arrays that fn closes over, and what is computed from them alone: by id, the array (which
+        # keeps its id from being reused) and the names of those it comes from.
+        self.origins: dict[int, tuple[Any, frozenset[str]]] = {}
+        self.held: list[Any] = []  # arrays whose id is in use as a key
+        self.indices: dict[Any, int] = {}
+        self.equation: Equation | None = None  # the one whose rule is running
 
     # --- operands ---
 
@@ -60,12 +94,58 @@ class ScalingDomain:
         if isinstance(value, Fresh):
             value.assign(scaling.variables(self.system.new(value.compact)))
             value = value.decided()
-        if isinstance(value, Nudged):
+        if isinstance(value, (Nudged, Guarded)):
             return value.pin()
+        if isinstance(value, Cases):
+            scales = [self.scale(v) for v in value.values]
+            assert self.equation is not None
+            return reduce(partial(self.joined, self.equation), scales)
         if isinstance(value, Peek):
             self.seen(value.looked)
             return Scale(value.shape)
-        return value if isinstance(value, Scale) else scaling.constant(value)
+        return value if isinstance(value, Scale) else self.constant(value)
+
+    # --- constants ---
+
+    def captured(self, consts: Sequence[Any]) -> list[Any]:
+        """What arrays that `fn` closes over count as.
+
+        One that is zero (or infinite) everywhere is likely a statistic before training, so its
+        zeros say nothing of the network. Zeros among other numbers are its structure, as in a mask.
+        """
+        return [self._captured(value) for value in consts]
+
+    def _captured(self, value: Any) -> Any:
+        if not is_concrete(value) or np.ndim(value) == 0 or id(value) in self.origins:
+            return value
+        scale = scaling.constant(value)
+        if scale.wild is not None and not self.trust_zeros and scaling.uniform(value):
+            generic = Scale(np.shape(value))
+            generic.key = ("captured", id(value))
+            self.held.append(value)
+            return generic
+        dtype, shape = jnp.result_type(value), ",".join(map(str, np.shape(value)))
+        self.origins[id(value)] = value, frozenset([f"{dtype}[{shape}]"])
+        return value
+
+    def folded(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Note what constants were computed from."""
+        known = [self.origins[id(v)][1] for v in inputs if id(v) in self.origins]
+        if known:
+            for value in outputs:
+                self.origins[id(value)] = value, frozenset().union(*known)
+
+    def rely(self, value: Any) -> None:
+        """Note that a rule rests on the zeros of a constant, or on a choice by it."""
+        if id(value) in self.origins and self.equation is not None:
+            for name in sorted(self.origins[id(value)][1]):
+                self.relies_on[name, self.equation.name, self.equation.source] = None
+
+    def constant(self, value: Any) -> Scale:
+        scale = scaling.constant(value)
+        if scale.wild is not None:
+            self.rely(value)
+        return scale
 
     def undecided_or_scale(self, value: Any) -> Any:
         value = self.refresh(value)
@@ -137,6 +217,10 @@ class ScalingDomain:
             [scaling.masked(~dead, form), ((lambda ids: ids), scaling.variables(own))]
         )
 
+    def index_number(self, key: Any) -> int:
+        """A number for an index that the data know: equal keys, provably equal indices."""
+        return self.indices.setdefault(key, len(self.indices))
+
     # --- parameters taken apart ---
 
     def parts(self, value: Fresh, axis: int, sizes: Sequence[int]) -> list[Fresh] | None:
@@ -172,9 +256,27 @@ class ScalingDomain:
         outputs = [Scale(aval.shape) for aval in eqn.outputs]
         return outputs if eqn.primitive.multiple_results else outputs[0]
 
-    scan = _scaling_loops.scan
-    switch = _scaling_loops.switch
-    unbounded_while = _scaling_loops.unbounded_while
+    def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
+        first, second = len(consts), len(consts) + len(init)
+
+        def run(*inputs: Any) -> list:
+            every = list(inputs)
+            parts = every[:first], every[first:second], every[second:]
+            return _scaling_loops.scan(self, eqn, body, *parts)
+
+        return by_case(self, eqn, run, [*consts, *init, *xs])
+
+    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+        def run(number: Any, *operands: Any) -> list:
+            if is_concrete(number):
+                return branches[int(np.clip(number, 0, len(branches) - 1))](*operands)
+            return _scaling_loops.switch(self, eqn, number, branches, list(operands))
+
+        inputs = [index, *inputs]
+        return by_case(self, eqn, run, inputs) if isinstance(index, Cases) else run(*inputs)
+
+    def unbounded_while(self, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
+        return _scaling_loops.unbounded_while(self, eqn, condition, body, carry)
 
 
 def gather_parts(domain: ScalingDomain, leaf: Leaf) -> None:

@@ -28,6 +28,7 @@ class Structure:
     unused: tuple[str, ...]
     pinned_by: tuple[tuple[str, str], ...]
     ignored: tuple[tuple[str, str], ...]
+    relies_on: tuple[tuple[str, str, str], ...]
 
 
 def assembled(
@@ -95,6 +96,7 @@ def assembled(
         unused=tuple(unused),
         pinned_by=tuple(domain.pinned_by),
         ignored=tuple(domain.ignored),
+        relies_on=tuple(domain.relies_on),
     )
     return (
         rows.astype(np.int32),
@@ -245,13 +247,17 @@ def generator_names(group: Any) -> list[str]:
             found, first, count = np.unique(classes, return_index=True, return_counts=True)
             place = np.full(s.num_classes, -1)
             place[found] = np.arange(len(found))
-            for entry in np.flatnonzero(place[rows] >= 0):
-                where = place[rows[entry]]
-                up = bool(coefficients[entry] > 0)
-                label = _position(name, shape, ids.shape, int(first[where]), int(count[where]), up)
-                if abs(coefficients[entry]) != 1:
-                    label += f" (^{abs(coefficients[entry])})"
-                chosen[not up].setdefault(int(columns[entry]), []).append(label)
+            entries = np.flatnonzero(place[rows] >= 0)
+            where = place[rows[entries]]
+            listed = zip(
+                _positions(name, shape, ids.shape, first[where], count[where]),
+                columns[entries].tolist(),
+                coefficients[entries].tolist(),
+                strict=True,
+            )
+            for (into, out_of), column, c in listed:
+                label = (into if c > 0 else out_of) + (f" (^{abs(c)})" if abs(c) != 1 else "")
+                chosen[c <= 0].setdefault(column, []).append(label)
     return [
         " → ".join(
             _listed(side.get(j) or vector.get(j))
@@ -268,20 +274,23 @@ def _listed(labels: list[str] | None) -> str:
     return ", ".join(labels[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _position(
-    name: str, shape: tuple[int, ...], along: tuple[int, ...], first: int, count: int, up: bool
-) -> str:
-    """`kernel out 17`: the place of a class on the axes along which it varies."""
-    index = np.unravel_index(first, along)
+def _positions(
+    name: str, shape: tuple[int, ...], along: tuple[int, ...], first: np.ndarray, count: np.ndarray
+) -> list[tuple[str, str]]:
+    """`kernel out 17`: places of classes on the axes along which they vary, multiplied, divided."""
     axes = [a for a, n in enumerate(along) if n > 1]
-    where = ",".join(str(int(index[a])) for a in axes)
-    more = f" and {count - 1} more" if count > 1 else ""
     if not axes:
-        return name
+        return [(name, name)] * len(first)
+    before, after = (f"{name} in [", f"{name} out ["), "]"
     if len(shape) < 2:
-        return f"{name} {where}{more}"
-    if axes == [len(shape) - 1]:
-        return f"{name} out {where}{more}"
-    if axes == [len(shape) - 2]:
-        return f"{name} in {where}{more}"
-    return f"{name} {'out' if up else 'in'} [{where}]{more}"
+        before, after = (f"{name} ",) * 2, ""
+    elif axes == [len(shape) - 1]:
+        before, after = (f"{name} out ",) * 2, ""
+    elif axes == [len(shape) - 2]:
+        before, after = (f"{name} in ",) * 2, ""
+    index = np.unravel_index(first, along)
+    found = []
+    for n, *at in zip(count.tolist(), *(index[a].tolist() for a in axes), strict=True):
+        place = ",".join(map(str, at)) + after + (f" and {n - 1} more" if n > 1 else "")
+        found.append((before[1] + place, before[0] + place))
+    return found

@@ -10,14 +10,19 @@ import numpy as np
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Body, Equation, Value, is_concrete
-from jaxinv._scaling_rules import without_axis
+from jaxinv._scaling_cases import Cases, root
+from jaxinv._scaling_cases import collected as collected_cases
+from jaxinv._scaling_layout import without_axis
 from jaxinv._scaling_values import Fresh, Scale, relaid
 
 
 def _at(domain: Any, value: Any, t: int) -> Any:
     """The slice of a scanned value at step t."""
     if not isinstance(value, Value):
-        return value[t]
+        with jax.ensure_compile_time_eval():
+            taken = value[t]
+        domain.folded([value], [taken])
+        return taken
     value = domain.scale(value)
 
     def take(a: np.ndarray) -> np.ndarray:
@@ -79,7 +84,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         start = _signature(domain, carry), _signature(domain, slices)
         roots, equations = system.find(np.arange(system.size)), len(system.blocks)
         outs = body(*consts, *carry, *slices)
-        carry, ys = outs[: len(init)], outs[len(init) :]
+        carry, ys = [_plain(domain, v) for v in outs[: len(init)]], outs[len(init) :]
         collected.append([domain.scale(y) for y in ys])
         settled = (
             not any(pieces)
@@ -90,6 +95,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         )
         if settled:
             collected += [collected[-1]] * (length - len(collected))
+            carry = [_keyed(_copy(v)) if isinstance(v, Scale) else v for v in carry]
             break
         before = start
     if reverse:
@@ -102,6 +108,8 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
 
 
 def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scale:
+    if not values:  # no element, and a sum of none is 0
+        return _keyed(Scale(shape, (), np.ones((1,) * len(shape), bool)))
     if any(v.shape != tuple(shape[1:]) for v in values):
         return _keyed(Scale(shape))  # not asked for, so not worked out
     forms = [scaling.tidy(domain.system, v.form) for v in values]
@@ -118,17 +126,20 @@ def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scal
 
 
 def switch(domain: Any, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
-    """`cond` by a value that is not known: the results of all branches share their scale."""
+    """`cond` by a value that is not known: the results have the scale of the branch taken."""
     if isinstance(index, Value):
         domain.pin(eqn, index)
     results = [branch(*inputs) for branch in branches]
-    joined = [domain.scale(v) for v in results[0]]
-    for other in results[1:]:
-        joined = [
-            domain.joined(eqn, a, b, aval.shape)
-            for a, b, aval in zip(joined, other, eqn.outputs, strict=True)
-        ]
-    return [_keyed(Scale(v.shape, v.form, v.wild)) for v in joined]
+    key = root(index).key if isinstance(index, Value) else object()
+    number = domain.index_number((key, "choice"))
+    return [
+        _keyed(collected_cases(domain, number, (), [domain.scale(v) for v in one]))
+        for one in zip(*results, strict=True)
+    ]
+
+
+def _plain(domain: Any, value: Any) -> Any:
+    return _keyed(domain.scale(value)) if isinstance(value, Cases) else value
 
 
 def unbounded_while(domain: Any, eqn: Equation, condition: Any, body: Any, carry: list) -> list:

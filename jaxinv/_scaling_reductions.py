@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, rule_table
+from jaxinv._scaling_cases import MOST_CASES, Cases
 from jaxinv._scaling_values import Scale, minus, relaid, times
 
 RULES, rule = rule_table()
@@ -38,7 +39,15 @@ def _fft(domain: Any, eqn: Equation, value: Any) -> Any:
 
 @rule("argmax", "argmin")
 def _arg(domain: Any, eqn: Equation, value: Any) -> Any:
-    return domain.free(eqn, domain.level(value, eqn.params["axes"]))
+    """A place along the axes: a constant in every case, whatever is computed from it."""
+    axes, (out,) = eqn.params["axes"], eqn.outputs
+    anywhere = domain.free(eqn, domain.level(value, axes))
+    count = int(np.prod([eqn.inputs[0].shape[a] for a in axes]))
+    if not 1 < count <= MOST_CASES or not hasattr(value, "key"):
+        return anywhere
+    number = domain.index_number((eqn.name, tuple(axes), value.key))
+    varying = tuple(a for a, n in enumerate(out.shape) if n > 1)
+    return Cases(number, varying, [np.full(out.shape, e, out.dtype) for e in range(count)])
 
 
 @rule("reduce_prod")

@@ -1,4 +1,4 @@
-"""Scaling rules of elementwise operations and of layout."""
+"""Scaling rules of elementwise operations."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxinv import _scaling_values as scaling
 from jaxinv._jaxpr import Equation, Value, is_concrete, rule_table
-from jaxinv._scaling_values import Form, Fresh, Nudged, Peek, Scale, Step, relaid, times
+from jaxinv._scaling_cases import collected, root
+from jaxinv._scaling_values import Form, Fresh, Guarded, Nudged, Peek, Scale, Step, relaid, times
 
 RULES, rule = rule_table()
 
@@ -39,7 +38,7 @@ def _power(exponent: Fraction | int) -> Callable:
                 leaf.inverse ^= factor < 0
                 return times(f, 1 / factor)
 
-            return value.through(value.shape, Step(lambda f: times(f, factor), pull))
+            return value.through(value.shape, Step(lambda f: times(f, factor), pull), value.compact)
         value = domain.scale(value)
         form = domain.seen(value.form) if factor < 0 else value.form
         return Scale(value.shape, times(form, factor), value.wild)
@@ -47,7 +46,17 @@ def _power(exponent: Fraction | int) -> Callable:
     return apply
 
 
-rule("neg", "abs", "reduce_precision", "real", "imag", "conj")(_power(1))
+rule("neg", "real", "imag", "conj")(_power(1))
+
+
+@rule("abs")
+def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
+    result = _power(1)(domain, eqn, value)
+    if isinstance(result, Scale):
+        result.fact = ("abs",)
+    return result
+
+
 rule("square")(_power(2))
 rule("sqrt")(_power(Fraction(1, 2)))
 rule("rsqrt")(_power(Fraction(-1, 2)))
@@ -64,10 +73,21 @@ def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
 @rule("pow")
 def _pow(domain: Any, eqn: Equation, value: Any, exponent: Any) -> Any:
     if is_concrete(exponent) and np.size(exponent) == 1:
-        y = float(np.asarray(exponent).item())
-        if np.isfinite(y) and y and float(Fraction(y).limit_denominator(1000)) == y:
-            return _power(Fraction(y).limit_denominator(1000))(domain, eqn, value)
+        y = _rational(exponent, eqn.inputs[1].dtype)
+        if y:
+            return _power(y)(domain, eqn, value)
     return domain.default(eqn, value, exponent)
+
+
+def _rational(number: Any, dtype: Any) -> Fraction | None:
+    """The simple fraction that a float was rounded from in its own precision; None if none was."""
+    y = np.asarray(number).reshape(()).astype(dtype)
+    if np.iscomplexobj(y) or not np.isfinite(np.float64(y)):
+        return None
+    # In 16 bits many fractions are rounded to one float: only the simplest are meant.
+    largest = 1000 if jnp.finfo(dtype).bits >= 32 else 8
+    found = Fraction(float(y)).limit_denominator(largest)
+    return found if np.asarray(float(found)).astype(dtype) == y else None
 
 
 @rule("convert_element_type")
@@ -77,7 +97,18 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
         return domain.free(eqn, value)  # whether it is zero
     if jnp.issubdtype(old, jnp.inexact) and not jnp.issubdtype(new, jnp.inexact):
         return domain.default(eqn, value)  # rounding
+    if new != old and jnp.issubdtype(new, jnp.inexact) and jnp.finfo(new).bits < 16:
+        return domain.default(eqn, value)  # quantisation
     return _power(1)(domain, eqn, value)
+
+
+@rule("reduce_precision")
+def _reduce_precision(domain: Any, eqn: Equation, value: Any) -> Any:
+    """Rounding to fewer bits than the numbers have is quantisation, which scales do not pass."""
+    info = jnp.finfo(eqn.inputs[0].dtype)
+    if eqn.params["exponent_bits"] >= info.nexp and eqn.params["mantissa_bits"] >= info.nmant:
+        return _power(1)(domain, eqn, value)
+    return domain.default(eqn, value)
 
 
 @rule("sign", "is_finite")
@@ -96,8 +127,8 @@ def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     for one, other in ((left, right), (right, left)):
         if isinstance(other, Value):
             continue
-        if isinstance(one, Fresh) and scaling.constant(other).all_wild:
-            return one.through(one.shape, Step(lambda f: f, lambda f: f))
+        if isinstance(one, Fresh) and one.shape == shape and domain.scale(other).all_wild:
+            return one.through(shape, Step(lambda f: f, lambda f: f), one.compact)
         if domain.ignore_epsilon and eqn.name in ("add", "max") and _is_epsilon(other):
             base = domain.scale(one)
             return Nudged(base, _size(other), partial(domain.joined, eqn, base, other))
@@ -108,6 +139,9 @@ def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
                 one.assign(scale.form)
                 return Scale(shape, scale.form)
     joined = domain.joined(eqn, left, right)
+    sizes = [getattr(v, "fact", None) == ("abs",) and hasattr(v, "key") for v in (left, right)]
+    if all(sizes) and eqn.name in ("max", "min"):
+        joined.fact = (eqn.name, frozenset([left.key, right.key]))
     return domain.free(eqn, joined) if eqn.name == "atan2" else joined
 
 
@@ -124,7 +158,10 @@ def _is_epsilon(value: Any) -> bool:
 
 @rule("eq", "ne", "gt", "ge", "lt", "le")
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    return Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
+    result = Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
+    if eqn.name == "eq" and is_concrete(right) and not np.any(right) and hasattr(left, "key"):
+        result.fact = ("zero", left.key)
+    return result
 
 
 @rule("not", "and", "or", "xor", "reduce_and", "reduce_or", "reduce_xor")
@@ -140,12 +177,20 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
     if isinstance(which, Value) and not isinstance(which, Peek):
         domain.pin(eqn, which)
     elif is_concrete(which):
+        domain.rely(which)
         return _chosen(domain, eqn, np.asarray(which), cases)
-    result = domain.scale(cases[0])
-    for case in cases[1:]:
-        result = domain.joined(eqn, result, case)
+    guarded = isinstance(which, Peek) and len(cases) == 2 and is_concrete(cases[1])
+    if guarded and isinstance(cases[0], Scale) and which.fact == ("zero", cases[0].key):
+        pinned = partial(domain.joined, eqn, cases[0], cases[1])
+        return Guarded(cases[0], pinned)
+    scales = [domain.scale(case) for case in cases]
+    if not isinstance(which, Value):  # known at run time only
+        which = Peek(np.shape(which), ())
+    index, axes = root(which)
+    result = collected(domain, domain.index_number((index, "choice")), axes, scales)
     if isinstance(which, Peek):
-        seen = scaling.signature(scaling.tidy(domain.system, result.form))
+        form = result.form if isinstance(result, Scale) else ()
+        seen = scaling.signature(scaling.tidy(domain.system, form))
         looked = scaling.signature(scaling.tidy(domain.system, which.looked))
         if any(term not in seen for term in looked):
             domain.seen(which.looked)
@@ -183,6 +228,8 @@ def _product(sign: int) -> Callable:
         shape = eqn.outputs[0].shape
         if sign < 0 and isinstance(right, Nudged):
             right = domain.without_epsilon(eqn, right)
+        if sign < 0 and isinstance(right, Guarded) and right.divides(left):
+            right = right.base
         if left is right and isinstance(left, Fresh):
             return _power(1 + sign)(domain, eqn, left) if sign > 0 else domain.free(eqn, left)
         left, right = _one_fresh(domain, left, right)
@@ -258,213 +305,3 @@ def _multiplied(
     view = fresh.through(shape, Step(push, pull), compact)
     view.wild = fresh.wild if dead is None else dead
     return view
-
-
-# --- layout ---
-
-
-def _layout(
-    move: Callable[[Equation, np.ndarray], np.ndarray],
-    back: Callable[[Equation, np.ndarray], np.ndarray] | None = None,
-) -> Callable:
-    """The same move on ids. `back` undoes it, which lets an undecided parameter stay so."""
-
-    def apply(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
-        shape = eqn.outputs[0].shape
-        if isinstance(value, Nudged):
-            base = apply(domain, eqn, value.base)
-            return Nudged(base, value.epsilon, lambda: domain.pinned(eqn, base))
-        value = domain.refresh(value)
-        if isinstance(value, Fresh) and back is not None:
-            step = Step(
-                lambda f: relaid(f, lambda ids: move(eqn, ids)),
-                lambda f: relaid(f, lambda ids: back(eqn, ids)),
-            )
-            compact = move(eqn, np.broadcast_to(np.int8(0), value.compact)).shape
-            view = value.through(shape, step, compact)
-            view.wild = None if value.wild is None else move(eqn, value.wild)
-            return view
-        value = domain.scale(value)
-        wild = None if value.wild is None else move(eqn, value.wild)
-        return Scale(shape, relaid(value.form, lambda ids: move(eqn, ids)), wild)
-
-    return apply
-
-
-rule("reshape")(
-    _layout(
-        lambda eqn, a: scaling.reshaped(a, eqn.inputs[0].shape, eqn.outputs[0].shape),
-        lambda eqn, a: scaling.reshaped(a, eqn.outputs[0].shape, eqn.inputs[0].shape),
-    )
-)
-rule("transpose")(
-    _layout(
-        lambda eqn, a: a.transpose(eqn.params["permutation"]),
-        lambda eqn, a: a.transpose(np.argsort(eqn.params["permutation"])),
-    )
-)
-rule("squeeze", "expand_dims")(
-    _layout(
-        lambda eqn, a: scaling.reshaped(a, eqn.inputs[0].shape, eqn.outputs[0].shape),
-        lambda eqn, a: scaling.reshaped(a, eqn.outputs[0].shape, eqn.inputs[0].shape),
-    )
-)
-rule("rev")(
-    _layout(
-        lambda eqn, a: np.flip(a, eqn.params["dimensions"]),
-        lambda eqn, a: np.flip(a, eqn.params["dimensions"]),
-    )
-)
-
-
-def _spread(eqn: Equation, a: np.ndarray) -> np.ndarray:
-    shape = [1] * len(eqn.outputs[0].shape)
-    for axis, length in zip(eqn.params["broadcast_dimensions"], a.shape, strict=True):
-        shape[axis] = length
-    return a.reshape(shape)
-
-
-def _unspread(eqn: Equation, a: np.ndarray) -> np.ndarray:
-    return a.reshape([a.shape[axis] for axis in eqn.params["broadcast_dimensions"]])
-
-
-rule("broadcast_in_dim")(_layout(_spread, _unspread))
-
-
-def _sliced(eqn: Equation, a: np.ndarray) -> np.ndarray:
-    p = eqn.params
-    strides = p["strides"] or (1,) * a.ndim
-    index = tuple(
-        slice(None) if n == 1 else slice(lo, hi, step)
-        for n, lo, hi, step in zip(
-            a.shape, p["start_indices"], p["limit_indices"], strides, strict=True
-        )
-    )
-    return a[index]
-
-
-@rule("slice")
-def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
-    lengths = zip(eqn.inputs[0].shape, eqn.outputs[0].shape, strict=True)
-    cut = [a for a, (n, m) in enumerate(lengths) if n != m]
-    if len(cut) == 1 and eqn.outputs[0].shape[cut[0]] == 1:
-        part = domain.part(value, cut[0], eqn.params["start_indices"][cut[0]])
-        if part is not None:
-            return part
-    return _layout(_sliced)(domain, eqn, domain.scale(value))
-
-
-def by_binding(eqn: Equation, array: np.ndarray, *rest: Any, position: int = 0) -> np.ndarray:
-    """The operation itself, on an array of integers."""
-    dtype = np.int32 if array.dtype != bool else bool
-    operands = [jnp.asarray(r) for r in rest]
-    operands.insert(position, jnp.asarray(np.broadcast_to(array, array.shape).astype(dtype)))
-    with jax.ensure_compile_time_eval():
-        return np.asarray(eqn.bind(*operands))
-
-
-@rule("tile")
-def _tile(domain: Any, eqn: Equation, value: Any) -> Any:
-    old, reps = eqn.inputs[0].shape, eqn.params["reps"]
-
-    def move(eqn: Equation, a: np.ndarray) -> np.ndarray:
-        return np.tile(a, [r if n > 1 or m == 1 and n > 1 else 1
-                           for r, n, m in zip(reps, a.shape, old, strict=True)])  # fmt: skip
-
-    return _layout(move)(domain, eqn, domain.scale(value))
-
-
-@rule("split", "unstack")
-def _split(domain: Any, eqn: Equation, value: Any) -> Any:
-    axis: int = eqn.params["axis"]
-    sizes: Sequence[int] = eqn.params.get("sizes", ())
-    if eqn.name == "unstack":
-        sizes = [1] * eqn.inputs[0].shape[axis]
-    value = domain.refresh(value)
-    parts = domain.parts(value, axis, sizes) if isinstance(value, Fresh) else None
-    if parts is None:
-        whole = domain.scale(value)
-        starts = np.cumsum([0, *sizes])
-
-        def cut(a: np.ndarray, i: int) -> np.ndarray:
-            return a if a.shape[axis] == 1 else np.take(a, range(starts[i], starts[i + 1]), axis)
-
-        parts = [
-            Scale(
-                [n if a == axis else m for a, m in enumerate(whole.shape)],
-                relaid(whole.form, lambda ids, i=i: cut(ids, i)),  # type: ignore[misc]
-                None if whole.wild is None else cut(whole.wild, i),
-            )
-            for i, n in enumerate(sizes)
-        ]
-    return [without_axis(part, axis) for part in parts] if eqn.name == "unstack" else parts
-
-
-def without_axis(value: Any, axis: int) -> Any:
-    """A value with one axis of length one taken out."""
-    shape = tuple(n for a, n in enumerate(value.shape) if a != axis)
-    step = Step(
-        lambda f: relaid(f, lambda ids: ids.squeeze(axis)),
-        lambda f: relaid(f, lambda ids: np.expand_dims(ids, axis)),
-    )
-    if isinstance(value, Fresh):
-        return value.through(shape, step)
-    wild = None if value.wild is None else value.wild.squeeze(axis)
-    return Scale(shape, step.push(value.form), wild)
-
-
-def _with_axis(value: Scale, axis: int) -> Scale:
-    shape = (*value.shape[:axis], 1, *value.shape[axis:])
-    wild = None if value.wild is None else np.expand_dims(value.wild, axis)
-    return Scale(shape, relaid(value.form, lambda ids: np.expand_dims(ids, axis)), wild)
-
-
-@rule("concatenate", "stack")
-def _concatenate(domain: Any, eqn: Equation, *inputs: Any) -> Any:
-    axis: int = eqn.params["axis" if eqn.name == "stack" else "dimension"]
-    shape = eqn.outputs[0].shape
-    scales = [domain.scale(v) for v in inputs]
-    if eqn.name == "stack":
-        scales = [_with_axis(s, axis) for s in scales]
-    ends = np.cumsum([s.shape[axis] for s in scales])
-
-    def place(array: np.ndarray, i: int, length: int) -> np.ndarray:
-        widths = [(0, 0)] * array.ndim
-        widths[axis] = (int(ends[i] - length), int(ends[-1] - ends[i]))
-        target = list(array.shape)
-        target[axis] = length
-        return np.pad(np.broadcast_to(array, target), widths)
-
-    parts = [
-        (lambda ids, i=i, n=s.shape[axis]: place(ids, i, n), s.form) for i, s in enumerate(scales)
-    ]
-    wild = None
-    for i, s in enumerate(scales):
-        if s.wild is not None:
-            placed = place(s.wild, i, s.shape[axis])
-            wild = placed if wild is None else wild | placed
-    return Scale(shape, scaling.tidy(domain.system, scaling.blend(parts)), wild)
-
-
-@rule("pad")
-def _pad(domain: Any, eqn: Equation, value: Any, filler: Any) -> Any:
-    value, filler = domain.scale(value), domain.scale(filler)
-    config = eqn.params["padding_config"]
-    rank = len(config)
-    padded = [a for a, c in enumerate(config) if tuple(c) != (0, 0, 0)]
-
-    def place(array: np.ndarray) -> np.ndarray:
-        target = [value.shape[a] if a in padded else n for a, n in enumerate(array.shape)]
-        array = np.broadcast_to(array, target)
-        dtype = np.int32
-        with jax.ensure_compile_time_eval():
-            out = lax.pad(jnp.asarray(array.astype(dtype)), jnp.zeros((), dtype), config)
-            return np.asarray(out).astype(array.dtype)
-
-    inside = place(np.ones((1,) * rank, bool))
-    spread = relaid(filler.form, lambda ids: scaling.lifted(ids, rank))
-    form = scaling.blend([(place, value.form), scaling.masked(~inside, spread)])
-    wild = np.zeros((1,) * rank, bool) if value.wild is None else place(value.wild)
-    if filler.wild is not None:
-        wild = wild | ~inside
-    return Scale(eqn.outputs[0].shape, scaling.tidy(domain.system, form), wild)

@@ -31,17 +31,28 @@ class Term(NamedTuple):
 Form = tuple[Term, ...]
 
 
+class Root(NamedTuple):
+    """The key of an index or a truth value before it was broadcast, and where its axes are now."""
+
+    key: Any
+    axes: tuple[int, ...]
+
+
 class Scale(Value):
     """Log-scales of an array. `wild` marks elements that are 0 or ±∞ whatever the parameters are.
 
     Those fit any scale, so they take part in no equation. `wild` is None where there are none.
+    `root` says which index they repeat, where they are one that was moved; `fact` what else is
+    known of them (see `Guarded`).
     """
 
-    __slots__ = ("form", "shape", "wild")
+    __slots__ = ("fact", "form", "root", "shape", "wild")
 
     def __init__(self, shape: Sequence[int], form: Form = (), wild: np.ndarray | None = None):
         self.shape, self.form = tuple(shape), form
         self.wild = None if wild is None or not wild.any() else shrunk(wild)
+        self.fact: Any = None
+        self.root: Root | None = None
 
     @property
     def all_wild(self) -> bool:
@@ -121,16 +132,32 @@ class Nudged(Value):
         self.base, self.epsilon, self.pin = base, epsilon, pin
 
 
+class Guarded(Value):
+    """where(v == 0, c, v): pinned by c, unless it divides a value that is 0 wherever v is."""
+
+    __slots__ = ("base", "pin", "shape")
+
+    def __init__(self, base: Scale, pin: Callable[[], Scale]):
+        self.base, self.pin, self.shape = base, pin, base.shape
+
+    def divides(self, value: Any) -> bool:
+        """Whether the value is 0 wherever v is: min(|a|, |b|) is, for v = max(|a|, |b|)."""
+        fact = self.base.fact
+        return fact is not None and getattr(value, "fact", None) == ("min", *fact[1:])
+
+
 class Peek(Value):
     """A truth value that depends on values of scales `looked`, but not on their scale.
 
     Only a gate that picks between multiples of those same values leaves no other trace of it.
     """
 
-    __slots__ = ("shape", "looked")
+    __slots__ = ("fact", "looked", "root", "shape")
 
     def __init__(self, shape: Sequence[int], looked: Form):
         self.shape, self.looked = tuple(shape), looked
+        self.root: Root | None = None
+        self.fact: Any = None  # ("zero", key): whether the value of that key is 0
 
 
 def constant(value: Any) -> Scale:
@@ -145,6 +172,16 @@ def constant(value: Any) -> Scale:
     if jnp.issubdtype(dtype, jnp.floating):
         array = array.astype(np.float64)  # NumPy has no isfinite for the 8- and 16-bit floats
     return Scale(shape, (), (array == 0) | ~np.isfinite(array))
+
+
+def uniform(value: Any) -> bool:
+    """Whether a floating-point array is zero everywhere, or infinite, or NaN."""
+    if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return False
+    array = np.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(np.float64)
+    return bool((array == 0).all() or np.isinf(array).all() or np.isnan(array).all())
 
 
 # --- arrays that broadcast ------------------------------------------------------------

@@ -10,7 +10,7 @@
 | `fisher_rao_norm` | ⟨w, F(w) w⟩^{1/2} | invariant |
 | `margins` | f_y − max over the other outputs | invariant |
 
-`rescaling_invariance` checks the last column for any measure. φ_p is the least γ_{p,∞} on the orbit.
+`rescaling_invariance` checks the last column for any measure. φ_p is the least γ_{p,∞} of all.
 
 Units and layers are read off the program. A unit is what a product with weights gives: a column of
 a dense kernel or a channel (once, not per position), with the bias. Terms of one sum are one unit.

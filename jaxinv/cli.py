@@ -5,12 +5,16 @@
 and its numbers. ``jaxinv inspect MODULE:NAME`` reports on the user's own network, see
 :mod:`jaxinv.inspection`. ``jaxinv report`` makes a page of
 either, see :mod:`jaxinv.pages`. A mistake of the user ends in one message and exit code 2.
+
+The command sets ``OPENBLAS_NUM_THREADS=1`` where it is not set: LAPACK's threads wait for XLA's,
+and on a busy machine an SVD takes many times as long. Importing jaxinv changes no variable.
 """
 
 import argparse
 import contextlib
 import importlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -20,6 +24,7 @@ from typing import Any
 
 import jaxinv
 from jaxinv._extras import require
+from jaxinv._text import printable, printable_json
 from jaxinv.errors import JaxinvError
 from jaxinv.experiments import EXPERIMENTS
 
@@ -38,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["reproduce", "path-sgd", "--data", "nowhere", "--out", tempfile.mkdtemp()])
         2
     """
+    # In time: jaxlib loads scipy's LAPACK, which reads this then, with the first decomposition.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(argv).parse_args(argv)
     try:
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments
         )
     except (JaxinvError, OSError) as error:
-        print(f"jaxinv: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"jaxinv: error: {_shown(error)}", file=sys.stderr)  # noqa: T201
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         if arguments.command == "reproduce":
@@ -111,16 +118,17 @@ def _report(arguments: argparse.Namespace) -> None:
         text = pages.model_page(*network, title=title, rank_limit=limit)
     with files.replacing(arguments.out) as new:
         new.write_text(text, encoding="utf-8")
-    print(f"wrote {arguments.out}")  # noqa: T201
+    print(f"wrote {_shown(arguments.out)}")  # noqa: T201
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from jaxinv import inspection
 
     report = inspection.inspect(*inspection.load(arguments.target))
-    text = str(report)
+    text = _shown(report)
     if arguments.json:
-        text = json.dumps(report.as_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        content = json.dumps(report.as_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        text = printable_json(content)
     print(text)  # noqa: T201
 
 
@@ -152,7 +160,12 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         with files.replacing(figure) as new:
             module.plot(result, new)
     report.print_table(module.table(result))
-    print(f"wrote {figure} and {config.out / 'results.json'}")  # noqa: T201
+    print(f"wrote {_shown(figure)} and {_shown(config.out / 'results.json')}")  # noqa: T201
+
+
+def _shown(message: object) -> str:
+    """A message, whatever the files and parameters in it are called."""
+    return printable(str(message), keep="\n")
 
 
 class _Terminated(BaseException):

@@ -39,7 +39,7 @@ from jaxinv.jacobians import (
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 Likelihood = Literal["softmax", "gaussian", "bernoulli", "poisson"]
-Solver = Literal["auto", "exact", "cg"]
+Solver = Literal["auto", "exact", "cr"]
 
 # Up to this many parameters "auto" takes an SVD; beyond, a product at a time.
 _DENSE_PARAMETERS = 2000
@@ -194,9 +194,9 @@ class NaturalGradient(NamedTuple):
     """
 
     v: PyTree  # like params: (F + damping)⁺ gradient
-    rank: Array  # int32: singular values of Z that count; -1 from "cg", which does not know them
+    rank: Array  # int32: singular values of Z that count; -1 from "cr", which does not know them
     residual: Array  # float: ‖(F + damping) v − gradient‖/‖gradient‖, before v is rounded
-    iterations: Array  # int32: of "cg"; 0 from "exact"
+    iterations: Array  # int32: of "cr"; 0 from "exact"
 
 
 def natural_gradient_direction(
@@ -228,16 +228,17 @@ def natural_gradient_direction(
         damping: λ ≥ 0, a number or a traced scalar. It breaks the invariance; see
             `jaxinv.equivariance_error`.
         solver: "exact" takes the singular values of Z (n·out × d), or, where it has more rows than
-            columns, of the triangle of its QR factorisation, streamed. "cg" is the conjugate
-            residual form of conjugate gradients, from 0, with products F v and the memory of some
-            ten copies of params. "auto" is "exact" up to 2000 parameters.
+            columns, of the triangle of its QR factorisation, streamed. "cr" is the method of
+            conjugate residuals, from 0, with products F v and the memory of some ten copies of
+            params: a Krylov method like conjugate gradients, but what it makes smaller in every
+            step is the residual. "auto" is "exact" up to 2000 parameters.
         rtol: "exact" without damping counts singular values of Z up to rtol·σ_1 as zero; by default
             8·max(n·out, d) roundings.
-        max_iterations, tol: of "cg", which stops at a residual of tol, or when what is left of the
+        max_iterations, tol: of "cr", which stops at a residual of tol, or when what is left of the
             gradient is null to F within tol. Look at `residual` and `iterations`: an
             ill-conditioned F without damping takes many more than 100.
         dtype: precision inside, float64 (in a scope of its own) or float32. By default float64 for
-            "exact"; for "cg" that of params, at least float32.
+            "exact"; for "cr" that of params, at least float32.
         chunk: examples at a time in "exact".
 
     Returns:
@@ -249,8 +250,10 @@ def natural_gradient_direction(
             max_iterations < 1, or a gradient unlike params.
 
     References:
-        Amari 1998; Martens 2020 (see `fisher`); conjugate gradients on F: Martens,
-        "Deep learning via Hessian-free optimization", ICML 2010; the pseudo-inverse solution from
+        Amari 1998; Martens 2020 (see `fisher`); Krylov methods on F: Martens,
+        "Deep learning via Hessian-free optimization", ICML 2010; conjugate residuals: Stiefel,
+        "Relaxationsmethoden bester Strategie zur Lösung linearer Gleichungssysteme", Commentarii
+        Mathematici Helvetici 29, 1955; the pseudo-inverse solution from
         minimal residuals: Liu, Milzarek, Roosta, "Obtaining pseudo-inverse solutions with MINRES"
         (arXiv:2309.17096).
 
@@ -283,7 +286,7 @@ def natural_gradient_direction(
             found = _exact(fn, params, x, gradient, likelihood, lam, rtol, chunk, dtype)
         else:
             product = _operator(fn, params, x, likelihood)
-            found = _conjugate(product, gradient, lam, max_iterations, tol)
+            found = _conjugate_residuals(product, gradient, lam, max_iterations, tol)
         v = jax.tree.map(lambda a, dtype: a.astype(dtype), found.v, dtypes)
         return found._replace(v=v, residual=found.residual.astype(own))
 
@@ -370,7 +373,7 @@ def _exact(
     return NaturalGradient(unflatten(v, params), rank, residual, jnp.zeros((), jnp.int32))
 
 
-def _conjugate(
+def _conjugate_residuals(
     product: Callable[[PyTree], PyTree],
     gradient: PyTree,
     damping: Array,

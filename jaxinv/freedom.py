@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names
+from jaxinv._draws import own_draws
 from jaxinv._precision import call_in
 from jaxinv._rank_evidence import column_sizes, known_ambiguities
 from jaxinv.errors import InvalidInput
@@ -136,6 +137,7 @@ def degrees_of_freedom(
         fn, params, x, method=method, rtol=rtol, dtype=dtype, chunk=chunk, batch_axis=batch_axis
     )
     dtype = jnp.dtype(dtype)
+    fn = own_draws(fn, params, x, dtype)
 
     def split(params: Params, x: Inputs) -> tuple[Array, Array]:
         problem = problem_of(fn, params, x, batch_axis)
@@ -232,7 +234,8 @@ def saturating_inputs(
         A `Saturation`.
 
     Raises:
-        InvalidInput: as for `jacobian_rank`, or for integer inputs given by their shape alone.
+        InvalidInput: as for `jacobian_rank`; for integer inputs given by their shape alone; inside
+            of `jit`, `vmap` or `grad`, where no rank is known that could decide the number.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -242,6 +245,12 @@ def saturating_inputs(
         (1, 1)
     """
     check_params(params)
+    given = (params, key, *jax.tree.leaves([] if callable(x) else x))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        raise InvalidInput(
+            "saturating_inputs decides by the ranks how many inputs it takes, so it cannot run "
+            "inside jit, vmap or grad: call it outside, and pass its x on."
+        )
     draw, most = _drawing(x, integer("max_examples", max_examples, 1))
     key = jax.random.key(0) if key is None else key
     d = sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params))

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinv import _checks, _scaled
-from jaxinv._orbit_minimum import Problem, Weights, minimize, most_terms, total
+from jaxinv._orbit_minimum import Problem, Weights, least_norm, minimize, most_terms, total
 from jaxinv._scaling_action import transpose
 from jaxinv._units import Units, units_of
+from jaxinv._varying import together
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling import (
     RescalingGroup,
@@ -72,11 +73,6 @@ def _positive(value: float) -> bool:
     return 0 < value < float("inf")
 
 
-def _logs(leaves: Sequence[Array], power: float) -> Weights:
-    dtype = _scaled.working_dtype(leaves)
-    return Weights([power * jnp.log(abs(leaf.astype(dtype))) for leaf in leaves])
-
-
 def _tolerance(tol: float | None, leaves: Sequence[Array]) -> float:
     if tol is None:
         return default_tolerance(_scaled.working_dtype(leaves))
@@ -125,10 +121,7 @@ def balance(
     norm = _checks.real("norm", norm, _positive, "a fixed number > 0")
     leaves = checked_leaves(group, params, "params", finite=True)
     tol = _tolerance(tol, leaves)
-    weights = _logs(leaves, norm)
-    zero = jnp.zeros(group.dim, weights.logs[0].dtype)
-    problem = Problem(group, weights, 1.0, zero, most_terms(group))
-    v, log_sum, steps, error = minimize(problem, tol)
+    v, log_sum, steps, error = least_norm(group, leaves, norm, tol)
     u = v / norm
     return Gauge(rescale(group, params, u), u, jnp.exp(log_sum), steps, error, error <= tol)
 
@@ -235,7 +228,7 @@ def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge
         {'a': 1.0, 'b': 4.0, 'in': 1.0, 'out': 4.0}
     """
     norm = _checks.real("norm", norm, _positive, "a fixed number > 0")
-    weights = _logs(checked_leaves(group, params, "params", finite=True), norm)
+    weights = Weights.powers(checked_leaves(group, params, "params", finite=True), norm)
     v, steps, error = _unit_norms(group, weights, *units_of(group))
     u, converged = v / norm, error <= default_tolerance(v.dtype)
     return Gauge(rescale(group, params, u), u, error, steps, error, converged)
@@ -269,7 +262,8 @@ def _unit_norms(
     def error_of(found: Array) -> Array:
         return jnp.max(abs(jnp.expm1(found)), initial=0.0)
 
-    v, found, steps = lax.while_loop(unfinished, step, (v, log_sums(v), jnp.zeros((), jnp.int32)))
+    state = together(v, log_sums(v), jnp.zeros((), jnp.int32))
+    v, found, steps = lax.while_loop(unfinished, step, state)
     return v, steps, error_of(found)
 
 

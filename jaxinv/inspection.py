@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import _checks, _scaled
+from jaxinv._text import printable
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.paths import log_path_norm
 from jaxinv.rescaling import RescalingGroup, rescaling_group, summed_to
@@ -50,25 +51,26 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         """The report, for people."""
-        width = max(len(name) for name, _, _ in self.leaves)
+        leaves = [(printable(name), shape, dtype) for name, shape, dtype in self.leaves]
+        width = max(len(name) for name, _, _ in leaves)
         lines = [f"{self.parameters} parameters"]
-        for name, shape, dtype in self.leaves:
+        for name, shape, dtype in leaves:
             size = f"{math.prod(shape):>9}"
             lines.append(f"  {name:<{width}} {size}  {dtype}{list(shape)}")
         lines.append(f"rescaling group of dimension {self.dimension}")
         for layer in self.layers:
             low, median, high = layer.ratio
-            lines.append(f"  {layer.generators} scale the outputs of {layer.name}")
+            lines.append(f"  {layer.generators} scale the outputs of {printable(layer.name)}")
             spread = f"{low:.3g} to {high:.3g}, median {median:.3g}"
             lines.append(f"    incoming/outgoing norm of a unit: {spread}")
-            lines += [f"    {example}" for example in layer.examples]
+            lines += [f"    {printable(example)}" for example in layer.examples]
             more = layer.generators - len(layer.examples)
             lines += [f"    and {more} more"] if more else []
-        lines += [f"  unused: {name}" for name in self.unused]
-        lines += [f"  pinned by {name} at {where}" for name, where in self.pinned_by]
+        lines += [f"  unused: {printable(name)}" for name in self.unused]
+        lines += [f"  pinned by {name} at {printable(where)}" for name, where in self.pinned_by]
         if self.log_path_norm is None:
             lines.append("path norm refused:")
-            lines += [f"  {line}" for line in str(self.refused).splitlines()]
+            lines += [f"  {printable(line)}" for line in str(self.refused).split("\n")]
         else:
             decimal = self.log_path_norm / math.log(10)
             lines.append(f"path norm 10^{decimal:.4g} (p = 2)")

@@ -30,6 +30,7 @@ from jaxinv import _kernel_factors
 from jaxinv._batch import leading
 from jaxinv._checks import check_inputs, integer, one_of
 from jaxinv._problem import Problem, flatten, outputs_of, problem_of, unflatten
+from jaxinv._varying import together, varies, varying_like
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params
 
@@ -49,7 +50,7 @@ def _rows_of_one(problem: Problem, params: Params, example: Inputs) -> Array:
     """(out, d) of one example, by reverse mode."""
     x, dtype = jax.tree.map(lambda a: a[None], example), problem.dtype
     y, pull = jax.vjp(lambda w: outputs_of(problem.fn, w, x, dtype)[0], params)
-    (rows,) = jax.vmap(pull)(jnp.eye(y.size, dtype=dtype))
+    (rows,) = jax.vmap(pull)(varying_like(jnp.eye(y.size, dtype=dtype), y))
     return jax.vmap(lambda row: flatten(row, dtype))(rows)
 
 
@@ -59,7 +60,7 @@ def _rows_whole(problem: Problem, params: Params, chunk: int) -> Array:
     y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, dtype).ravel(), params)
 
     def row(i: Array) -> Array:
-        (g,) = pull(jnp.zeros_like(y).at[i].set(1))
+        (g,) = pull(varying_like(jnp.zeros_like(y).at[i].set(1), y))
         return flatten(g, dtype)
 
     return lax.map(row, jnp.arange(problem.rows), batch_size=chunk)
@@ -71,7 +72,7 @@ def _columns(problem: Problem, params: Params, chunk: int) -> Array:
 
     def column(i: Array) -> Array:
         one_hot = jnp.zeros(problem.parameters, dtype).at[i].set(1)
-        tangent = unflatten(one_hot, params)
+        tangent = unflatten(varying_like(one_hot, params), params)
         f = lambda w: outputs_of(fn, w, x, dtype).ravel()  # noqa: E731
         return jax.jvp(f, (params,), (tangent,))[1]
 
@@ -117,6 +118,7 @@ def jacobian(
     """
     one_of("mode", mode, ("auto", "fwd", "rev"))
     _check_chunk(chunk)
+    params, x = together(params, x)
     problem = problem_of(fn, params, x, batch_axis)
     passes = problem.outputs if problem.apart else problem.rows
     if mode == "fwd" or (mode == "auto" and passes > problem.parameters):
@@ -161,6 +163,8 @@ def fold_rows(
         10.0
     """
     _check_chunk(chunk)
+    params, x = together(params, x)
+    start = varying_like(start, params)
     problem = problem_of(fn, params, x, batch_axis)
     if not problem.apart:
         return add(start, _rows_whole(problem, params, chunk))
@@ -316,9 +320,11 @@ def tangent_kernel(
          [11. 25.]]
     """
     _check_chunk(chunk)
+    params, x, x2 = together(params, x, x2)
     problem = problem_of(fn, params, x, batch_axis)
     network, x, dtype = problem.fn, problem.x, problem.dtype
-    if not problem.apart:
+    # A program that is taken apart is traced on shapes, which do not vary over devices.
+    if not problem.apart or varies(params):
         left = jacobian(network, params, x, chunk=chunk)
         right = left if x2 is None else jacobian(fn, params, x2, chunk=chunk, batch_axis=batch_axis)
         return jnp.matmul(left, right.T, precision=_EXACT)
@@ -402,6 +408,7 @@ def jacobian_operator(
         >>> bool(jnp.allclose(J.matvec(v), jacobian(networks.mlp, w, x) @ v, rtol=1e-4))
         True
     """
+    params, x = together(params, x)
     problem = problem_of(fn, params, x, batch_axis)
 
     def f(w: Params) -> Array:
@@ -415,9 +422,9 @@ def jacobian_operator(
         push = lambda tangent: transposed(tangent)[0]  # noqa: E731
 
     def matvec(v: Array) -> Array:
-        return push(unflatten(v, params))
+        return push(varying_like(unflatten(v, params), params))
 
     def rmatvec(c: Array) -> Array:
-        return flatten(pull(c)[0], problem.dtype)
+        return flatten(pull(varying_like(c, y))[0], problem.dtype)
 
     return JacobianOperator(matvec, rmatvec, (problem.rows, problem.parameters))

@@ -21,6 +21,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxinv import _checks
+from jaxinv._langevin import langevin_step, standard_normal
 from jaxinv.errors import InvalidInput
 from jaxinv.fisher import Likelihood, whitened
 from jaxinv.ranks import jacobian_rank
@@ -86,8 +87,9 @@ def local_learning_coefficient(
             "sgld", stochastic gradients on minibatches, for large data, biased by the step size.
         batch_size: of the minibatches, for "sgld"; their examples are drawn with replacement.
         num_chains, num_steps, num_warmup: chains run side by side under `vmap`.
-        step_size: ε of a step w += ε∇log p/2 + ε^{1/2}·noise: for "sgld" it is used as given and
-            needed; for "mala" it is where the warm-up starts, by default 1/(nβ + γ).
+        step_size: ε of a step w += ε∇log p + (2ε)^{1/2}·noise, as in `jaxinv.sampling`: for "sgld"
+            it is used as given and needed; for "mala" it is where the warm-up starts, by default
+            1/(2(nβ + γ)).
         scales: "mala" draws every step size log-uniformly from this many decades up to ε, since
             singular minima are narrow in some places and wide in others. 0 for one step size.
 
@@ -145,7 +147,7 @@ def local_learning_coefficient(
     if not isinstance(at_center, jax.core.Tracer) and not bool(jnp.isfinite(at_center)):
         raise InvalidInput(f"loss is {at_center} at params, where the chains start.")
     slope = jax.value_and_grad(potential, has_aux=True)
-    start = 1 / (scale + localization) if step_size is None else step_size
+    start = 0.5 / (scale + localization) if step_size is None else step_size
     keys = jax.random.split(key, num_chains)
     if sampler == "mala":
         chain = _mala(lambda w: slope(w, data), center, start, scales, num_warmup, num_steps)
@@ -181,11 +183,11 @@ def _mala(
         # Each size is a kernel that leaves the posterior invariant, and so is their mixture.
         drawn = jax.random.uniform(scale_key, (), dtype) * scales * np.log(10.0)
         step = jnp.exp(log_step - drawn)
-        noise = jax.random.normal(noise_key, w.shape, dtype)
-        moved = w - step / 2 * gradient + jnp.sqrt(step) * noise
+        noise = standard_normal(noise_key, w)
+        moved = langevin_step(w, -gradient, noise, step)
         (new_energy, new_found), new_gradient = slope(moved)
-        back = w - moved + step / 2 * new_gradient
-        log_ratio = energy - new_energy + (jnp.sum(noise**2) - jnp.sum(back**2) / step) / 2
+        back = w - moved + step * new_gradient
+        log_ratio = energy - new_energy + jnp.sum(noise**2) / 2 - jnp.sum(back**2) / (4 * step)
         accept_rate = jnp.where(jnp.isfinite(log_ratio), jnp.exp(jnp.minimum(log_ratio, 0)), 0)
         accepted = jax.random.uniform(accept_key, (), dtype) < accept_rate
         new = (moved, (new_energy, new_found), new_gradient)
@@ -234,8 +236,8 @@ def _sgld(
             rows = jax.random.randint(row_key, (batch_size,), 0, count)
             batch = jax.tree.map(lambda a: a[rows], data)
             (_, found), gradient = slope(w, batch)
-            noise = jax.random.normal(noise_key, w.shape, w.dtype)
-            return w - step / 2 * gradient + step**0.5 * noise, found
+            noise = standard_normal(noise_key, w)
+            return langevin_step(w, -gradient, noise, step), found
 
         _, losses = jax.lax.scan(move, center, jax.random.split(key, num_warmup + num_steps))
         one = jnp.ones((), center.dtype)

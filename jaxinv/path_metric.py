@@ -23,8 +23,8 @@ import optax
 from jax.scipy.sparse.linalg import cg
 
 from jaxinv import _scaled
-from jaxinv._batch import input_shapes
 from jaxinv._checks import (
+    abstract_batch_of_one,
     check_like,
     check_params,
     check_start,
@@ -248,7 +248,6 @@ def scale_by_path_metric(
     max_iterations: int = 50,
     tol: float = 1e-5,
     damping: float | Array = 0.0,
-    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Turn each gradient g into G⁺g: steepest descent in the metric of the path lift.
 
@@ -257,8 +256,8 @@ def scale_by_path_metric(
 
     Args:
         fn: the network `fn(params, x) -> y`, deterministic.
-        x: inputs with a batch axis; only shapes and dtypes are kept.
-        batch_axis: as for `jaxinv.path_norm`.
+        x: inputs with a leading batch axis (else see `jaxinv.batch_first`); only shapes and dtypes
+            are kept.
         max_iterations, tol, damping: see `path_metric_solve`.
 
     Returns:
@@ -289,7 +288,7 @@ def scale_by_path_metric(
         >>> [round(a.item(), 5) for a in v]
         [0.16667, 0.25]
     """
-    shapes = input_shapes(x, batch_axis)
+    shapes = abstract_batch_of_one(x)
     _check_solver(max_iterations, tol, damping)
 
     def init_fn(params: Params) -> ScaleByPathMetricState:
@@ -319,7 +318,6 @@ def scale_by_path_metric(
             max_iterations=max_iterations,
             tol=tol,
             damping=damping,
-            batch_axis=batch_axis,
         )
         v = jax.tree.map(lambda a, u: a.astype(u.dtype), solved.v, updates)
         residual = solved.residual.astype(state.residual.dtype)
@@ -338,7 +336,6 @@ def path_metric_sgd(
     max_iterations: int = 50,
     tol: float = 1e-5,
     damping: float | Array = 0.0,
-    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Steepest descent in the path metric: Δw = −η (G + damping·diag κ)⁺ ∂L/∂w.
 
@@ -378,7 +375,7 @@ def path_metric_sgd(
         True
     """
     precondition = scale_by_path_metric(
-        fn, x, max_iterations=max_iterations, tol=tol, damping=damping, batch_axis=batch_axis
+        fn, x, max_iterations=max_iterations, tol=tol, damping=damping
     )
     accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
     chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))

@@ -31,7 +31,6 @@ from jaxinv._batch import TracedNetwork, leading, traced_network
 from jaxinv._path_domain import PathDomain
 from jaxinv._path_values import Paths, Weight, as_paths
 from jaxinv._scaled import Scaled
-from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 # Slopes of mantissas are shares of γ^p and so at most of the order of one: they start from this
@@ -314,14 +313,7 @@ def unit_path_norms(
     """
     problem = _prepare(fn, params, x, p, batch_axis)
     outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
-    norms = []
-    for out in outputs:
-        if out.mantissa.ndim == 0 or out.mantissa.shape[0] != 1:
-            raise InvalidInput(
-                f"fn's output has shape {out.mantissa.shape} for one example, so it has no leading "
-                "batch axis and no per-example units. Return (batch, ...) outputs."
-            )
-        norms.append(_scaled.root(Scaled(out.mantissa[0], out.exponent), float(p)))
+    norms = [_scaled.root(Scaled(out.mantissa[0], out.exponent), float(p)) for out in outputs]
     return jax.tree.unflatten(problem.network.program.trace.output_tree, norms)
 
 

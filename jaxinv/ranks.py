@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
+from jaxinv._draws import own_draws
 from jaxinv._exact import MOST_STEPS, check_known, exact_rank
 from jaxinv._precision import as_dtype, call_in, in_precision
 from jaxinv._rank_evidence import (
@@ -200,6 +201,7 @@ def jacobian_spectrum(
     if method not in ("svd", "tsqr", "gram"):
         raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
     _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
 
     def spectrum(params: Params, x: Inputs) -> Array:
         problem = problem_of(fn, params, x, batch_axis)
@@ -376,6 +378,7 @@ def jacobian_rank(
     if rtol is not None:
         rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
     _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
     if method == "exact":
         if rtol is not None:
             raise InvalidInput("method='exact' compares nothing with a tolerance: leave rtol out.")

@@ -38,6 +38,7 @@ from jaxinv._scaling_action import (
 )
 from jaxinv._scaling_domain import ScalingDomain
 from jaxinv._scaling_group import assembled
+from jaxinv._scaling_shifts import cancelled
 from jaxinv._scaling_states import is_masked, like, transport
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
@@ -50,6 +51,7 @@ def rescaling_group(
     *,
     ignore_epsilon: bool = False,
     batch_axis: int | None = 0,
+    trust_zeros: bool = False,
 ) -> RescalingGroup:
     """All positive elementwise rescalings of the parameters that leave a network unchanged.
 
@@ -68,21 +70,28 @@ def rescaling_group(
             `group.ignored`.
         batch_axis: the axis of every input that counts examples, 0 by default; None if x is one
             input without such an axis.
+        trust_zeros: an array of floats that `fn` closes over and that is zero everywhere (running
+            means before training) counts as generic numbers by default, so that the group also fits
+            the trained network. With True its zeros count, and the group holds only as long as they
+            stay zero. Zeros among other numbers (masks) always count. What the group rests on is in
+            `group.relies_on`.
 
     Returns:
         A `RescalingGroup`. Its generators have small integer exponents, ordered from the input to
         the output; in a dense ReLU network there is one per hidden unit, and `exp(u_j)` is the
         factor of the unit's activation.
         Parameters that the function cannot depend on (unused leaves, kernel taps that only ever see
-        padding) would be free to scale one by one. They are left out, and named in `group.unused`.
+        padding, a bias of attention keys, which softmax subtracts again) would be free to scale one
+        by one. They are left out, and named in `group.unused`.
 
     Raises:
         InvalidInput: for integer, NaN or missing params, or x without a batch axis.
 
     Notes:
         Every generator is exact. The converse is a theorem for operations with a rule, applied to
-        values that do not cancel. Not recognised: parameters whose influence cancels (the bias in
-        front of a batch normalisation), and units that are computed but not used.
+        values that do not cancel. A leaf that is only added, and subtracted again with a mean or a
+        maximum, is recognised as dead; not recognised are other ways to cancel (the bias in front
+        of a batch normalisation), and units that are computed but not used.
         Under `jit` constants of `fn` may be traced; their zeros are then not seen.
 
     References:
@@ -103,15 +112,21 @@ def rescaling_group(
         in out 2 → mid in 2
     """
     _checks.check_params(params, values=False)
-    network = traced_network(fn, params, leading(x, batch_axis), batch_axis)
-    program = network.program
-    domain = ScalingDomain(ignore_epsilon)
+    program = traced_network(fn, params, leading(x, batch_axis), batch_axis).program
+    domain = ScalingDomain(ignore_epsilon, trust_zeros)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
     names = _checks.leaf_names(params, "")
     names = [name or "params" for name in names]
     leaves = [scaling.Leaf(name, shape) for name, shape in zip(names, shapes, strict=True)]
     inputs = [scaling.Scale(s.shape) for s in program.inputs]
-    fresh = [scaling.Fresh(leaf, leaf.shape) for leaf in leaves]
+    # The function is the same with 0 in place of what cancels anyhow.
+    dead = cancelled(program.trace, shapes)
+    fresh = [
+        scaling.Scale(leaf.shape, (), np.ones((1,) * len(leaf.shape), bool))
+        if gone
+        else scaling.Fresh(leaf, leaf.shape)
+        for leaf, gone in zip(leaves, dead, strict=True)
+    ]
     outputs = _jaxpr.interpret(program.trace, fresh, inputs, domain)
     for output in outputs:
         scale = domain.scale(output)

@@ -1,6 +1,6 @@
 """Markov chains for posteriors of networks: many under `vmap`, in blocks that survive a crash.
 
-The algorithms are blackjax's and the diagnostics arviz's: `pip install 'jaxinv[bayes]'`. What is
+NUTS is blackjax's and the diagnostics are arviz's: `pip install 'jaxinv[bayes]'`. What is
 added is what a long run needs. Chains run side by side; draw i of chain c has a random key that
 depends on the seed, c and i alone; after each block of draws the block and the state are written to
 a file of their own, so an interrupted run goes on with the same draws, bit for bit, and a finished
@@ -22,6 +22,7 @@ import numpy as np
 from jaxinv import _checkpoint
 from jaxinv._checks import check_params, integer, real
 from jaxinv._extras import require
+from jaxinv._langevin import langevin_step, standard_normal
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Params, PyTree
 
@@ -262,7 +263,9 @@ def sample_sgld(
         gradient: `gradient(params, key)`, an unbiased estimate of ∇ log density.
         params: starts, leaves (chains, ...).
         key: a jax random key.
-        step_size: ε; the law that is sampled is off by an amount that tends to 0 with it.
+        step_size: ε, as in blackjax and in `jaxinv.local_learning_coefficient`; what Welling and
+            Teh call ε is twice this. The law that is sampled is off by an amount that tends to 0
+            with it: a normal law of variance v gets v/(1 − ε/(2v)).
         num_samples: draws kept per chain.
         num_warmup: draws left out before.
         thin: steps per draw.
@@ -274,7 +277,6 @@ def sample_sgld(
     Raises:
         InvalidInput: for bad params, sizes or step size, and for a checkpoint that is damaged or of
             another configuration.
-        MissingExtra: without blackjax.
 
     References:
         Welling, Teh, "Bayesian learning via stochastic gradient Langevin dynamics", ICML 2011.
@@ -287,16 +289,14 @@ def sample_sgld(
         >>> bool(abs(found.params.mean() - 3) < 0.5)
         True
     """
-    blackjax = _library("blackjax")
     _check_positive(num_samples=num_samples, block=block, thin=thin)
     integer("num_warmup", num_warmup, 0)
     step_size = real("step_size", step_size, lambda s: 0 < s < float("inf"), "positive and finite")
     starts = _checked_starts(params)
-    kernel = blackjax.sgld(lambda w, key: gradient(w, key))
 
     def step(key: Array, w: Params) -> tuple[Params, tuple]:
         noise_key, batch_key = jax.random.split(key)
-        w = kernel.step(noise_key, w, batch_key, step_size)
+        w = langevin_step(w, gradient(w, batch_key), standard_normal(noise_key, w), step_size)
         dtype = jnp.result_type(*jax.tree.leaves(w))
         nan, one = jnp.full((), jnp.nan, dtype), jnp.ones((), dtype)
         finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(w)]).all()

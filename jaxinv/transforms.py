@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from jaxinv._batch import input_shapes
+from jaxinv._checks import abstract_batch_of_one
 from jaxinv._kappa_scaling import NEEDS_PARAMS, check_options, scale_by
 from jaxinv._scaled import Scaled
 from jaxinv.data_paths import check_alpha, check_probes, scaled_data_kappa
@@ -35,7 +35,6 @@ def scale_by_path_kappa(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
-    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide each gradient by κ_e^{2/p}: the core of Path-SGD.
 
@@ -44,8 +43,8 @@ def scale_by_path_kappa(
 
     Args:
         fn: the network `fn(params, x) -> y`, deterministic (no dropout, frozen normalisation).
-        x: inputs with a batch axis; only shapes and dtypes are kept.
-        batch_axis: as for `jaxinv.path_norm`.
+        x: inputs with a leading batch axis (else see `jaxinv.batch_first`); only shapes and dtypes
+            are kept.
         p: exponent of the path norm, a fixed real number >= 1.
         every: recompute κ at every this many updates; in between the last one is used. Between
             refreshes the update is invariant only to first order, since κ lags behind w.
@@ -85,12 +84,12 @@ def scale_by_path_kappa(
         >>> [round(u.item(), 6) for u in updates]  # −0.1·9/3² and −0.1·4/2²
         [-0.1, -0.1]
     """
-    shapes = input_shapes(x, batch_axis)
+    shapes = abstract_batch_of_one(x)
     check_options(p, every, zero_kappa)
 
     def kappas_of(params: Params, count: Array, batch: Inputs | None) -> list[Scaled]:
         del count, batch
-        return scaled_kappa(fn, params, shapes, float(p), batch_axis=batch_axis, streaming=True)
+        return scaled_kappa(fn, params, shapes, float(p), streaming=True)
 
     return scale_by(kappas_of, float(p), every, eps, zero_kappa, match_gradient_norm, mask)
 
@@ -108,7 +107,6 @@ def path_sgd(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
-    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Path-SGD: Δw_e = −η/κ_e^{2/p} · ∂L/∂w_e, optionally with momentum.
 
@@ -118,8 +116,7 @@ def path_sgd(
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, x, p, every, eps, zero_kappa, match_gradient_norm, mask, batch_axis: see
-            `scale_by_path_kappa`.
+        fn, x, p, every, eps, zero_kappa, match_gradient_norm, mask: see `scale_by_path_kappa`.
         momentum: decay of the running sum, or None for none.
         nesterov: use Nesterov's form of momentum.
 
@@ -166,7 +163,6 @@ def path_sgd(
         zero_kappa=zero_kappa,
         match_gradient_norm=match_gradient_norm,
         mask=mask,
-        batch_axis=batch_axis,
     )
     return _with_momentum(precondition, learning_rate, momentum, nesterov)
 
@@ -194,7 +190,6 @@ def scale_by_data_dependent_path_kappa(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
-    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide each gradient by the data-dependent κ_e: the core of DDP-SGD.
 
@@ -205,7 +200,7 @@ def scale_by_data_dependent_path_kappa(
         alpha, centered, probes: see `data_dependent_path_kappa`. alpha=0 is
             `scale_by_path_kappa`, alpha=1 the diagonal of the Gaussian Fisher information.
         seed: of the random signs, drawn anew at every update.
-        every, eps, zero_kappa, match_gradient_norm, mask, batch_axis: see `scale_by_path_kappa`.
+        every, eps, zero_kappa, match_gradient_norm, mask: see `scale_by_path_kappa`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. `update` needs `params` and `batch`, the inputs
@@ -247,7 +242,6 @@ def scale_by_data_dependent_path_kappa(
             centered=centered,
             probes=probes,
             key=key,
-            batch_axis=batch_axis,
         )
 
     return scale_by(kappas_of, 2.0, every, eps, zero_kappa, match_gradient_norm, mask)
@@ -268,14 +262,13 @@ def data_dependent_path_sgd(
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
     mask: Any = None,
-    batch_axis: int | None = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """DDP-SGD: Δw_e = −η/κ_e · ∂L/∂w_e with the data-dependent κ, optionally with momentum.
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, alpha, centered, probes, seed, every, eps, zero_kappa, match_gradient_norm, mask,
-            batch_axis: see `scale_by_data_dependent_path_kappa`.
+        fn, alpha, centered, probes, seed, every, eps, zero_kappa, match_gradient_norm, mask: see
+            `scale_by_data_dependent_path_kappa`.
         momentum: decay of the running sum, or None for none.
         nesterov: use Nesterov's form of momentum.
 
@@ -319,7 +312,6 @@ def data_dependent_path_sgd(
         zero_kappa=zero_kappa,
         match_gradient_norm=match_gradient_norm,
         mask=mask,
-        batch_axis=batch_axis,
     )
     return _with_momentum(precondition, learning_rate, momentum, nesterov)
 

@@ -14,10 +14,12 @@ from jax import lax
 from jaxinv import (
     InvalidInput,
     UnsupportedOperation,
+    batch_first,
     jacobian,
     jacobian_rank,
     path_kappa,
     path_norm,
+    path_sgd,
     rescale,
     rescaling_group,
     tangent_kernel,
@@ -141,14 +143,14 @@ def flat(tree):
 def test_what_is_not_known_to_keep_examples_apart_mixes_them(fn):
     found = traced_network(fn, W, X)
     assert not found.apart
-    assert isinstance(found.refusal, UnsupportedOperation)
-    assert "along the batch axis" in str(found.refusal) and "test_batch.py" in str(found.refusal)
+    assert isinstance(found.error, UnsupportedOperation)
+    assert "along the batch axis" in str(found.error) and "test_batch.py" in str(found.error)
 
 
 @pytest.mark.parametrize("fn", APART.values(), ids=APART)
 def test_the_program_for_one_example_gives_the_function_where_they_are_apart(fn):
     found = traced_network(fn, W, X)
-    assert found.apart, str(found.refusal)
+    assert found.apart, str(found.error)
     np.testing.assert_allclose(found(W, X), fn(W, X), rtol=1e-5, atol=1e-6)
 
 
@@ -311,3 +313,12 @@ def test_any_callable_will_do(fn):
     np.testing.assert_allclose(path_norm(fn, W, x), path_norm(net, W, x), rtol=1e-6)
     assert int(jacobian_rank(fn, W, x).rank) == 32
     assert rescaling_group(fn, W, x).dim == 8
+
+
+def test_batch_first_serves_optimizers():
+    net_of_time = batch_first(recurrent, 1)
+    optimizer = path_sgd(0.1, net_of_time, SEQUENCES.swapaxes(0, 1))
+    gradients = jax.tree.map(jnp.ones_like, R)
+    updates, _ = optimizer.update(gradients, optimizer.init(R), R)
+    kappa = path_kappa(recurrent, R, SEQUENCES, batch_axis=1)
+    jax.tree.map(lambda u, k: np.testing.assert_allclose(u, -0.1 / k, rtol=1e-5), updates, kappa)

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -129,3 +131,43 @@ def test_an_interrupt_exits_with_130(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli, "_reproduce", interrupt)
     assert cli.main(["reproduce", "path-sgd", "--out", str(tmp_path)]) == 130
+
+
+# A model that says how many threads LAPACK has once jax has used it.
+THREADS = """
+import os, jax.numpy as jnp, threadpoolctl
+jnp.linalg.svd(jnp.ones((9, 9))).S.block_until_ready()
+for pool in threadpoolctl.threadpool_info():
+    if pool["internal_api"] == "openblas" and "numpy.libs" not in pool["filepath"]:
+        print("jax's", pool["num_threads"], "of", os.environ["OPENBLAS_NUM_THREADS"])
+def model():
+    return (lambda w, x: x @ w), jnp.ones((2, 1)), jnp.ones((1, 2))
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "2"])
+def test_the_command_gives_lapack_one_thread_unless_told_otherwise(chosen, tmp_path):
+    """Its threads and XLA's would wait for each other."""
+    pytest.importorskip("threadpoolctl")
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("with one core OpenBLAS has one thread anyway")
+    (tmp_path / "model.py").write_text(THREADS)
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    if chosen is not None:
+        environment["OPENBLAS_NUM_THREADS"] = chosen
+    argv = [sys.executable, "-m", "jaxinv.cli", "inspect", f"{tmp_path / 'model.py'}:model"]
+    run = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=100)
+    assert run.returncode == 0, run.stderr
+    found = [line for line in run.stdout.splitlines() if line.startswith("jax's")]
+    assert found == [f"jax's {chosen or 1} of {chosen or 1}"]
+
+
+def test_importing_jaxinv_changes_no_variable():
+    code = (
+        "import os; names = set(os.environ); import jaxinv, jaxinv.cli; "
+        "print(sorted(name for name in set(os.environ) - names if 'THREADS' in name))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    argv = [sys.executable, "-c", code]
+    run = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=100)
+    assert run.stdout.strip() == "[]", run.stderr

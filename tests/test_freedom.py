@@ -157,3 +157,12 @@ def test_integer_inputs_cannot_be_drawn():
     shape = jax.ShapeDtypeStruct((1, 3), jnp.int32)
     with pytest.raises(InvalidInput, match="integer inputs given by their shape"):
         saturating_inputs(lambda w, x: w[x], jnp.ones(5), shape)
+
+
+def test_the_number_of_saturating_inputs_cannot_be_decided_inside_jit():
+    def found(w):
+        return saturating_inputs(lambda w, x: x @ w, w, jax.ShapeDtypeStruct((1, 2), "float32")).x
+
+    for transformed in (jax.jit(found), jax.vmap(lambda w: found(w[:, None]))):
+        with pytest.raises(InvalidInput, match="decides by the ranks .* call it outside"):
+            transformed(jnp.ones((2, 1)))

@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 
 from jaxinv import (
     InvalidInput,
+    _orbit_minimum,
     balance,
     distance_mod_rescaling,
     log_path_kappa,
@@ -293,3 +294,52 @@ def test_normalize_refuses_a_weight_that_leads_into_several_units(x64):
     with pytest.raises(InvalidInput, match="^c holds weights .* several units"):
         normalize(group, w)
     assert balance(group, w).converged
+
+
+def deep(depth, width=3):
+    """Equal layers, whose group is as long as the network is deep."""
+    keys = jax.random.split(jax.random.key(0), depth)
+    params = [{"w": jax.random.normal(k, (width, width)), "b": jnp.full(width, 0.5)} for k in keys]
+
+    def fn(params, x):
+        for layer in params:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+        return x
+
+    return rescaling_group(fn, params, jnp.ones((1, width))), params
+
+
+def test_the_program_of_balance_is_as_long_for_twenty_layers_as_for_ten(monkeypatch):
+    """Programs that grow with every leaf took minutes to compile for hundreds of layers."""
+    lengths = []
+    for depth in (10, 20):
+        group, params = deep(depth)
+        found = []
+        # Of the iterations alone: shapes on the way in and out cannot but be one by one.
+        monkeypatch.setattr(_orbit_minimum, "_minimize", lambda *a, found=found: found.append(a))
+        with pytest.raises(TypeError, match="NoneType"):
+            balance(group, params)
+        monkeypatch.undo()
+        problem, tol = found[0]
+        text = str(jax.make_jaxpr(_orbit_minimum._minimize)(problem, tol))
+        lengths.append(text.count("\n"))
+    assert lengths[0] == lengths[1] > 0
+
+
+@pytest.mark.parametrize("gauge_of", ["balance", "path_condition"])
+def test_leaves_that_are_minimised_together_give_what_each_alone_gives(gauge_of, monkeypatch, x64):
+    group, params = deep(6)
+    params = jax.tree.map(lambda w: w.astype(np.float64), params)
+
+    def run():
+        if gauge_of == "balance":
+            return balance(group, params)
+        logs = jax.tree.map(lambda w: jnp.sin(7 * w), params)
+        return path_condition(group, params, logs)
+
+    together = run()
+    monkeypatch.setattr(_orbit_minimum, "_stacked", lambda group, weights: (group, weights))
+    alone = run()
+    assert together.converged and alone.converged
+    np.testing.assert_allclose(together.u, alone.u, atol=1e-8)
+    np.testing.assert_allclose(together.value, alone.value, rtol=1e-12)

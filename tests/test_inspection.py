@@ -132,3 +132,46 @@ def test_a_wrong_target_is_one_line(file, name, message, capsys):
 def test_a_target_that_cannot_be_imported_is_refused(target, message):
     with pytest.raises(InvalidInput, match=message):
         load(target)
+
+
+HOSTILE = "w\x1b[2J\x9b31m\nfake line \ud800\u202e λ"
+ESCAPED = r"w\x1b[2J\x9b31m\nfake line \ud800\u202e λ"
+
+
+def test_names_cannot_write_to_the_terminal():
+    w = {HOSTILE: jnp.ones((2, 3)), "out": jnp.ones((3, 1)), HOSTILE + "unused": jnp.ones(1)}
+    report = inspect(lambda w, x: jax.nn.relu(x @ w[HOSTILE]) @ w["out"], w, jnp.ones((1, 2)))
+    text = str(report)
+    assert ESCAPED in text and f"unused: {ESCAPED}unused" in text
+    assert not any(c in text for c in "\x1b\x9b\ud800\u202e") and "\nfake" not in text
+    assert report.leaves[1][0] == HOSTILE  # values are as they are
+
+
+def test_the_command_prints_hostile_names_in_any_form(tmp_path, capsys):
+    path = tmp_path / "model.py"
+    path.write_text(
+        "import jax, jax.numpy as jnp\n"
+        f"NAME = {ascii(HOSTILE)}\n"
+        "def model():\n"
+        "    w = {NAME: jnp.ones((2, 3)), 'out': jnp.ones((3, 1))}\n"
+        "    return (lambda w, x: jax.nn.relu(x @ w[NAME]) @ w['out']), w, jnp.ones((1, 2))\n"
+        "def bad():\n"
+        "    return (lambda w, x: w[NAME]), {NAME: jnp.ones(1, int)}, jnp.ones((1, 2))\n"
+    )
+    assert cli.main(["inspect", f"{path}:model"]) == 0
+    assert ESCAPED in capsys.readouterr().out
+    assert cli.main(["inspect", "--json", f"{path}:model"]) == 0
+    printed = capsys.readouterr().out
+    printed.encode("utf-8")
+    assert "λ" in printed and not any(c in printed for c in "\x1b\x9b\u202e")
+    assert json.loads(printed)["leaves"][1]["name"] == HOSTILE
+    assert cli.main(["inspect", f"{path}:bad"]) == 2
+    error = capsys.readouterr().err
+    error.encode("utf-8")
+    assert "int32" in error and "\x1b" not in error
+    page = tmp_path / "page.html"
+    assert cli.main(["report", f"{path}:model", "--out", str(page)]) == 0
+    written = page.read_text(encoding="utf-8")
+    assert "\x1b" not in written and r"\u001b[2J" in written
+    assert cli.main(["inspect", "no\x1bwhere:model"]) == 2
+    assert r"no\x1bwhere" in capsys.readouterr().err

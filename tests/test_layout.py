@@ -1,6 +1,7 @@
 """The package keeps its shape: imports point one way, modules stay short, imports stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,24 +30,19 @@ LEVELS = [
     {"_exact"},
     {"_exact_domain", "_kernel_factors", "_layers", "_path_domain", "_scaling_domain"},
     {"_exact_gates", "_path_gates", "_path_loops", "_scaling_indexing", "_scaling_loops"},
-    {
-        "_exact_rules",
-        "_layer_rules",
-        "_path_linear",
-        "_scaling_products",
-        "_scaling_reductions",
-        "_scaling_rules",
-    },
+    {"_exact_rules", "_layer_rules", "_path_linear"},
+    {"_scaling_layout", "_scaling_products", "_scaling_reductions", "_scaling_rules"},
+    {"_scaling_cases", "_scaling_linalg", "_scaling_shifts"},
     {"_exact_values", "_layer_values", "_path_values", "_scaling_values"},
     {"_masking"},
-    {"_batch"},
+    {"_batch", "_draws"},
     {"_batch_domain"},
     {"_batch_rules", "_null_spaces", "_path_products", "_path_runs", "_precision"},
     {"_batch_values", "_program"},
-    {"_checkpoint", "_determinants", "_scaled", "_scaling_system", "_stream"},
+    {"_checkpoint", "_determinants", "_langevin", "_scaled", "_scaling_system", "_stream"},
     {"_jaxpr", "networks", "resnet"},
     {"rlct"},
-    {"_checks", "_extras"},
+    {"_checks", "_extras", "_text", "_varying"},
     {"errors", "typing"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -102,3 +98,43 @@ def test_importing_jaxinv_imports_no_extra():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert process.stdout.strip() == "[]"
+
+
+# Resolves every dotted name right after `import jaxinv`, each as if no other had been asked for.
+RESOLVE = """
+import importlib, sys
+import jaxinv
+at_once = set(vars(jaxinv))
+for name in sys.argv[1:]:
+    first, *rest = name.split(".")[1:]
+    value = vars(jaxinv)[first] if first in at_once else jaxinv.__getattr__(first)
+    for part in rest:
+        value = getattr(value, part)
+assert dir(jaxinv) == sorted(dir(jaxinv)) and "bayes" in dir(jaxinv)
+try:
+    jaxinv.no_such_name
+except AttributeError as error:
+    assert str(error) == "module 'jaxinv' has no attribute 'no_such_name'"
+else:
+    raise AssertionError("found no_such_name")
+print("all", len(sys.argv) - 1)
+"""
+
+
+def test_import_jaxinv_is_enough_for_every_name_in_the_documentation():
+    root = PACKAGE.parent
+    if not (root / "docs").is_dir():
+        pytest.skip("the documentation is not in this tree")
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    texts += [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
+    # `jaxinv.bayes.jeffreys_log_prior` in prose; not in imports, which need no attribute.
+    dotted = re.compile(r"(?<![\w/.'-])jaxinv(?:\.[A-Za-z]\w*)+(?!\w|\.(?:py|md|html))")
+    names = {name for text in texts for name in dotted.findall(text)}
+    names |= {f"jaxinv.{p.stem}" for p in PACKAGE.iterdir() if p.suffix in (".py", "")}
+    names = {n for n in names if "._" not in n and "__" not in n}
+    assert {"jaxinv.bayes.jeffreys_log_prior", "jaxinv.rlct"} <= names
+    run = subprocess.run(
+        [sys.executable, "-c", RESOLVE, *sorted(names)], capture_output=True, text=True, timeout=100
+    )
+    assert run.stdout.strip() == f"all {len(names)}", run.stderr

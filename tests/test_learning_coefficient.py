@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinv import InvalidInput
+from jaxinv._langevin import langevin_step, standard_normal
 from jaxinv.experiments.learning_coefficient import DEEP_LINEAR, REDUCED_RANK
 from jaxinv.learning_coefficient import (
     learning_coefficient_bounds,
@@ -13,6 +14,7 @@ from jaxinv.learning_coefficient import (
 )
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.rlct import deep_linear, normal_crossing, reduced_rank
+from jaxinv.sampling import sample_sgld
 
 KEY = jax.random.key(0)
 
@@ -230,3 +232,30 @@ def test_bad_arguments(changed, message):
     }  # fmt: skip
     with pytest.raises(InvalidInput, match=message):
         local_learning_coefficient(**arguments)
+
+
+def test_both_langevin_samplers_have_the_stationary_variance_of_the_discretised_diffusion():
+    """On N(0, 1) w ← (1 − ε)w + √(2ε)·n has variance 2ε/(1 − (1 − ε)²) = 2/(2 − ε)."""
+    for step in (0.5, 1.0):
+        exact = 2 / (2 - step)
+        drawn = sample_sgld(
+            lambda w, key: -w, jnp.zeros((8, 50)), KEY,
+            step_size=step, num_warmup=50, num_samples=500,
+        )  # fmt: skip
+        np.testing.assert_allclose(drawn.params.var(), exact, rtol=0.02)
+        # With nβ = 1 and no localisation the loss ½w² is −log of the density of N(0, 1).
+        found = local_learning_coefficient(
+            lambda w, data: w[0] ** 2 / 2, jnp.zeros(1), 2, KEY, data=jnp.ones(1), beta=0.5,
+            localization=0.0, sampler="sgld", batch_size=1, step_size=step,
+            num_chains=400, num_steps=500, num_warmup=50,
+        )  # fmt: skip
+        np.testing.assert_allclose(2 * found.losses.mean(), exact, rtol=0.02)
+
+
+def test_the_langevin_step_is_that_of_blackjax():
+    blackjax = pytest.importorskip("blackjax")
+    w = {"a": jnp.arange(3.0), "b": jnp.ones(2)}
+    slope = jax.tree.map(jnp.sin, w)
+    theirs = blackjax.sgld(lambda w, batch: batch).step(KEY, w, slope, 0.3)
+    ours = langevin_step(w, slope, standard_normal(KEY, w), 0.3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)

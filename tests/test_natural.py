@@ -47,9 +47,9 @@ VARIANTS = {
     "core": lambda: optax.chain(
         scale_by_natural_gradient(net, "softmax", damping=0.05), optax.scale(-0.3)
     ),
-    "cg, momentum, schedule": lambda: natural_gradient(
+    "cr, momentum, schedule": lambda: natural_gradient(
         optax.linear_schedule(0.2, 0.1, 100), net, "softmax", momentum=0.5, nesterov=True,
-        damping=0.05, solver="cg",
+        damping=0.05, solver="cr",
     ),
 }  # fmt: skip
 variants = pytest.mark.parametrize("tx", [make() for make in VARIANTS.values()], ids=list(VARIANTS))
@@ -84,8 +84,8 @@ def test_update_is_the_direction_times_the_learning_rate_and_the_state_tells_of_
     core = state[0]
     assert (int(core.count), int(core.rank), int(core.iterations)) == (1, int(found.rank), 0)
     assert float(core.residual) < 1e-10
-    cg = scale_by_natural_gradient(net, "softmax", damping=0.01, solver="cg", max_iterations=2)
-    core = update(cg, g, params)[1]
+    cr = scale_by_natural_gradient(net, "softmax", damping=0.01, solver="cr", max_iterations=2)
+    core = update(cr, g, params)[1]
     assert (int(core.rank), int(core.iterations)) == (-1, 2)
     assert 1e-3 < float(core.residual) < 1  # stopped early, and says so
 

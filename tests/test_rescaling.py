@@ -225,10 +225,6 @@ ARCHITECTURES = {
     ),
     # Statistics with a mean that is not 0 pin the layer in front; γ and β still rescale a unit.
     "frozen batch norm": Architecture(functools.partial(_frozen, np.full(4, 0.5)), _NORM, (3,), 4),
-    # At mean 0 the layer in front rescales against γ besides.
-    "frozen batch norm, mean 0": Architecture(
-        functools.partial(_frozen, np.zeros(4)), _NORM, (3,), 4 + 4
-    ),
     # Scale-invariant incoming weights, and γ and β.
     "batch norm, ε = 0": Architecture(
         functools.partial(_batch_norm, 0.0), _NORM, (3,), 4 + 4, batch=7

@@ -89,15 +89,20 @@ def test_bounds_and_symmetries():
 
 def test_cases_meet_without_a_jump():
     """On the border of two cases both formulas give the same λ."""
+    met = [0, 0, 0]
     for m, h, n, r in SMALL:
         s = h + r + m + n
         first = F(s**2 - 2 * ((h + r) ** 2 + m**2 + n**2), 8)
         if m + h == n + r:
+            met[0] += 1
             assert first == F(h * m - h * r + n * r, 2)
         if n + h == m + r:
+            met[1] += 1
             assert first == F(h * n - h * r + m * r, 2)
         if m + n == h + r:
+            met[2] += 1
             assert first == F(m * n, 2)
+    assert min(met) > 10
 
 
 @pytest.mark.parametrize("depth", range(1, 8))

@@ -1,14 +1,17 @@
 """Chains against known laws, and their checkpoints against an interrupted and a damaged run."""
 
+import io
 import json
 import sys
+import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinv import InvalidInput
+from jaxinv import InvalidInput, _checkpoint
 from jaxinv.errors import MissingExtra
 from jaxinv.sampling import diagnostics, dispersed_starts, sample_nuts, sample_sgld
 
@@ -187,3 +190,47 @@ def test_options_of_sgld_are_checked(option):
     (name,) = option
     with pytest.raises(InvalidInput, match=f"{name} must be"):
         sample_sgld(lambda w, key: w, STARTS, KEY, **options)
+
+
+def test_checkpoints_that_nobody_here_wrote_are_damage(tmp_path):
+    """Packed arrays, more than the file holds, no header, a header of another kind."""
+
+    def stored(**arrays):
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    def header(text):
+        return np.frombuffer(text, np.uint8)
+
+    packed = io.BytesIO()
+    np.savez_compressed(packed, a=np.zeros(10**7, np.uint8))
+    vast = io.BytesIO()
+    with zipfile.ZipFile(vast, "w") as file:
+        npy = io.BytesIO()
+        description = {"descr": "|u1", "fortran_order": False, "shape": (2**45,)}
+        np.lib.format.write_array_header_1_0(npy, description)
+        file.writestr("a.npy", npy.getvalue())
+    contents = {
+        "packed": packed.getvalue(),
+        "vast": vast.getvalue(),
+        "no header": stored(a=np.zeros(2)),
+        "a list": stored(__header__=header(b"[1]")),
+        "no digest": stored(__header__=header(b'{"identity": {}}')),
+        "identity is a number": stored(__header__=header(b'{"identity": 1, "digest": "0"}')),
+        "nested": stored(__header__=header(b"[" * 100_000)),
+        "objects": stored(a=np.array([{}, None])),
+        "no zip": b"PK\x03\x04" + bytes(100),
+    }
+    path = tmp_path / "start.npz"
+    for name, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(InvalidInput, match="start.npz: damaged") as caught:
+            _checkpoint.load(path, {})
+        assert "remove this one" in str(caught.value), name
+    path.write_bytes(contents["packed"])
+    tracemalloc.start()
+    with pytest.raises(InvalidInput, match="packed"):
+        _checkpoint.load(path, {})
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()

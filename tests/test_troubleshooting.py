@@ -25,8 +25,15 @@ HOLE = "…"
 
 # What says nothing to the user: raised and caught within the package.
 INTERNAL = {
+    ("__init__.py", "has no attribute"),  # what Python says of any module
+    ("experiments/__init__.py", "has no attribute"),
+    ("_checkpoint.py", "its arrays are"),  # becomes InvalidInput: damaged (...)
     ("cli.py", "_Terminated"),  # ends the process, as Ctrl-C does
     ("experiments/files.py", "is no number of JSON"),  # becomes DamagedFile
+    ("_batch_rules.py", ""),  # becomes part of "it combines different examples of the batch"
+    ("_batch_domain.py", ""),  # as well
+    ("_batch.py", "its constant changes with"),
+    ("_batch.py", "an output "),
     ("rlct.py", "no set of layers fits"),  # the theorem says that there is one
 }
 

@@ -20,7 +20,9 @@ figure; the fields ``out`` and ``jobs`` of a ``Config`` play no part in whose re
 row of tiny sizes in ``tests/experiments/test_kills.py`` has the new experiment killed there.
 """
 
-from typing import NamedTuple
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 
 class Experiment(NamedTuple):
@@ -68,3 +70,15 @@ EXPERIMENTS = {
         "Posterior predictives under Jeffreys' and a Gaussian prior, in two parametrisations",
     ),
 }
+
+if not TYPE_CHECKING:  # a type checker would take any name for a module
+    _ON_DEMAND = {
+        "datasets", "ensembles", "files", "options", "report", "resuming", "starts",
+        *(experiment.module.rpartition(".")[2] for experiment in EXPERIMENTS.values()),
+    }  # fmt: skip
+
+    def __getattr__(name: str) -> ModuleType:
+        """A module of this package, imported when it is first asked for."""
+        if name in _ON_DEMAND:
+            return importlib.import_module(f"jaxinv.experiments.{name}")
+        raise AttributeError(f"module 'jaxinv.experiments' has no attribute {name!r}")

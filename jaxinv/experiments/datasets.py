@@ -26,6 +26,8 @@ FILES = {
 }
 _MAGIC_IMAGES = 0x0803  # unsigned bytes (08) in three dimensions (03)
 _MAGIC_LABELS = 0x0801
+_MOST_BYTES = 1 << 30  # of one file, unpacked; the images of MNIST take 47 million
+_MOST_PACKED = 1032  # bytes that a byte of deflate stands for at most (zlib's technical notes)
 _TEST_DIGITS = 360  # a fifth of the 1797
 
 
@@ -115,6 +117,8 @@ def idx_directory(directory: Path) -> Dataset:
             )
         arrays[split] = x.reshape(len(x), -1).astype(np.float32) / 255, y.astype(np.int32)
     (x_train, y_train), (x_test, y_test) = arrays["train"], arrays["test"]
+    if x_train.shape[1] == 0:
+        raise DataError(f"{paths['x_train']} holds images without pixels; download it again")
     if x_train.shape[1] != x_test.shape[1]:
         raise DataError(
             f"{paths['x_train']} holds images of {x_train.shape[1]} pixels but "
@@ -141,7 +145,8 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
 
     Raises:
         DataError: if the file is no intact gzip file, begins with another
-            number, or holds fewer or more bytes than its header says.
+            number, holds fewer or more bytes than its header says, or more than 1 GiB. No more
+            than what the header says is read.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "labels.gz"
@@ -162,19 +167,44 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
                     "this name (images and labels swapped)? Download it again"
                 )
             shape = struct.unpack(f">{num_dims}I", header[4:])
-            content = file.read()
+            size = math.prod(shape)
+            _check_size(path, shape)
+            content = _read_at_most(file, size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); download it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    size = math.prod(shape)
     if len(content) != size:
-        more_or_fewer = "fewer" if len(content) < size else "more"
-        raise DataError(
-            f"{path}: holds {more_or_fewer} than the {size} bytes its header announces "
-            f"(shape {shape}); download it again"
-        )
+        raise _wrong_size(path, shape, fewer=len(content) < size)
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _check_size(path: Path, shape: tuple[int, ...]) -> None:
+    size = math.prod(shape)
+    if size > _MOST_PACKED * path.stat().st_size:
+        raise _wrong_size(path, shape, fewer=True)
+    if size > _MOST_BYTES:
+        raise DataError(
+            f"{path}: its header announces {size} bytes (shape {shape}), but at most {_MOST_BYTES} "
+            "are read; take a part of the data set"
+        )
+
+
+def _wrong_size(path: Path, shape: tuple[int, ...], fewer: bool) -> DataError:
+    return DataError(
+        f"{path}: holds {'fewer' if fewer else 'more'} than the {math.prod(shape)} bytes its "
+        f"header announces (shape {shape}); download it again"
+    )
+
+
+def _read_at_most(file: gzip.GzipFile, most: int) -> bytes:
+    """Up to so many bytes, however many a damaged or hostile file would unpack to."""
+    parts, left = [], most
+    # Piece by piece: a read of n bytes sets n aside before it knows that there are so many.
+    while left and (part := file.read(min(left, 1 << 20))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def _file_names() -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinv._text import printable_json
 from jaxinv.errors import InvalidInput, JaxinvError
 
 FORMAT = 1  # of the JSON files; another number for another meaning of what is in them
@@ -227,7 +228,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """
     spelled = {"format": FORMAT, **_map_leaves(_spelled, plain(content))}
     spelled = {"sha256": _checksum(spelled), **spelled}
-    text = json.dumps(spelled, indent=1, allow_nan=False, ensure_ascii=False)
+    text = printable_json(json.dumps(spelled, indent=1, allow_nan=False, ensure_ascii=False))
     with replacing(path) as new:
         new.write_text(text + "\n", encoding="utf-8")
 
@@ -260,7 +261,10 @@ def read_json(path: Path, remedy: str = "remove the file") -> dict[str, Any]:
 
     try:
         content = json.loads(path.read_bytes().decode("utf-8"), parse_constant=constant)
-    except (ValueError, RecursionError) as error:
+        # As deep as what is done below: what is nested deeper fails here.
+        _map_leaves(lambda leaf: leaf, content)
+        found = _checksum(content) if isinstance(content, dict) else None
+    except (ValueError, RecursionError, MemoryError) as error:
         raise DamagedFile(f"{path}: damaged, not JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{path}: damaged, not a table of results; {remedy}")
@@ -274,7 +278,7 @@ def read_json(path: Path, remedy: str = "remove the file") -> dict[str, Any]:
             f"{path}: of format {content.get('format')!r}, and this jaxinv reads format {FORMAT} "
             f"(or the file is damaged); {remedy}"
         )
-    if content.pop("sha256", None) != _checksum(content):
+    if content.pop("sha256", None) != found:
         raise DamagedFile(f"{path}: damaged, its content does not match its checksum; {remedy}")
     read: dict[str, Any] = _map_leaves(
         lambda leaf: _NOT_FINITE.get(leaf, leaf) if isinstance(leaf, str) else leaf, content

@@ -80,7 +80,7 @@ METHODS = {
     "natural": Method(
         "natural gradient",
         lambda rate, x: natural_gradient(
-            rate, mlp, "softmax", damping=1e-3, solver="cg", max_iterations=20, tol=1e-3
+            rate, mlp, "softmax", damping=1e-3, solver="cr", max_iterations=20, tol=1e-3
         ),
     ),
     "weight-norm": Method("weight norm", lambda rate, x: optax.sgd(rate), _weight_normalized),

@@ -1,5 +1,6 @@
 """What every experiment and benchmark reports: where it ran, and a table."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,7 @@ import jax
 
 import jaxinv
 from jaxinv._extras import require
+from jaxinv._text import printable
 
 # Called with the fraction done (0 to 1) and what is being done.
 Progress = Callable[[float, str], None]
@@ -55,13 +57,18 @@ def numeric(table: Table) -> list[bool]:
 def print_table(table: Table) -> None:
     """Print ``table`` on the terminal; needs the extra ``cli``."""
     box = require("rich.box", "cli").SIMPLE  # no side borders: eight columns fit a terminal of 80
+    shown = functools.partial(printable, keep="\n")
     rich_table = require("rich.table", "cli").Table(
-        title=table.title, title_justify="left", box=box, pad_edge=False, padding=(0, 1, 0, 0)
+        title=shown(table.title),
+        title_justify="left",
+        box=box,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for column, is_number in zip(table.columns, numeric(table), strict=True):
+    for column, is_number in zip(map(shown, table.columns), numeric(table), strict=True):
         rich_table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for row in table.rows:
-        rich_table.add_row(*row)
+        rich_table.add_row(*map(shown, row))
     console = require("rich.console", "cli").Console()
     # rich would cut cells off to fit the terminal; numbers are rather wrapped than lost.
     unlimited = console.options.update(max_width=1000)

@@ -44,7 +44,10 @@ class Store:
     ) -> None:
         """Begin with ``studies``; with a ``path``, write ``header`` and all cells to it."""
         self._path, self._header = path, dict(header or {})
-        self._held = {study: dict(cells) for study, cells in (studies or {}).items()}
+        self._held: dict[str, Cells] = {
+            study: {key: _Read.of(cell, f"{path}: {study}: {key}") for key, cell in cells.items()}
+            for study, cells in (studies or {}).items()
+        }
         self._asked: dict[str, Cells] = {}
 
     def __call__(self, study: str, key: str, compute: Callable[[], Mapping[str, Any]]) -> Cell:
@@ -109,6 +112,63 @@ class Store:
 _REMEDY = "choose another --out, or remove the file to begin anew"
 
 
+class _Read(dict[str, Any]):
+    """A cell from a file: what it lacks is the fault of the file, whose name it knows."""
+
+    where = ""
+
+    @classmethod
+    def of(cls, value: Any, where: str) -> Any:
+        """The value with every dict in it, also inside of lists, made one of these."""
+        if isinstance(value, list):
+            return [cls.of(item, where) for item in value]
+        if not isinstance(value, dict):
+            return value
+        read = cls((key, cls.of(item, where)) for key, item in value.items())
+        read.where = where
+        return read
+
+    def __missing__(self, key: str) -> Any:
+        raise files.DamagedFile(
+            f"{self.where} lacks {key!r}, which this version writes: the file was not written by "
+            f"it; {_REMEDY}"
+        )
+
+
+def check_fields(path: Path, content: Mapping[str, Any], remedy: str) -> None:
+    """Raise `DamagedFile` unless a file of results has every part that `Store` writes.
+
+    A checksum says that nobody changed the file since, not that this program wrote it.
+    """
+
+    def at(*keys: str) -> Any:
+        value: Any = content
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    lacking = [
+        ".".join(keys)
+        for kind, *keys in (
+            (str, "experiment"),
+            (dict, "config"),
+            (dict, "environment"),
+            (dict, "environment", "versions"),
+            (str, "environment", "versions", "jaxinv"),
+            (dict, "studies"),
+        )
+        if not isinstance(at(*keys), kind)
+    ]
+    for study, cells in (at("studies") or {}).items() if not lacking else ():
+        if not isinstance(cells, dict) or not all(isinstance(c, dict) for c in cells.values()):
+            lacking.append(f"studies.{study}")
+    if lacking:
+        raise files.DamagedFile(
+            f"{path}: its checksum is right, but it lacks {', '.join(lacking)} as this version "
+            f"writes them; {remedy}"
+        )
+
+
 @contextlib.contextmanager
 def opened(directory: Path, experiment: str, config: Any) -> Iterator[Store]:
     """Open ``directory/results.json``, or begin it, and let no other process write there.
@@ -122,7 +182,7 @@ def opened(directory: Path, experiment: str, config: Any) -> Iterator[Store]:
         the :class:`Store`, with the cells of an earlier run of the same configuration.
 
     Raises:
-        DamagedFile: if the file is not as it was written, or has no checksum.
+        DamagedFile: if the file is not as it was written, has no checksum, or lacks a part.
         InvalidInput: if it is of another experiment, configuration or version.
         InUse: if another process is writing there.
 
@@ -151,6 +211,7 @@ def opened(directory: Path, experiment: str, config: Any) -> Iterator[Store]:
         studies = {}
         if path.exists():
             content = files.read_json(path, _REMEDY)
+            check_fields(path, content, _REMEDY)
             _must_match(path, header, content)
             studies = content["studies"]
             header["environment"] = content["environment"]

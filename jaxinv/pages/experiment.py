@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinv._extras import require
-from jaxinv.errors import InvalidInput
+from jaxinv.errors import InvalidInput, JaxinvError
 from jaxinv.experiments import EXPERIMENTS, files, report, resuming
 from jaxinv.pages.html import render
 
@@ -38,7 +38,7 @@ def experiment_page(path: Path) -> str:
         The page.
 
     Raises:
-        DamagedFile: if the file is not as it was written, or has no checksum.
+        DamagedFile: if the file is not as it was written, has no checksum, or lacks a part.
         InvalidInput: if it holds no finished experiment.
         MissingExtra: if matplotlib is not installed.
 
@@ -56,19 +56,28 @@ def experiment_page(path: Path) -> str:
     remedy = "run the experiment again"
     content = files.read_json(path, remedy)
     name = content.get("experiment")
-    if name not in EXPERIMENTS:
+    if not isinstance(name, str) or name not in EXPERIMENTS:
         raise InvalidInput(f"{path}: holds no results of an experiment of this jaxinv; {remedy}")
     if content.get("complete") is not True:
         raise InvalidInput(f"{path}: the run is not finished; `jaxinv reproduce {name}` goes on")
+    resuming.check_fields(path, content, remedy)
     module: Any = importlib.import_module(EXPERIMENTS[name].module)
-    config = _config(module.Config, content["config"])
     header = {key: content[key] for key in ("experiment", "config", "environment")}
-    result = module.run(config, store=_Finished(None, header, content["studies"]))
-    table = module.table(result)
-    with tempfile.TemporaryDirectory() as directory:
-        figure = Path(directory) / module.FIGURE
-        module.plot(result, figure)
-        image = base64.b64encode(figure.read_bytes()).decode("ascii")
+    try:
+        config = _config(module.Config, content["config"])
+        result = module.run(config, store=_Finished(path, header, content["studies"]))
+        table = module.table(result)
+        with tempfile.TemporaryDirectory() as directory:
+            figure = Path(directory) / module.FIGURE
+            module.plot(result, figure)
+            image = base64.b64encode(figure.read_bytes()).decode("ascii")
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if isinstance(error, JaxinvError):
+            raise
+        raise files.DamagedFile(
+            f"{path}: its numbers are not of the kind that this version writes "
+            f"({type(error).__name__}: {error}); {remedy}"
+        ) from error
     return render(
         name,
         {

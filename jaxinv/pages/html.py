@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from jaxinv._text import printable, printable_json
+
 
 def render(title: str, content: Mapping[str, Any]) -> str:
     """One HTML page that draws `content`, and asks nothing of any network.
@@ -32,11 +34,12 @@ def render(title: str, content: Mapping[str, Any]) -> str:
     text = json.dumps(
         {"title": title, **content}, allow_nan=False, ensure_ascii=False, separators=(",", ":")
     )
+    text = printable_json(text)
     # A name must not end the element that holds it, nor open a comment.
-    for character in "<>&\u2028\u2029":
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     parts = {
-        "TITLE": html.escape(title),
+        "TITLE": html.escape(printable(title)),
         "STYLE": _file("page.css"),
         "SCRIPT": "\n".join(_file(name) for name in ("charts.js", "picture.js", "page.js")),
         "DATA": text,

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxinv
-from jaxinv import _checks
+from jaxinv import _checks, _scaled
+from jaxinv._orbit_minimum import least_norm
 from jaxinv.errors import JaxinvError
 from jaxinv.freedom import degrees_of_freedom
-from jaxinv.gauges import balance
+from jaxinv.gauges import default_tolerance
 from jaxinv.inspection import inspect, unit_balance
 from jaxinv.pages.html import render
 from jaxinv.pages.unit_basis import unit_basis
@@ -235,6 +236,13 @@ def _freedom(fn: Network, params: Params, x: Inputs, d: int, limit: int) -> dict
 # --- the picture ----------------------------------------------------------------------
 
 
+def _to_balance(group: RescalingGroup, params: Params) -> np.ndarray:
+    """u of `jaxinv.balance`, without the balanced weights: to compile them takes seconds."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    tol = default_tolerance(_scaled.working_dtype(leaves))
+    return np.asarray(least_norm(group, leaves, 2.0, tol)[0]) / 2
+
+
 def _picture(
     graph: UnitGraph, group: RescalingGroup, params: Params, ratios: np.ndarray
 ) -> dict[str, Any]:
@@ -242,8 +250,9 @@ def _picture(
     count = len(graph.names)
     has_paths = not np.isnan(graph.share).all() if len(graph.share) else False
     heavy = np.nan_to_num(graph.share if has_paths else graph.square)
+    # Biases have the source -1: one more slot in front takes them.
     heavy_in = np.bincount(graph.target, heavy, count)
-    heavy_out = np.bincount(graph.source[graph.source >= 0], heavy[graph.source >= 0], count)
+    heavy_out = np.bincount(graph.source + 1, heavy, count + 1)[1:]
     through = np.where(heavy_in > 0, heavy_in, heavy_out)
     order = np.lexsort((np.arange(count), -through, graph.column))
     starts = np.searchsorted(graph.column[order], graph.column[order])
@@ -255,18 +264,19 @@ def _picture(
     by_column = np.argsort(graph.column, kind="stable")
     column = graph.column[by_column]
     position[by_column] = np.arange(count) - np.searchsorted(column, column)
-    drawn = (graph.source >= 0) & shown[graph.source] & shown[graph.target]
-    edges = np.flatnonzero(drawn)
+    # Few units of a wide layer are shown: of their edges only the sources are looked up.
+    edges = np.flatnonzero(shown[graph.target])
+    edges = edges[(graph.source[edges] >= 0) & shown[graph.source[edges]]]
     leaves = len(group.structure.leaf_names)
     limit = max(150, _MOST_EDGES // max(1, len(np.unique(graph.leaf[edges]))))
     ranked = edges[np.lexsort((edges, -heavy[edges], graph.leaf[edges]))]
     leaf = graph.leaf[ranked]
     edges = np.sort(ranked[np.arange(len(ranked)) - np.searchsorted(leaf, leaf) < limit])
     u = np.full(count, np.nan)
-    u[: group.dim] = np.asarray(balance(group, params).u) if group.dim else []
+    u[: group.dim] = _to_balance(group, params) if group.dim else []
     ratio = np.full(count, np.nan)
     ratio[: group.dim] = ratios
-    all_edges = np.bincount(graph.leaf[graph.source >= 0], minlength=leaves)
+    all_edges = np.bincount(graph.leaf, graph.source >= 0, leaves).astype(np.int64)
     drawn_edges = np.bincount(graph.leaf[edges], minlength=leaves)
     biases = np.flatnonzero((graph.source < 0) & shown[graph.target])
     return {

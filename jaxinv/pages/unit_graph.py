@@ -146,7 +146,7 @@ def unit_graph(
             for edge in _edges(leaf, sources[i], targets[i], log, log_norm)
         ]
     joined = [np.concatenate([p[k] for p in parts]) if parts else np.zeros(0) for k in range(7)]
-    source, target, of_leaf = (joined[k].astype(np.int64) for k in range(3))
+    source, target, of_leaf = (joined[k].astype(np.int64, copy=False) for k in range(3))
     order, column = _columns(group, kinds, owner, source, target, columns_of)
     return UnitGraph(
         tuple(names),
@@ -155,7 +155,7 @@ def unit_graph(
         source,
         target,
         of_leaf,
-        joined[3].astype(np.int64),
+        joined[3].astype(np.int64, copy=False),
         joined[4],
         joined[5],
         joined[6],
@@ -306,24 +306,42 @@ def _edges(
                 sums += [np.max(largest, ones).ravel(), np.sum(share, ones).ravel()]
             else:
                 sums += [np.full(first.size, np.nan)] * 2
+            if _is_grid(a, b):  # as dense layers are: nothing to put together, nor to leave out
+                weights = np.full(first.size, per_edge)
+                yield first.ravel(), second.ravel(), weights, *sums
+                continue
             first, second = first.ravel(), second.ravel()
             kept = second != _ABSENT
             if a is not sources.arrays[0]:
                 kept &= first != _ABSENT
             first, second = first[kept], second[kept]
-            pairs, which = np.unique(np.stack([first, second]), axis=1, return_inverse=True)
-            which, n = which.ravel(), pairs.shape[1]
+            # One number for a pair: rows of two would be sorted as such, many times slower.
+            width = int(second.max(initial=0)) + 1
+            pairs, which = np.unique((first + 1) * width + second, return_inverse=True)
+            n = len(pairs)
             top = np.full(n, -np.inf)
             with np.errstate(invalid="ignore"):  # a NaN stays one
                 np.maximum.at(top, which, sums[1][kept])
             yield (
-                pairs[0],
-                pairs[1],
+                pairs // width - 1,
+                pairs % width,
                 np.bincount(which, minlength=n) * per_edge,
                 np.bincount(which, sums[0][kept], n),
                 top,
                 np.bincount(which, sums[2][kept], n),
             )
+
+
+def _is_grid(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether units in ascending order meet each other once, none absent, pairs in order."""
+
+    def ascends(units: np.ndarray) -> bool:
+        flat = units.ravel()
+        return bool(flat[0] != _ABSENT and (np.diff(flat) > 0).all())
+
+    axes_a, axes_b = ([i for i, n in enumerate(v.shape) if n > 1] for v in (a, b))
+    ordered = max(axes_a, default=-1) < min(axes_b, default=a.ndim)
+    return bool(a.size and b.size and ordered and ascends(a) and ascends(b))
 
 
 def _columns(

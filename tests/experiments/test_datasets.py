@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -152,4 +153,46 @@ class _Bomb:
 def test_nothing_is_ever_unpickled(mnist_like):
     _overwrite(mnist_like / FILES["x_train"], pickle.dumps(_Bomb()))
     with pytest.raises(DataError, match="begins with"):
+        datasets.load(mnist_like)
+
+
+def _peak_memory_of(call):
+    tracemalloc.start()
+    with pytest.raises(DataError) as caught:
+        call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak, str(caught.value)
+
+
+def test_no_more_is_unpacked_than_the_header_announces(tmp_path):
+    path = tmp_path / "labels.gz"
+    path.write_bytes(gzip.compress(_idx(0x801, np.zeros(784)) + bytes(200_000_000), 1))
+    peak, message = _peak_memory_of(lambda: datasets.read_idx(path, 0x801))
+    assert "holds more than the 784 bytes" in message
+    assert peak < 2_000_000
+
+
+@pytest.mark.parametrize("shape", [(2**31, 1, 1), (2**32 - 1, 2**32 - 1, 2**32 - 1)])
+def test_sizes_that_the_file_cannot_hold_are_not_set_aside(shape, tmp_path):
+    path = tmp_path / "images.gz"
+    path.write_bytes(gzip.compress(struct.pack(">4I", 0x803, *shape) + bytes(10_000_000)))
+    peak, message = _peak_memory_of(lambda: datasets.read_idx(path, 0x803))
+    assert "holds fewer than" in message and peak < 1_000_000
+
+
+def test_a_size_beyond_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_MOST_BYTES", 1000)
+    path = tmp_path / "labels.gz"
+    path.write_bytes(gzip.compress(_idx(0x801, np.zeros(1001))))
+    with pytest.raises(DataError, match=r"announces 1001 bytes .*at most 1000 are read; take a"):
+        datasets.read_idx(path, 0x801)
+    path.write_bytes(gzip.compress(_idx(0x801, np.zeros(1000))))
+    assert datasets.read_idx(path, 0x801).shape == (1000,)
+
+
+def test_images_without_pixels_are_refused(mnist_like):
+    for split, n in (("train", 5), ("test", 3)):
+        _overwrite(mnist_like / FILES[f"x_{split}"], _idx(0x803, np.zeros((n, 0, 3))))
+    with pytest.raises(DataError, match="without pixels"):
         datasets.load(mnist_like)

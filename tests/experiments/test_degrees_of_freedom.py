@@ -27,6 +27,7 @@ def small_run(tmp_path_factory):
 
 
 def test_every_parameter_is_counted_once(small_run):
+    assert {"standard normal", "digits"} <= set(small_run[1])  # else the loops below see nothing
     for split in small_run[1].values():
         terms = [split[name] for name in ("rank", "rescaling", "dead", "hidden")]
         assert sum(terms) == split["parameters"] == PARAMETERS

@@ -34,7 +34,9 @@ def every_cell(studies):
 
 
 def test_no_rank_exceeds_its_bounds(small_run):
-    for cell in every_cell(small_run[1]):
+    cells = list(every_cell(small_run[1]))
+    assert len(cells) > 20
+    for cell in cells:
         ranks, uppers = np.array(cell["rank"]), np.array(cell["upper"])
         assert (ranks >= 1).all() and (ranks <= uppers).all()
         assert (uppers <= cell["d"] - cell["group"]).all()
@@ -47,6 +49,7 @@ def test_parameters_and_hidden_units_are_those_of_the_architecture(small_run):
         (64 * 3 + 3 + 3 * 3 + 3 + 3 * 10 + 10, 6)
     }
     assert {(c["d"], c["group"]) for c in studies["draws"].values()} == {(164, 16)}
+    assert len(studies["depth"]) > 1 and len(studies["shape"]) > 1
     for cell in studies["depth"].values():
         assert (cell["d"], cell["group"]) == (cell["depth"] * 12 + 4, 3 * cell["depth"])
     for cell in studies["shape"].values():

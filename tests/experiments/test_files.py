@@ -273,3 +273,19 @@ def test_without_locks_a_run_warns_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.warns(UserWarning, match="locks do not work here"), files.locked(tmp_path / "lock"):
         pass
+
+
+def test_texts_that_no_encoding_can_write_come_back(tmp_path):
+    path, content = tmp_path / "results.json", {"name \ud800": "\x1b[31m λ \x9b \u202e"}
+    files.write_json(path, content)
+    assert files.read_json(path) == {"format": 1, **content}
+    written = path.read_text(encoding="utf-8")
+    assert "λ" in written and not any(c in written for c in "\x1b\x9b\u202e")
+
+
+@pytest.mark.parametrize("depth", [300, 800, 950, 100_000])
+def test_nesting_too_deep_for_the_checksum_is_damage(depth, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"format": 1, "sha256": "0", "a": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(DamagedFile, match="damaged"):
+        files.read_json(path)

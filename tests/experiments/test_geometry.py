@@ -45,6 +45,7 @@ def test_cells_hold_every_seed_and_epoch(small_run):
 
 
 def test_starts_are_one_function_and_invariant_methods_do_not_tell_them_apart(small_run):
+    assert {"sgd", "path"} < set(small_run[1]["studies"])
     for name, cells in small_run[1]["studies"].items():
         here, there = (np.array(cells[f"{s}, 0.1"]["loss"]) for s in ("balanced", "unbalanced"))
         np.testing.assert_allclose(here[:, 0], there[:, 0], rtol=1e-5)

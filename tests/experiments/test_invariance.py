@@ -42,6 +42,7 @@ def test_path_sgd_and_the_gauge_are_invariant_to_rescaling_and_sgd_is_not(small_
 
 
 def test_nothing_of_first_order_is_invariant_to_a_general_reparametrisation(small_run):
+    assert "sgd" in small_run[1]["studies"]
     for name, row in small_run[1]["studies"].items():
         assert small_run[1]["verdicts"][name]["general"] == "not invariant"
         assert row["general"]["first_step"] > 0.01

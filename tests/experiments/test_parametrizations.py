@@ -40,6 +40,7 @@ def test_sigmoid_has_no_rescalings_and_projection_changes_the_function(small_run
 
 
 def test_constrained_and_normalised_start_together_and_part(small_run):
+    assert len(small_run[1]) == 2  # ReLU and sigmoid
     for network in small_run[1].values():
         constrained, normalised = (network["curves"][k] for k in ("constrained", "normalised"))
         np.testing.assert_allclose(
@@ -50,6 +51,7 @@ def test_constrained_and_normalised_start_together_and_part(small_run):
 
 def test_every_version_learns(small_run):
     for network in small_run[1].values():
+        assert len(network["curves"]) == 3
         for curves in network["curves"].values():
             assert curves["final_loss"] < curves["step_loss"][0]
             assert len(curves["step_loss"]) == 14 and len(curves["test_error"]) == 3

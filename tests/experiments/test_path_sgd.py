@@ -68,6 +68,7 @@ def test_the_factors_are_ten_times_log_normal():
 
 
 def test_both_starts_begin_with_the_same_loss_and_error(result):
+    assert set(result.curves) == set(path_sgd.OPTIMIZERS)
     for starts in result.curves.values():
         balanced, unbalanced = starts["balanced"], starts["unbalanced"]
         np.testing.assert_allclose(balanced.step_loss[:, 0], unbalanced.step_loss[:, 0], rtol=1e-5)

@@ -157,3 +157,48 @@ def test_leftovers_of_a_killed_run_are_removed_at_the_next_start(begun):
 def test_what_is_deterministic_has_no_times_and_no_machine():
     content = {"sha256": "0", "environment": {}, "x": [{"seconds_per_step": 1, "loss": 2}]}
     assert resuming.deterministic(content) == {"x": [{"loss": 2}]}
+
+
+def _without(content, *keys):
+    """A copy that lacks one key."""
+    key, *rest = keys
+    kept = {k: v for k, v in content.items() if k != key}
+    return {**kept, key: _without(content[key], *rest)} if rest else kept
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("experiment",), ("config",), ("environment",), ("environment", "versions"),
+        ("environment", "versions", "jaxinv"), ("studies",),
+    ],
+    ids=".".join,
+)  # fmt: skip
+def test_a_part_that_is_missing_behind_a_right_checksum_is_named(begun, keys):
+    path = begun / "results.json"
+    files.write_json(path, _without(files.read_json(path), *keys))
+    with pytest.raises(files.DamagedFile, match=f"lacks .*{'.'.join(keys)}.*; choose another"):
+        with opened(begun, "mine", Config()):
+            pass
+
+
+@pytest.mark.parametrize("wrong", [[], "text", None, {"sgd": []}, {"sgd": {"rate 1": 3}}])
+def test_studies_of_another_kind_are_named(begun, wrong):
+    path = begun / "results.json"
+    files.write_json(path, {**files.read_json(path), "studies": wrong})
+    with pytest.raises(files.DamagedFile, match="lacks studies"):
+        with opened(begun, "mine", Config()):
+            pass
+
+
+def test_a_number_that_a_cell_lacks_is_named_with_the_file_and_the_cell(begun):
+    path = begun / "results.json"
+    with opened(begun, "mine", Config()) as store:
+        cell = store("nested", "cell", lambda: {"curve": [{"loss": 1.0}]})
+        assert cell["curve"][0]["loss"] == 1.0
+    with opened(begun, "mine", Config()) as store:
+        for read in (store("sgd", "rate 1", _never), store("nested", "cell", _never)["curve"][0]):
+            with pytest.raises(files.DamagedFile, match=r"results.json: .*: .* lacks 'accuracy'"):
+                read["accuracy"]
+        assert store("sgd", "rate 1", _never).get("accuracy") is None
+    assert files.read_json(path)["studies"]["nested"]["cell"] == {"curve": [{"loss": 1.0}]}

@@ -16,7 +16,7 @@ import pytest
 
 import jaxinv
 from jaxinv import cli, networks
-from jaxinv.errors import InvalidInput
+from jaxinv.errors import InvalidInput, JaxinvError
 from jaxinv.experiments import files
 from jaxinv.inspection import unit_balance
 from jaxinv.pages import experiment_page, model_page
@@ -285,3 +285,39 @@ def test_a_browser_shows_the_numbers_of_a_finished_experiment(finished, tmp_path
     assert told.pop("versions") == ", ".join(f"{k} {v}" for k, v in versions.items())
     assert told == {k: str(v) for k, v in content["environment"].items() if k != "versions"}
     assert seen.count("img", src=embedded(text)["figure"]) == 1
+
+
+def test_names_that_no_encoding_can_write_are_in_the_page(tmp_path):
+    name = "a\ud800\x9b\u202e λ"
+    text = model_page(lambda w, x: x @ w[name], {name: jnp.ones((2, 1))}, jnp.ones((1, 2)),
+                      title=name, rank_limit=1)  # fmt: skip
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    assert embedded(text)["leaves"][0]["name"] == name
+    assert r"<title>a\ud800\x9b\u202e λ</title>" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"studies": 3}, "lacks studies"),
+        ({"environment": {}}, "lacks environment.versions"),
+        ({"config": None}, "lacks config"),
+        ({"experiment": ["path-sgd"]}, "holds no results of an experiment"),
+    ],
+)
+def test_what_a_finished_file_lacks_is_named(changed, message, tmp_path, finished):
+    content = {k: v for k, v in finished[0].items() if k != "sha256"} | changed
+    files.write_json(tmp_path / "results.json", content)
+    with pytest.raises(JaxinvError, match=rf"results.json: .*({message})"):
+        experiment_page(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda c: c.pop("mean"), lambda c: c.update(mean="text")])
+def test_a_cell_that_lacks_numbers_is_named(change, tmp_path, finished):
+    content = json.loads(json.dumps({k: v for k, v in finished[0].items() if k != "sha256"}))
+    for cells in content["studies"].values():
+        for cell in cells.values():
+            change(cell)
+    files.write_json(tmp_path / "results.json", content)
+    with pytest.raises(files.DamagedFile, match="results.json: .*(lacks 'mean'|not of the kind)"):
+        experiment_page(tmp_path)

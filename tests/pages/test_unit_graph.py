@@ -1,5 +1,7 @@
 """The graph of units: against networks whose edges are known, and against sums over paths."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from jaxinv import log_path_kappa, log_path_norm, networks, rescaling_group
 from jaxinv.pages.unit_basis import unit_basis
 from jaxinv.pages.unit_graph import unit_graph
 from jaxinv.rescaling import rescale
+
+unit_graph_module = importlib.import_module("jaxinv.pages.unit_graph")
 
 
 def graph_of(fn, w, x):
@@ -120,3 +124,34 @@ def test_a_tanh_leaves_squares_with_a_fixed_scale():
     assert [c.kind for c in graph.columns] == ["input", "hidden", "fixed", "fixed", "output"]
     assert "scale fixed out of mid" in graph.names and "scale fixed into out" in graph.names
     assert np.isnan(graph.share).all() and graph.weights.sum() == 6 + 12 + 4
+
+
+def test_dense_layers_need_no_search_for_equal_pairs(monkeypatch):
+    """The short way and the search give the same edges in the same order."""
+    w, x = networks.init_mlp(jax.random.key(0), (5, 7, 4, 3), bias_std=0.5), jnp.ones((1, 5))
+    _, short = graph_of(networks.mlp, w, x)
+    asked = []
+    monkeypatch.setattr(unit_graph_module, "_is_grid", lambda a, b: bool(asked.append(a)))
+    _, long = graph_of(networks.mlp, w, x)
+    assert asked
+    for a, b in zip(short, long, strict=True):
+        if isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "grid"),
+    [
+        (np.array([[3], [5]]), np.array([[0, 1, 2]]), True),
+        (np.array([[5], [3]]), np.array([[0, 1, 2]]), False),  # out of order
+        (np.array([[3], [3]]), np.array([[0, 1, 2]]), False),  # a unit twice
+        (np.array([[-1], [3]]), np.array([[0, 1, 2]]), False),  # a weight without a source
+        (np.array([[3, 5]]), np.array([[0], [1]]), False),  # pairs out of order
+        (np.array([[3, 5]]), np.array([[0, 1]]), False),  # along the same axis
+        (np.array([[7]]), np.array([[0, 1]]), True),
+    ],
+)
+def test_a_grid_is_one_unit_of_each_side_in_order(a, b, grid):
+    assert unit_graph_module._is_grid(a, b) is grid
