@@ -376,15 +376,13 @@ def _evaluate(
     raw: Any, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
 ) -> list[Any]:
     if raw.primitive in _CALLS:
-        keys.callers.append(raw)
-        outputs = Body(_sub_jaxpr(raw), domain, keys, wanted)(*inputs)
-        keys.callers.pop()
-        return outputs
+        return _call(raw, inputs, wanted, domain, keys)
     if not any(isinstance(v, Value) for v in inputs):
         outputs = fold(raw, inputs)
         getattr(domain, "folded", lambda *_: None)(inputs, outputs)
         return outputs
-    if raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES:
+    identity = raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES
+    if identity and raw.primitive not in domain.rules:
         return inputs
     eqn = equation(raw, keys.callers[::-1])
     control = _CONTROL_FLOW.get(raw.primitive)
@@ -407,6 +405,17 @@ def _evaluate(
     return list(outputs)
 
 
+def _call(raw: Any, inputs: list, wanted: list[bool], domain: Domain, keys: _Keys) -> list[Any]:
+    def walk() -> list[Any]:
+        keys.callers.append(raw)
+        outputs = Body(_sub_jaxpr(raw), domain, keys, wanted)(*inputs)
+        keys.callers.pop()
+        return outputs
+
+    called = getattr(domain, "called", None)
+    return called(equation(raw, keys.callers[::-1]), inputs, walk) if called else walk()
+
+
 def fold(raw: Any, inputs: list[Any]) -> list[Any]:
     """Evaluate an equation on constants: now where they are known, later where they are traced."""
     if all(is_concrete(v) for v in inputs):
@@ -420,7 +429,6 @@ def fold(raw: Any, inputs: list[Any]) -> list[Any]:
 def _cond(
     eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
 ) -> list[Any]:
-    del wanted
     index, *operands = inputs
     branches = [Body(b, domain, keys) for b in eqn.params["branches"]]
     if is_concrete(index):
@@ -431,13 +439,9 @@ def _cond(
 def _while(
     eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
 ) -> list[Any]:
-    del wanted
-    split = np.cumsum([eqn.params["cond_nconsts"], eqn.params["body_nconsts"]])
-    cond_consts, body_consts, carry = (
-        inputs[: split[0]],
-        inputs[split[0] : split[1]],
-        inputs[split[1] :],
-    )
+    first = eqn.params["cond_nconsts"]
+    then = first + eqn.params["body_nconsts"]
+    cond_consts, body_consts, carry = inputs[:first], inputs[first:then], inputs[then:]
     condition = Body(eqn.params["cond_jaxpr"], domain, keys)
     body = Body(eqn.params["body_jaxpr"], domain, keys)
     for _ in range(MAX_WHILE_TRIPS):

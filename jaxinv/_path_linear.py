@@ -162,13 +162,11 @@ def summed(eqn: Equation, value: Paths) -> Paths:
 def summed_in_windows(eqn: Equation, value: Paths) -> Paths:
     """The sum over every window of `eqn`."""
     names = ("window_dimensions", "window_strides", "window_dilation", "padding")
-    windows = enumerate(zip(*(eqn.params[name] for name in names), strict=True))
+    windows = dict(enumerate(zip(*(eqn.params[name] for name in names), strict=True)))
     dilation = eqn.params["base_dilation"]
-    rows, runs = _path_runs.sliding(
-        value.rows, value.runs, {axis: w for axis, w in windows if dilation[axis] == 1}
-    )
-    windows = zip(*(eqn.params[name] for name in names), strict=True)
-    moving = [axis for axis, w in enumerate(windows) if w != (1, 1, 1, (0, 0))]
+    plain = {axis: w for axis, w in windows.items() if dilation[axis] == 1}
+    rows, runs = _path_runs.sliding(value.rows, value.runs, plain)
+    moving = [axis for axis, w in windows.items() if w != (1, 1, 1, (0, 0))]
     return Paths(_scaled.normalize(_along(eqn, rows, moving)), runs=runs)
 
 

@@ -197,3 +197,16 @@ def _same_array(a: Any, b: Any) -> bool:
     if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.extended):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def call_and_body(eqn: Equation) -> tuple[Callable[..., list[Any]], Callable[..., list[Any]]]:
+    """A call, and what it calls, as functions of all its inputs: they may differ in derivative."""
+    raw = eqn.raws[0]
+    found = sub_jaxprs(raw, [True] * len(raw.outvars))
+    assert found is not None, "not a call"
+    ((body, *_),) = found
+    places = {v: i for i, v in enumerate(raw.invars) if isinstance(v, jex.Var)}
+    inner, _ = open_jaxpr(body)
+    alone = inner.replace(constvars=[], invars=list(places), outvars=raw.outvars, eqns=[raw])
+    call = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))
+    return lambda *args: call(*[args[i] for i in places.values()]), jex.jaxpr_as_fun(body)

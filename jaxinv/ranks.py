@@ -26,13 +26,14 @@ from jax import lax
 
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
 from jaxinv._draws import own_draws
-from jaxinv._precision import call_in, in_precision
+from jaxinv._exact import MOST_STEPS, check_known, exact_rank
+from jaxinv._precision import as_dtype, call_in, in_precision
 from jaxinv._rank_evidence import (
     column_sizes,
     error_of_jacobian,
     known_ambiguities,
 )
-from jaxinv.errors import InvalidInput
+from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.jacobians import (
     fold_rows,
     jacobian,
@@ -42,10 +43,12 @@ from jaxinv.jacobians import (
 )
 from jaxinv.typing import Array, Inputs, Network, Params
 
-Method = Literal["auto", "svd", "tsqr", "gram", "certificate"]
-METHODS = ("auto", "svd", "tsqr", "gram", "certificate")
+Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
+METHODS = ("auto", "svd", "tsqr", "gram", "certificate", "exact")
 # float64 takes a rank without proof of its upper bound if σ_r stands out by this factor.
 _CERTAIN_GAP = 1e3
+# Up to so many steps of elimination "auto" asks for an exact rank: about a second.
+_STEPS_OF_AUTO = 1 << 26
 _EXACT = lax.Precision.HIGHEST
 
 
@@ -81,6 +84,8 @@ class Rank(NamedTuple):
                 return "no rank: the Jacobian is not finite"
             return f"rank not certified: at most {self.upper}"
         word = "certain" if self.certain else "NOT CERTAIN"
+        if jnp.isnan(self.largest):
+            return f"rank {self.rank} ({word}): in exact arithmetic, at most {self.upper}"
         return (
             f"rank {self.rank} ({word}): {self.lower} proven from below, at most {self.upper}; "
             f"σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, gap {self.gap:.1e}, "
@@ -329,18 +334,34 @@ def jacobian_rank(
             not cast to less (if it does, the measured error shows it).
         method: "svd", "tsqr", "gram" as for `jacobian_spectrum`. "certificate" proves the rank
             d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
-            and gives -1 where it cannot. "auto" tries the certificate, then the SVD.
+            and gives -1 where it cannot. "auto" tries the certificate, then the SVD, and,
+            where that is not certain of a small network outside `jit`, "exact": see below.
         rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
         dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
             equals a bound known from theory.
         chunk: examples at a time.
         batch_axis: as for `jaxinv.jacobian`.
 
+    "exact" is for small networks that are piecewise polynomial in their parameters: sums,
+    products, quotients, maxima, pools and whatever moves elements about. Every float is a rational
+    number, so the Jacobian of the function that `fn` writes in real numbers is a rational matrix,
+    with the derivatives that JAX takes at ties. It is computed modulo two primes near 2^31 without
+    any rounding, and so is its rank, which can only be too low. It is `certain` if both primes
+    agree. That rests on no accident: to be wrong, both primes would have to divide all the largest
+    minors that are not 0. What `fn` computes from constants alone (closed-over arrays, literals)
+    is taken as the floats that it gives. Of params or x that `dtype` rounds nothing is certain.
+
     Returns:
-        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`.
+        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`. "exact"
+        needs the numbers in params and x, so it works outside both only.
 
     Raises:
-        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0.
+        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0; for
+            "exact" inside `jit` or `vmap`, with an `rtol`, or for a Jacobian of more than 2^22
+            elements or 2^31 steps n·out·d·min(n·out, d).
+        UnsupportedOperation: for "exact", of operations that are not piecewise polynomial (tanh,
+            exp, rsqrt), of casts to less than `dtype`, and of functions whose own derivative
+            (custom_jvp) is not that of their values.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -350,12 +371,18 @@ def jacobian_rank(
         >>> found = jacobian_rank(networks.mlp, w, x)  # 9 parameters, 3 rescalings
         >>> int(found.rank), bool(found.certain)
         (6, True)
+        >>> print(jacobian_rank(networks.mlp, w, x, method="exact"))
+        rank 6 (certain): in exact arithmetic, at most 6
     """
     dtype = _checked(method, dtype)
     if rtol is not None:
         rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
     _check_values(params, x, dtype, chunk)
     fn = own_draws(fn, params, x, dtype)
+    if method == "exact":
+        if rtol is not None:
+            raise InvalidInput("method='exact' compares nothing with a tolerance: leave rtol out.")
+        return _exact_rank(fn, params, x, dtype, batch_axis)
 
     def rank(params: Params, x: Inputs) -> Rank:
         problem = problem_of(fn, params, x, batch_axis)
@@ -366,7 +393,50 @@ def jacobian_rank(
             return _rank_by_spectrum(params, x, network, method, dtype, chunk, rtol)
         return _automatic(params, x, network, dtype, chunk, rtol, problem)
 
-    return call_in(dtype, rank, params, x)
+    found = call_in(dtype, rank, params, x)
+    if method != "auto" or rtol is not None:
+        return found
+    return _settled(found, fn, params, x, dtype, batch_axis)
+
+
+def _settled(
+    found: Rank, fn: Network, params: Params, x: Inputs, dtype: Any, batch_axis: int | None
+) -> Rank:
+    """In exact arithmetic where the bounds do not meet, of a small network of known numbers."""
+    if isinstance(found.certain, jax.core.Tracer) or found.certain:
+        return found
+    try:
+        exact = _exact_rank(fn, params, x, dtype, batch_axis, _STEPS_OF_AUTO)
+    except (UnsupportedOperation, InvalidInput):
+        return found
+    if not exact.certain or exact.rank != found.rank:
+        return exact if exact.certain else found
+    return found._replace(lower=exact.lower, upper=exact.upper, certain=exact.certain)
+
+
+def _exact_rank(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    dtype: Any,
+    batch_axis: int | None,
+    most_steps: int = MOST_STEPS,
+) -> Rank:
+    check_known(params, x)
+    given = jax.tree.leaves((params, x))
+    with in_precision(dtype):
+        params, x = as_dtype((params, x), dtype)
+        used = jax.tree.leaves((params, x))
+        # What is exact of rounded arrays proves nothing of those that were given.
+        rounded = not all(map(np.array_equal, given, used))
+        problem = problem_of(fn, params, x, batch_axis)
+        found = exact_rank(problem.fn, params, problem.x, most_steps)
+        most = min(problem.rows, problem.parameters)
+        count = jnp.asarray(found.rank, jnp.int32)
+        upper = jnp.asarray(found.rank if found.agreed else most, jnp.int32)
+        zero, unknown = jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype)
+        certain = jnp.asarray((found.agreed or found.rank == most) and not rounded)
+        return Rank(count, count, upper, certain, zero, zero, unknown, unknown, unknown)
 
 
 def _automatic(

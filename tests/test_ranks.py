@@ -156,7 +156,7 @@ def test_3402_of_3466_proven_inside_a_jit_without_64_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("bias_std", [0.0, 0.1])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "exact"])  # too large for that
 def test_3402_by_every_method(method, bias_std, x64):
     params, x = gaussian_problem((64, 32, 32, 10), bias_std, 1000)
     with jax.enable_x64(x64):
