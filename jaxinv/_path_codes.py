@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv import _path_runs, _scaled
+from jaxinv import _path_exponents, _path_runs, _scaled
 from jaxinv._jaxpr import Equation, Value, is_concrete
 from jaxinv._path_gates import gate
-from jaxinv._path_linear import moved
 from jaxinv._path_values import (
     Code,
     Paths,
@@ -217,7 +216,7 @@ def _lookup(domain: Any, eqn: Equation, operand: Any, index: Any) -> Paths | Non
         for c in columns
     ]
     places = jnp.concatenate(parts, axis=-1)
-    return Paths(moved(eqn, total, places, unique_indices=False))
+    return Paths(_path_exponents.rearranged(eqn, total, places, unique_indices=False))
 
 
 def _slice(domain: Any, eqn: Equation, operand: Any, *starts: Any) -> Paths:

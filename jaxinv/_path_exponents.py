@@ -28,6 +28,17 @@ class Moved(NamedTuple):
     plan: Any  # None where exponents are scalars and nothing was done
 
 
+def rearranged(eqn: Any, sums: Scaled, *rest: Any, **changed: Any) -> Scaled:
+    """The operation, which moves elements, on mantissas and exponents."""
+
+    def bind(array: Any) -> Any:
+        if eqn.name == "gather" and array.dtype == jnp.int32:
+            return eqn.bind(array, *rest, **{**changed, "fill_value": 0})
+        return eqn.bind(array, *rest, **changed)
+
+    return _scaled.moved(bind, sums)
+
+
 def moved(
     eqn: Any, sums: Scaled, length: Scaled, axes: tuple[int, ...] | None, weight_is_right: bool
 ) -> Moved:

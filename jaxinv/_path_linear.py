@@ -56,18 +56,7 @@ def _values_and_leaves(parts: Sequence[Any]) -> tuple[list[Any], frozenset[str]]
 def _sums_like(eqn: Equation, sums: Scaled, *rest: Any) -> Scaled:
     if eqn.name == "reduce_precision":
         return Scaled(eqn.bind(sums.mantissa), sums.exponent)
-    return moved(eqn, sums, *rest)
-
-
-def moved(eqn: Equation, sums: Scaled, *rest: Any, **changed: Any) -> Scaled:
-    """The operation, which moves elements, on mantissas and exponents."""
-
-    def bind(array: Any) -> Any:
-        if eqn.name == "gather" and array.dtype == jnp.int32:
-            return eqn.bind(array, *rest, **{**changed, "fill_value": 0})
-        return eqn.bind(array, *rest, **changed)
-
-    return _scaled.moved(bind, sums)
+    return _path_exponents.rearranged(eqn, sums, *rest)
 
 
 def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:

@@ -256,13 +256,11 @@ def root_squared(s: Scaled, p: float) -> Scaled:
     x, dtype = s.mantissa, s.mantissa.dtype
     if p == 2:
         return s
-    if p == 1:
-        return Scaled(x * x, 2 * s.exponent)
-    if p % 1:
-        whole, fraction = times(s.exponent, 2 / p, dtype)
-        return Scaled(x ** jnp.asarray(2 / p, dtype) * fraction, whole)
-    p = int(p)
     k = _exponent_of(_unit_of(x))
+    if p == 1 or p % 1:
+        whole, fraction = times(k + s.exponent, 2 / p, dtype)
+        return Scaled((x * _exact_power(-k, dtype)) ** jnp.asarray(2 / p, dtype) * fraction, whole)
+    p = int(p)
     own = (k + s.exponent) // p
     inner = x * _exact_power(-k, dtype) * _exact_power(k + s.exponent - p * own, dtype)
     whole = 2 * (s.exponent // p)
