@@ -1,14 +1,17 @@
 """Degrees of freedom: the rank of the Jacobian, and how far it can be trusted.
 
-    number of parameters d = rank + rescalings + dead + hidden
+    number of parameters d = rank + rescalings + dead + hidden + unseen
 
 A rank read off computed singular values is a decision. Every singular value is known up to an error
-ε: rounding in computing J (measured, as the difference of reverse and forward mode on random
-directions) plus that of the method. By Weyl's inequality a computed σ_r > ε proves rank ≥ r. No
-computation with rounding proves that a singular value *is* zero; rank ≤ r is proven by theory: the
-rescalings known from the program of `fn` and columns that are exactly zero. A rank is `certain` if
-both bounds meet, or, in float64 alone, if nothing lies in three decades between what is and what
-is not zero.
+ε: rounding in computing J (bounded by an error analysis of the program, or measured) plus that of
+the method. By Weyl's inequality a computed σ_r > ε proves rank ≥ r. No computation with rounding
+proves that a singular value *is* zero; rank ≤ r is proven by theory: the number of rows, the
+rescalings known from the program of `fn`, and columns that are zero without any rounding. A rank is
+`certain` if both bounds meet, and only then. It is `clear` if nothing lies in three decades between
+what is and what is not zero (`jaxinv._tolerances` has the policy).
+
+The columns of J are first scaled to one size by powers of two. That changes no rank, and makes it
+independent of how a network is rescaled.
 
 Everything is computed in float64 inside, by a scope: no global option changes, also inside your own
 `jit` with 64-bit types off.
@@ -16,6 +19,7 @@ Everything is computed in float64 inside, by a scope: no global option changes, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,27 +28,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv import _tolerances as policy
+from jaxinv._casts import casts_of
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
 from jaxinv._precision import call_in, in_precision
-from jaxinv._rank_evidence import (
-    column_sizes,
-    error_of_jacobian,
-    known_ambiguities,
-)
+from jaxinv._rank_evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import (
     fold_rows,
     jacobian,
     jacobian_gram,
+    scaled_gram,
     shapes_of,
     tangent_kernel,
 )
 from jaxinv.typing import Array, Inputs, Network, Params
 
 Method = Literal["auto", "svd", "tsqr", "gram", "certificate"]
-METHODS = ("auto", "svd", "tsqr", "gram", "certificate")
-# float64 takes a rank without proof of its upper bound if σ_r stands out by this factor.
-_CERTAIN_GAP = 1e3
 _EXACT = lax.Precision.HIGHEST
 
 
@@ -60,38 +60,63 @@ class Rank(NamedTuple):
     """
 
     rank: Array  # int32: singular values above the tolerance; -1: not certified, or J not finite
-    lower: Array  # int32: proven lower bound, up to rounding
+    lower: Array  # int32: proven lower bound
     upper: Array  # int32: proven upper bound: min(rows, d − known ambiguities)
-    certain: Array  # bool
+    certain: Array  # bool: the bounds meet
+    clear: Array  # bool: certain, or a wide gap
+    reason: Array  # int32: flags of `jaxinv._tolerances`: why it is not certain, or says little
     tolerance: Array  # float: singular values up to this count as zero
     error: Array  # float: bound on the error of the computed singular values
-    largest: Array  # float: σ_1
+    largest: Array  # float: σ_1 of J with its columns scaled to one size (of J itself with rtol)
     smallest: Array  # float: σ_rank; of a certificate the largest value that it excludes
     gap: Array  # float: σ_rank / σ_{rank+1}; inf where there is no further one
+    about: policy.About  # static: numbers of examples, outputs, parameters; lines that cast
 
     def __str__(self) -> str:
-        """The rank, its bounds and its gap."""
+        """The rank, its bounds and its gap, and why it is not certain."""
         if not isinstance(self.rank, jax.Array) or isinstance(self.rank, jax.core.Tracer):
             return repr(self)
         if jnp.ndim(self.rank):
             return f"ranks {self.rank} ({int(self.certain.sum())} of {self.rank.size} certain)"
+        if int(self.reason) & policy.NOT_FINITE:
+            return "no rank: the Jacobian is not finite"
+        notes = self.notes()
         if self.rank < 0:
-            if not jnp.isfinite(self.error):
-                return "no rank: the Jacobian is not finite"
-            return f"rank not certified: at most {self.upper}"
-        word = "certain" if self.certain else "NOT CERTAIN"
-        return (
-            f"rank {self.rank} ({word}): {self.lower} proven from below, at most {self.upper}; "
-            f"σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, gap {self.gap:.1e}, "
-            f"error {self.error:.1e}"
+            return "".join([f"rank not certified: at most {self.upper}", *notes])
+        return "".join(
+            [
+                f"rank {self.rank} ({self.word()}): {self.lower} proven from below, "
+                f"at most {self.upper}; σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, "
+                f"gap {self.gap:.1e}, error {self.error:.1e}",
+                *notes,
+            ]
         )
+
+    def word(self) -> str:
+        """certain, clear or neither."""
+        if self.certain:
+            return "certain"
+        return "clear, not proven" if self.clear else "NOT CERTAIN"
+
+    def notes(self) -> list[str]:
+        """Lines on what limits the rank."""
+        lines = []
+        if int(self.reason) & policy.LIMITED_BY_ROWS:
+            rows = self.about.examples * self.about.outputs
+            lines.append(
+                f"limited by {rows} rows: at least {self.about.enough} inputs needed for "
+                f"{self.about.parameters} parameters"
+            )
+        lines += [f"not proven: {text}" for text in policy.reasons(self.reason)]
+        lines += [f"cast: {line}" for line in self.about.casts]
+        return ["\n" + line for line in lines]
 
 
 # --- precision and options ---------------------------------------------------------
 
 
 def _checked(method: str, dtype: Any) -> Any:
-    one_of("method", method, METHODS)
+    one_of("method", method, tuple(METHODS))
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:
@@ -117,14 +142,16 @@ def _dense(J: Array) -> Array:
     return jnp.linalg.svd(J, compute_uv=False)
 
 
-def _streamed(fn: Network, params: Params, x: Inputs, size: int, dtype: Any, chunk: int) -> Array:
+def _streamed(
+    fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any, chunk: int
+) -> Array:
     """Singular values of the triangle that QR of chunk after chunk leaves."""
 
     def add(triangle: Array, rows: Array) -> Array:
-        return jnp.linalg.qr(jnp.concatenate([triangle, rows]), mode="r")
+        return jnp.linalg.qr(jnp.concatenate([triangle, rows * scale]), mode="r")
 
-    triangle = fold_rows(fn, params, x, jnp.zeros((size, size), dtype), add, chunk=chunk)
-    return _dense(triangle)
+    start = jnp.zeros((scale.size, scale.size), dtype)
+    return _dense(fold_rows(fn, params, x, start, add, chunk=chunk))
 
 
 def _from_gram(gram: Array) -> Array:
@@ -143,9 +170,9 @@ def _spectrum(
     """min(rows, d) singular values, descending."""
     shapes = shapes_of(fn, params, x)
     if method == "tsqr":
-        values = _streamed(fn, params, x, shapes.parameters, dtype, chunk or _tsqr_chunk(shapes))[
-            : min(shapes.rows, shapes.parameters)
-        ]
+        ones = jnp.ones(shapes.parameters, dtype)
+        values = _streamed(fn, params, x, ones, dtype, chunk or _tsqr_chunk(shapes))
+        values = values[: min(shapes.rows, shapes.parameters)]
     elif method == "gram":
         if shapes.rows < shapes.parameters:
             values = _from_gram(tangent_kernel(fn, params, x, chunk=chunk or 32))
@@ -204,31 +231,89 @@ def jacobian_spectrum(
 # --- ranks ----------------------------------------------------------------------------
 
 
+class _Evidence(NamedTuple):
+    """What is known before any singular value is."""
+
+    sizes: Sizes
+    scale: Array  # (d,): of the columns
+    known: Any
+    upper: Array
+    error: Array  # of J·diag(scale)
+    reason: Array  # the flags that are known already
+    about: policy.About
+
+
+def _evidence(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, scaled: bool = True
+) -> _Evidence:
+    shapes = shapes_of(fn, params, x)
+    sizes = sizes_of(fn, params, x, dtype, chunk or 64)
+    scale = sizes.scale if scaled else jnp.ones(shapes.parameters, dtype)
+    known = known_ambiguities(fn, params, x, sizes.dead, dtype, scale)
+    left = shapes.parameters - known.num_dead - known.span
+    casts = casts_of(fn, params, x, dtype)
+    reason = (
+        policy.flag(left > shapes.rows, policy.LIMITED_BY_ROWS)
+        + policy.flag((sizes.zero & ~sizes.dead).any(), policy.UNPROVEN_ZEROS)
+        + (policy.CAST if casts else 0)
+        + (policy.MEASURED if sizes.error is None else 0)
+    )
+    upper = jnp.minimum(left, shapes.rows).astype(jnp.int32)
+    error = error_of_jacobian(fn, params, x, sizes, scale, dtype)
+    about = policy.About(shapes.examples, shapes.outputs, shapes.parameters, casts)
+    return _Evidence(sizes, scale, known, upper, error, reason, about)
+
+
 def _decide(
-    values: Array, upper: Array, error: Array, rtol: float | None, double: bool, sizes: Array
+    values: Array, evidence: _Evidence, error: Array, rtol: float | None, double: bool
 ) -> Rank:
-    """`sizes` is Σ|J| over rows, per column."""
+    """`error` is that of the singular values."""
+    upper, cast = evidence.upper, bool(evidence.about.casts)
     largest = values[0]
     tolerance = error if rtol is None else rtol * largest
     rank = jnp.sum(values > tolerance).astype(jnp.int32)
-    lower = jnp.sum(values > error).astype(jnp.int32)
+    lower = jnp.sum(values > policy.FIRM * error).astype(jnp.int32)
     padded = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
     smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], largest)
     following = padded[rank]
     gap = jnp.where(following > 0, smallest / jnp.where(following > 0, following, 1), jnp.inf)
-    # A value just above a bound that is itself an estimate proves nothing: ask for a decade more.
-    firm = jnp.sum(values > 10 * error).astype(jnp.int32)
-    certain = (firm == rank) & (rank == upper)
-    if double:
-        stands_out = smallest > _CERTAIN_GAP * jnp.maximum(error, following)
-        # A column that is not 0, but below the error, could be one more direction: weights of very
-        # different sizes. Nothing says then that it is not.
-        seen = jnp.all((sizes == 0) | (sizes > error))
-        certain = certain | ((firm == rank) & stands_out & (following <= error) & seen)
     finite = jnp.isfinite(values).all() & jnp.isfinite(error)
+    certain = finite & (lower == upper) & (rank == upper) & (not cast)
+    # A column of zeros that rounding could have made is no zero, so nothing is clear.
+    hides = evidence.sizes.zero & ~evidence.sizes.dead & (evidence.sizes.error is not None)
+    clear = policy.is_gap(smallest, jnp.maximum(error, following)) & (following <= error)
+    clear = clear & (rank == lower) & (rank <= upper) & ~hides.any() & (double and not cast)
+    clear = certain | (clear & finite)
+    reason = (
+        evidence.reason
+        + policy.flag(~clear, policy.ROUNDING)
+        + policy.flag(lower != upper, policy.NO_UPPER_BOUND)
+    )
+    silent = policy.LIMITED_BY_ROWS | policy.MEASURED
+    reason = jnp.where(certain, reason & silent, reason)
+    reason = jnp.where(finite, reason, policy.NOT_FINITE)
     rank, lower = jnp.where(finite, rank, -1), jnp.where(finite, lower, 0)
-    certain = certain & finite & (rank <= upper)
-    return Rank(rank, lower, upper, certain, tolerance, error, largest, smallest, gap)
+    return Rank(
+        rank, lower, upper, certain, clear, reason, tolerance, error, largest, smallest, gap,
+        evidence.about,
+    )  # fmt: skip
+
+
+def _scaled_spectrum(
+    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None, scale: Array
+) -> Array:
+    """min(rows, d) singular values of J·diag(scale), descending."""
+    shapes = shapes_of(fn, params, x)
+    small = min(shapes.rows, shapes.parameters)
+    if method == "tsqr":
+        chunk = chunk or _tsqr_chunk(shapes)
+        return _streamed(fn, params, x, scale, dtype, chunk)[:small]
+    if method == "gram" and shapes.rows >= shapes.parameters:
+        return _from_gram(scaled_gram(fn, params, x, scale, chunk=chunk or 64))
+    J = jacobian(fn, params, x, mode="rev", chunk=chunk or 64) * scale
+    if method == "gram":
+        return _from_gram(jnp.matmul(J, J.T, precision=_EXACT))
+    return _dense(J)
 
 
 @partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk", "rtol"))
@@ -242,69 +327,102 @@ def _rank_by_spectrum(
     rtol: float | None,
 ) -> Rank:
     shapes = shapes_of(fn, params, x)
-    d, small = shapes.parameters, min(shapes.rows, shapes.parameters)
-    J = None
-    if method == "svd":
-        J = jacobian(fn, params, x, chunk=chunk or 64)
-        values, sizes = _dense(J), abs(J).sum(0)
-    else:
-        values = _spectrum(params, x, fn, method, dtype, chunk)
-        sizes = column_sizes(fn, params, x, d, dtype, chunk or 64)
-    known = known_ambiguities(fn, params, x, sizes)
-    upper = jnp.minimum(d - known.num_dead - known.span, small).astype(jnp.int32)
-    eps = float(jnp.finfo(dtype).eps)
-    rounding = max(shapes.rows, d) * eps * values[0]
+    # rtol is relative to the largest singular value of J as it is.
+    evidence = _evidence(params, x, fn, dtype, chunk, scaled=rtol is None)
+    values = _scaled_spectrum(params, x, fn, method, dtype, chunk, evidence.scale)
+    unit = policy.roundings(shapes.rows, shapes.parameters, dtype)
     if method == "gram":
-        # λ is good to max(rows, d)·eps·λ_1, so σ to its square root.
-        rounding = float(np.sqrt(max(shapes.rows, d) * eps)) * values[0]
-    error = rounding + error_of_jacobian(fn, params, x, J, dtype)
-    return _decide(values, upper, error, rtol, dtype == jnp.float64, sizes)
+        # λ is good to the rounding of JᵀJ and 2σ_1·‖ΔJ‖ + ‖ΔJ‖², so σ to the square root.
+        wrong = evidence.error * (2 * values[0] + evidence.error)
+        error = jnp.sqrt(unit * values[0] ** 2 + wrong)
+    else:
+        error = unit * values[0] + evidence.error
+    return _decide(values, evidence, error, rtol, dtype == jnp.float64)
 
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _rank_by_certificate(
     params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
 ) -> Rank:
-    """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D⁻² the diagonal.
+    """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
 
     If JᵀJ plus a matrix of rank k is positive definite, then rank J ≥ d − k; and rank J ≤ d − k by
-    theory. D does not change the rank, and conditions the matrix.
+    theory, for Q has no more columns than its exact span. D does not change the rank, and
+    conditions the matrix.
     """
     shapes = shapes_of(fn, params, x)
     d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
+    evidence = _evidence(params, x, fn, dtype, chunk)
+    known = evidence.known
     # Rows for a quarter of the memory of JᵀJ: it is read and written once for each chunk.
-    gram = jacobian_gram(fn, params, x, chunk=chunk or max(1, d // (4 * shapes.outputs)))
-    diagonal = jnp.diagonal(gram)
-    known = known_ambiguities(fn, params, x, diagonal)
-    scale = jnp.where(known.dead, 1, jnp.sqrt(jnp.where(known.dead, 1, diagonal)))
-    A = gram / scale[:, None] / scale
+    rows_at_once = chunk or max(1, d // (4 * shapes.outputs))
+    A = scaled_gram(fn, params, x, evidence.scale, chunk=rows_at_once)
+    size = jnp.sqrt(jnp.trace(A))
     # JT = 0, so (JD)(D⁻¹T) = 0: the rescalings of the scaled columns.
-    T = known.tangents * scale[:, None]
-    norm = jnp.linalg.norm(T, axis=0)
-    T = T / jnp.where(norm > 0, norm, 1)
+    T = known.tangents
     A = A + jnp.matmul(T, T.T, precision=_EXACT) + jnp.diag(known.dead.astype(dtype))
     # Success on A − μ proves A > 0 for μ above what forming A and factoring it can be wrong by:
     # sums of `rows` and of d products, relative to the diagonal, whose sum is the trace.
-    measured = error_of_jacobian(fn, params, x, None, dtype) / jnp.sqrt(jnp.sum(diagonal))
-    trace = jnp.trace(A)
-    mu = trace * (eps * (d + 2 + float(np.sqrt(shapes.rows))) + 2 * measured)
+    wrong = evidence.error * (2 * size + evidence.error)
+    mu = jnp.trace(A) * (eps * (d + 2 + 8 * float(np.sqrt(shapes.rows)))) + wrong
     L = jnp.linalg.cholesky(A - mu * jnp.eye(d, dtype=dtype))
-    proven = jnp.isfinite(L).all()
-    upper = (d - known.num_dead - known.span).astype(jnp.int32)
-    upper = jnp.minimum(upper, shapes.rows)
-    proven = proven & (upper == d - known.num_dead - known.span)
+    reached = evidence.upper == d - known.num_dead - known.span
+    proven = jnp.isfinite(L).all() & reached & (not evidence.about.casts)
+    reason = evidence.reason + policy.flag(jnp.ones((), bool), policy.NO_UPPER_BOUND)
+    silent = policy.LIMITED_BY_ROWS | policy.MEASURED
     nothing = jnp.full((), jnp.nan, dtype)
     return Rank(
-        jnp.where(proven, upper, -1),
-        jnp.where(proven, upper, 0),
-        upper,
+        jnp.where(proven, evidence.upper, -1),
+        jnp.where(proven, evidence.upper, 0),
+        evidence.upper,
         proven,
+        proven,
+        jnp.where(proven, reason & silent, reason),
         jnp.zeros((), dtype),
-        jnp.sqrt(mu) * jnp.max(scale),
+        jnp.sqrt(mu),
         nothing,
-        jnp.sqrt(mu) * jnp.max(scale),
+        jnp.sqrt(mu),
         nothing,
+        evidence.about,
     )
+
+
+def _automatic(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+) -> Rank:
+    """The certificate where it can succeed and is worth it, else the SVD."""
+    shapes = shapes_of(fn, params, x)
+    if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
+        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol)
+    found = _rank_by_certificate(params, x, fn, dtype, chunk)
+    return lax.cond(
+        found.certain,
+        lambda: found,
+        lambda: _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol),
+    )
+
+
+def _by_spectrum(method: str) -> Callable[..., Rank]:
+    return lambda params, x, fn, dtype, chunk, rtol: _rank_by_spectrum(
+        params, x, fn, method, dtype, chunk, rtol
+    )
+
+
+def _by_certificate(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+) -> Rank:
+    del rtol
+    return _rank_by_certificate(params, x, fn, dtype, chunk)
+
+
+# A method is a row: what to call with (params, x, fn, dtype, chunk, rtol), in the scope of dtype.
+METHODS: dict[str, Callable[..., Rank]] = {
+    "auto": _automatic,
+    "svd": _by_spectrum("svd"),
+    "tsqr": _by_spectrum("tsqr"),
+    "gram": _by_spectrum("gram"),
+    "certificate": _by_certificate,
+}
 
 
 def jacobian_rank(
@@ -351,31 +469,7 @@ def jacobian_rank(
     _check_values(params, x, dtype, chunk)
 
     def rank(params: Params, x: Inputs) -> Rank:
-        shapes = shapes_of(fn, params, x)
-        if method == "certificate":
-            return _rank_by_certificate(params, x, fn, dtype, chunk)
-        if method != "auto":
-            return _rank_by_spectrum(params, x, fn, method, dtype, chunk, rtol)
-        return _automatic(params, x, fn, dtype, chunk, rtol, shapes)
+        shapes_of(fn, params, x)
+        return METHODS[method](params, x, fn, dtype, chunk, rtol)
 
     return call_in(dtype, rank, params, x)
-
-
-def _automatic(
-    params: Params,
-    x: Inputs,
-    fn: Network,
-    dtype: Any,
-    chunk: int | None,
-    rtol: float | None,
-    shapes: Any,
-) -> Rank:
-    """The certificate where it can succeed and is worth it, else the SVD."""
-    if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
-        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol)
-    found = _rank_by_certificate(params, x, fn, dtype, chunk)
-    return lax.cond(
-        found.certain,
-        lambda: found,
-        lambda: _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol),
-    )
