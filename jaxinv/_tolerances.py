@@ -46,9 +46,11 @@ ROUNDING = 8
 NO_UPPER_BOUND = 16
 NOT_FINITE = 32
 MEASURED = 64
+NARROWED = 128
 
 TEXTS = {
     CAST: "fn casts to less than the working precision",
+    NARROWED: "params or x were rounded to the working precision first",
     UNPROVEN_ZEROS: "columns that are zero may have underflowed or been rounded away",
     ROUNDING: "rounding hides singular values between 0 and what stands out",
     NO_UPPER_BOUND: "no known symmetry explains the rest of the null space",

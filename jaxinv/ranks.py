@@ -33,6 +33,7 @@ from jaxinv._casts import casts_of
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
 from jaxinv._precision import call_in, in_precision
 from jaxinv._rank_evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
+from jaxinv._spans import Modular, rank_of_exact
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import (
     fold_rows,
@@ -46,6 +47,8 @@ from jaxinv.typing import Array, Inputs, Network, Params
 
 Method = Literal["auto", "svd", "tsqr", "gram", "certificate"]
 _EXACT = lax.Precision.HIGHEST
+# An exact rank costs rows·d² of these for each of three primes; about a second.
+_MOST_ELIMINATIONS = 1 << 27
 
 
 class Rank(NamedTuple):
@@ -265,14 +268,23 @@ def _evidence(
 
 
 def _decide(
-    values: Array, evidence: _Evidence, error: Array, rtol: float | None, double: bool
+    values: Array,
+    evidence: _Evidence,
+    error: Array,
+    rtol: float | None,
+    double: bool,
+    exact: Modular | None,
 ) -> Rank:
-    """`error` is that of the singular values."""
+    """`error` is that of the singular values; `exact` counts where J has no rounding at all."""
     upper, cast = evidence.upper, bool(evidence.about.casts)
     largest = values[0]
     tolerance = error if rtol is None else rtol * largest
     rank = jnp.sum(values > tolerance).astype(jnp.int32)
     lower = jnp.sum(values > policy.FIRM * error).astype(jnp.int32)
+    if exact is not None:
+        rank = jnp.where(exact.agreed, exact.rank, rank)
+        lower = jnp.where(exact.agreed, exact.rank, lower)
+        upper = jnp.where(exact.agreed, jnp.minimum(exact.rank, upper), upper)
     padded = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
     smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], largest)
     following = padded[rank]
@@ -316,6 +328,17 @@ def _scaled_spectrum(
     return _dense(J)
 
 
+def _exact(params: Params, x: Inputs, fn: Network, evidence: _Evidence) -> Modular | None:
+    """The exact rank, where J is small and nothing in its program was rounded."""
+    about, error = evidence.about, evidence.sizes.error
+    rows, d = about.examples * about.outputs, about.parameters
+    if error is None or rows * d * d > _MOST_ELIMINATIONS:
+        return None
+    J = jacobian(fn, params, x, mode="rev") * evidence.scale
+    found = rank_of_exact(J)
+    return found._replace(agreed=found.agreed & (error == 0).all())
+
+
 @partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk", "rtol"))
 def _rank_by_spectrum(
     params: Params,
@@ -329,6 +352,10 @@ def _rank_by_spectrum(
     shapes = shapes_of(fn, params, x)
     # rtol is relative to the largest singular value of J as it is.
     evidence = _evidence(params, x, fn, dtype, chunk, scaled=rtol is None)
+    exact = None
+    if method == "auto":
+        method = "svd"
+        exact = _exact(params, x, fn, evidence) if rtol is None else None
     values = _scaled_spectrum(params, x, fn, method, dtype, chunk, evidence.scale)
     unit = policy.roundings(shapes.rows, shapes.parameters, dtype)
     if method == "gram":
@@ -337,7 +364,7 @@ def _rank_by_spectrum(
         error = jnp.sqrt(unit * values[0] ** 2 + wrong)
     else:
         error = unit * values[0] + evidence.error
-    return _decide(values, evidence, error, rtol, dtype == jnp.float64)
+    return _decide(values, evidence, error, rtol, dtype == jnp.float64, exact)
 
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
@@ -393,7 +420,7 @@ def _automatic(
     """The certificate where it can succeed and is worth it, else the SVD."""
     shapes = shapes_of(fn, params, x)
     if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
-        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol)
+        return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol)
     found = _rank_by_certificate(params, x, fn, dtype, chunk)
     return lax.cond(
         found.certain,
@@ -472,4 +499,26 @@ def jacobian_rank(
         shapes_of(fn, params, x)
         return METHODS[method](params, x, fn, dtype, chunk, rtol)
 
-    return call_in(dtype, rank, params, x)
+    return _of_what_was_given(call_in(dtype, rank, params, x), (params, x), dtype)
+
+
+def _of_what_was_given(found: Rank, arguments: Any, dtype: Any) -> Rank:
+    """Nothing is proven of arrays that had to be rounded to `dtype` first."""
+    narrowed = jnp.zeros((), bool)
+    for leaf in jax.tree.leaves(arguments):
+        given = jnp.result_type(leaf)
+        if jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).nmant > jnp.finfo(dtype).nmant:
+            leaf = jnp.asarray(leaf)
+            narrowed = narrowed | (leaf.astype(dtype).astype(leaf.dtype) != leaf).any()
+    if isinstance(narrowed, jax.Array) and not isinstance(narrowed, jax.core.Tracer):
+        if not narrowed:
+            return found
+    bottom = jnp.where(narrowed, 0, found.lower)
+    top = min(found.about.examples * found.about.outputs, found.about.parameters)
+    return found._replace(
+        lower=bottom,
+        upper=jnp.where(narrowed, top, found.upper),
+        certain=found.certain & ~narrowed,
+        clear=found.clear & ~narrowed,
+        reason=found.reason | policy.flag(narrowed, policy.NARROWED),
+    )
