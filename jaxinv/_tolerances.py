@@ -23,6 +23,13 @@ from jaxinv.typing import Array
 
 # A wide gap: no rounding of a decomposition spreads zeros over three decades.
 CLEAR_GAP = 1e3
+# Singular values and pivots count beyond this many times the error of a decomposition.
+COUNTS = 8
+# Null spaces of equations that are no proof: rows are sampled. A gap that rounding cannot make, and
+# the relative size below which rounding leaves zeros, and columns of an unknown that nothing sees.
+NULL_SPACE_GAP = 1e4
+NULL_SPACE_ZERO = 1e-10
+NULL_SPACE_COLUMN = 1e-11
 # A value just above a bound that is itself an estimate proves nothing: ask for a decade more.
 FIRM = 10.0
 
@@ -30,6 +37,11 @@ FIRM = 10.0
 def roundings(rows: int, columns: int, dtype: Any) -> float:
     """The backward error of an SVD, QR or product of matrices, relative to the largest value."""
     return max(rows, columns) * float(np.finfo(dtype).eps)
+
+
+def counts_from(rows: int, columns: int, dtype: Any) -> float:
+    """What counts as not zero where a decision is due and no proof is claimed, relative to σ_1."""
+    return COUNTS * roundings(rows, columns, dtype)
 
 
 def is_gap(above: Any, below: Any) -> Any:
@@ -47,6 +59,7 @@ NO_UPPER_BOUND = 16
 NOT_FINITE = 32
 MEASURED = 64
 NARROWED = 128
+NOT_FACTORED = 256
 
 TEXTS = {
     CAST: "fn casts to less than the working precision",
@@ -54,6 +67,7 @@ TEXTS = {
     UNPROVEN_ZEROS: "columns that are zero may have underflowed or been rounded away",
     ROUNDING: "rounding hides singular values between 0 and what stands out",
     NO_UPPER_BOUND: "no known symmetry explains the rest of the null space",
+    NOT_FACTORED: "the null space may be larger than the known symmetries and dead parameters",
     NOT_FINITE: "the Jacobian is not finite",
 }
 

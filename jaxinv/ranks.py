@@ -31,6 +31,7 @@ from jax import lax
 from jaxinv import _tolerances as policy
 from jaxinv._casts import casts_of
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
+from jaxinv._lapack import cholesky, eigenvalues, singular_values, triangle
 from jaxinv._precision import call_in, in_precision
 from jaxinv._rank_evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv._spans import Modular, rank_of_exact
@@ -142,7 +143,7 @@ def _check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
 
 
 def _dense(J: Array) -> Array:
-    return jnp.linalg.svd(J, compute_uv=False)
+    return singular_values(J)
 
 
 def _streamed(
@@ -150,15 +151,15 @@ def _streamed(
 ) -> Array:
     """Singular values of the triangle that QR of chunk after chunk leaves."""
 
-    def add(triangle: Array, rows: Array) -> Array:
-        return jnp.linalg.qr(jnp.concatenate([triangle, rows * scale]), mode="r")
+    def add(above: Array, rows: Array) -> Array:
+        return triangle(jnp.concatenate([above, rows * scale]))
 
     start = jnp.zeros((scale.size, scale.size), dtype)
     return _dense(fold_rows(fn, params, x, start, add, chunk=chunk))
 
 
 def _from_gram(gram: Array) -> Array:
-    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1], 0))
+    return jnp.sqrt(jnp.maximum(eigenvalues(gram)[::-1], 0))
 
 
 def _tsqr_chunk(shapes: Any) -> int:
@@ -392,10 +393,10 @@ def _rank_by_certificate(
     # sums of `rows` and of d products, relative to the diagonal, whose sum is the trace.
     wrong = evidence.error * (2 * size + evidence.error)
     mu = jnp.trace(A) * (eps * (d + 2 + 8 * float(np.sqrt(shapes.rows)))) + wrong
-    L = jnp.linalg.cholesky(A - mu * jnp.eye(d, dtype=dtype))
+    L = cholesky(A - mu * jnp.eye(d, dtype=dtype))
     reached = evidence.upper == d - known.num_dead - known.span
     proven = jnp.isfinite(L).all() & reached & (not evidence.about.casts)
-    reason = evidence.reason + policy.flag(jnp.ones((), bool), policy.NO_UPPER_BOUND)
+    reason = evidence.reason + policy.flag(~proven, policy.NOT_FACTORED)
     silent = policy.LIMITED_BY_ROWS | policy.MEASURED
     nothing = jnp.full((), jnp.nan, dtype)
     return Rank(
