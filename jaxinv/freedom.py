@@ -119,8 +119,8 @@ def degrees_of_freedom(
     on these inputs (a pixel that is always 0, a unit that never fires): its column of J is exactly
     zero. A rescaling of dead parameters alone counts as dead. The rest of the null space is unseen
     if it acts on other inputs, and hidden if it does not: then it is another symmetry. To tell
-    them apart the rank is also taken on these inputs and as many others, drawn at random, as there
-    are parameters per output. Integer inputs, and networks that mix examples, are not compared.
+    them apart the rank is also taken on the first d/out of these inputs and as many others, drawn
+    at random. Integer inputs, and networks that mix examples, are not compared.
 
     Args:
         fn, params, x, method, rtol, dtype, chunk: as for `jacobian_rank`.
@@ -176,14 +176,15 @@ class _Elsewhere(NamedTuple):
 def _elsewhere(
     fn: Network, params: Params, x: Inputs, evidence: Rank, rest: Array, options: dict[str, Any]
 ) -> _Elsewhere:
-    """What is left of the null space on these inputs together with others."""
+    """What is left of the null space on some of these inputs together with others."""
     unknown = _Elsewhere(jnp.asarray(-1, jnp.int32), jnp.zeros((), bool))
     floats = all(jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in jax.tree.leaves(x))
     if not floats or not shapes_of(fn, params, x).apart:
         return unknown
 
     def look() -> _Elsewhere:
-        more = with_others(x, evidence.about.enough)
+        enough = evidence.about.enough
+        more = with_others(jax.tree.map(lambda a: a[:enough], x), enough)
         found = jacobian_rank(fn, params, more, **options)
         split = partial(_split, fn=fn, dtype=jnp.dtype(options["dtype"]), chunk=options["chunk"])
         zero, count, proven = call_in(options["dtype"], split, params, more)
