@@ -52,7 +52,9 @@ def _find(
                 found[equation(raw, callers).source] = None
             continue
         for body, skipped, needed_inside in inner:
-            _find(body, [True] * (len(flags) - skipped), needed_inside, dtype, (raw, *callers), found)
+            _find(
+                body, [True] * (len(flags) - skipped), needed_inside, dtype, (raw, *callers), found
+            )
 
 
 def _rounds(raw: Any, dtype: Any) -> bool:

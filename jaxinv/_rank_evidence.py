@@ -17,8 +17,8 @@ from jax import lax
 from jaxinv._rounding import with_rounding
 from jaxinv._spans import exponents_of, independent_columns
 from jaxinv.errors import UnsupportedOperation
-from jaxinv.jacobians import fold_rows, jacobian_operator, outputs_of, shapes_of
 from jaxinv.jacobians import flatten as flattened
+from jaxinv.jacobians import fold_rows, jacobian_operator, outputs_of, shapes_of
 from jaxinv.rescaling import rescaling_group, tangent_vectors
 from jaxinv.typing import Array, Inputs, Network, Params
 

@@ -189,7 +189,7 @@ def _converted(domain: Rounding, eqn: Equation, a: Rounded) -> Rounded:
         return Rounded(found, a.error)
     if jnp.issubdtype(before, jnp.floating):
         domain.default(eqn)
-    if jnp.issubdtype(after, jnp.floating) and before != bool:
+    if jnp.issubdtype(after, jnp.floating) and before != jnp.dtype(bool):
         if a.error is not None:
             domain.default(eqn)
         # An integer is exact if it has not more digits than the mantissa.
@@ -422,7 +422,9 @@ _smooth("exp", lambda x, f, e: f * jnp.expm1(e), True)
 _smooth("expm1", lambda x, f, e: (abs(f) + 1) * jnp.expm1(e), True)
 _smooth("log", lambda x, f, e: _below(x - e, e / (x - e)), False)
 _smooth("log1p", lambda x, f, e: _below(1 + x - e, e / (1 + x - e)), True)
-_smooth("sqrt", lambda x, f, e: jnp.where(x > 2 * e, e / jnp.where(f > 0, f, 1), jnp.sqrt(3 * e)), True)
+_smooth(
+    "sqrt", lambda x, f, e: jnp.where(x > 2 * e, e / jnp.where(f > 0, f, 1), jnp.sqrt(3 * e)), True
+)
 _smooth("rsqrt", lambda x, f, e: _below(x - e, f * e / (x - e)), True)
 _smooth("tanh", lambda x, f, e: (1 - f * f) * e + e * e, True)
 _smooth("logistic", lambda x, f, e: f * (1 - f) * e + e * e, False)

@@ -345,9 +345,7 @@ def jacobian_gram(
     return jax.jit(shared)(params, x, weights)
 
 
-def scaled_gram(
-    fn: Network, params: Params, x: Inputs, scale: Array, *, chunk: int = 64
-) -> Array:
+def scaled_gram(fn: Network, params: Params, x: Inputs, scale: Array, *, chunk: int = 64) -> Array:
     """diag(scale) JᵀJ diag(scale), with the columns scaled before they meet.
 
     Args:

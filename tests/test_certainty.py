@@ -1,4 +1,4 @@
-"""`certain` means proven: each rule of certainty, by a function whose exact rank it is needed for."""
+"""`certain` means proven: each rule of certainty, by a function that needs it."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinv import jacobian_rank, networks, rescale, rescaling_group
 from jaxinv import _tolerances as policy
+from jaxinv import jacobian_rank, networks, rescale, rescaling_group
 from jaxinv._rounding import with_rounding
 from jaxinv._spans import exponents_of, independent_columns, rank_of_exact
 from tests.ground_truth.integer_rank import as_fractions, exact_rank, integer_jacobian
@@ -261,11 +261,11 @@ def ranks_under_a_watchdog(calls, sizes):
         from jaxinv import jacobian_rank, jacobian_spectrum, networks
         keys = jax.random.split(jax.random.key(0), 4)
         members = jax.vmap(lambda k: networks.init_mlp(k, {sizes}, bias_std=0.3))(keys)
-        x = jax.random.normal(jax.random.key(1), (60, {sizes}[0]))
+        x = jax.random.normal(jax.random.key(1), (30, {sizes}[0]))
         def ranks(w):
             spectra = [jacobian_spectrum(networks.mlp, w, x, method=m, dtype=t)
-                       for m in ("svd", "gram", "tsqr") for t in (np.float32, np.float64)]
-            return spectra, jacobian_rank(networks.mlp, w, x, method="svd")
+                       for m in ("svd", "gram") for t in (np.float32, np.float64)]
+            return spectra, jacobian_rank(networks.mlp, w, x, method="svd", dtype=np.float32)
         compiled = jax.jit(jax.vmap(ranks)).lower(members).compile()
         last = [time.time()]
         def watch():
@@ -282,7 +282,7 @@ def ranks_under_a_watchdog(calls, sizes):
 
 
 def test_independent_decompositions_under_vmap_do_not_wait_for_each_other():
-    assert ranks_under_a_watchdog(10, (10, 14, 8)) == 0
+    assert ranks_under_a_watchdog(4, (8, 12, 8)) == 0
 
 
 @pytest.mark.slow

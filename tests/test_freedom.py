@@ -154,8 +154,12 @@ def test_what_no_other_input_shows_is_hidden():
 
 
 def test_integer_inputs_are_not_compared():
-    found = degrees_of_freedom(lambda w, x: w["t"][x] @ w["o"],
-                               {"t": np.ones((3, 2)), "o": np.ones((2, 1))}, np.array([0, 1]))  # fmt: skip
+    w = {"t": np.ones((3, 2)), "o": np.ones((2, 1))}
+
+    def net(w, x):
+        return jax.nn.one_hot(x, 3) @ w["t"] @ w["o"]
+
+    found = degrees_of_freedom(net, w, np.array([0, 1]))
     assert not found.compared
     assert int(found.hidden) == 0 or "hidden or unseen by these inputs" in str(found)
 
