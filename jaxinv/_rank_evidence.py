@@ -73,7 +73,7 @@ def sizes_of(fn: Network, params: Params, x: Inputs, dtype: Any, chunk: int) -> 
         return Sizes(
             jnp.maximum(sizes.largest, abs(rows).max(0)),
             sizes.total + abs(rows).sum(0),
-            jnp.maximum(sizes.error, errors.max(0)),
+            jnp.maximum(jnp.asarray(sizes.error), errors.max(0)),
         )
 
     try:
@@ -107,8 +107,8 @@ def _fold_rounded_rows(
 
     def both(examples: Inputs) -> tuple[Array, Array]:
         one = lambda e: with_rounding(rows, params, jax.tree.map(lambda a: a[None], e))  # noqa: E731
-        found = jax.vmap(one)(examples)
-        return tuple(a.reshape(-1, shapes.parameters) for a in found)
+        values, errors = jax.vmap(one)(examples)
+        return values.reshape(-1, shapes.parameters), errors.reshape(-1, shapes.parameters)
 
     chunk = min(chunk, shapes.examples)
     whole = shapes.examples // chunk * chunk

@@ -94,7 +94,8 @@ def with_rounding(function: Callable[..., Array], *arguments: Any) -> tuple[Arra
     leaves = jax.tree.leaves(arguments)
     traced = Trace(closed, len(leaves), [], None)
     (found,) = interpret(traced, [Rounded(jnp.asarray(a)) for a in leaves], [], Rounding())
-    return value_of(found), error_of(found)
+    error = error_of(found)
+    return value_of(found), jnp.where(jnp.isnan(error), jnp.inf, error)
 
 
 # --- grids ----------------------------------------------------------------------------
@@ -135,6 +136,7 @@ RULES, _rule = rule_table()
 def _moved(domain: Rounding, eqn: Equation, *inputs: Any) -> Any:
     """The same elements elsewhere, or the largest of some: no further from exact than before."""
     found = eqn.bind(*map(value_of, inputs))
+    errors: Any
     if eqn.name in ("reduce_max", "reduce_min"):
         errors = jnp.max(error_of(inputs[0]), axis=tuple(map(int, eqn.params["axes"])))
     elif all(not isinstance(v, Rounded) or v.error is None for v in inputs):
@@ -212,7 +214,7 @@ def _sign(domain: Rounding, eqn: Equation, a: Rounded) -> Rounded:
     return Rounded(eqn.bind(a.value), jnp.where(doubt, jnp.asarray(2, a.value.dtype), 0))
 
 
-@_rule("add", "sub", "add_any")
+@_rule("add", "sub", "add_any", "add_jaxvals")
 def _added(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
     value = eqn.bind(value_of(a), value_of(b))
     if not _is_float(value):
@@ -252,6 +254,8 @@ def _compared(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
     x, y = value_of(a), value_of(b)
     if not _is_float(x):
         return _whole(domain, eqn, a, b)
+    if a is b:  # is it NaN?
+        return Rounded(eqn.bind(x, y))
     slack = error_of(a) + error_of(b)
     return Rounded(eqn.bind(x, y), (slack > 0) & (abs(x - y) <= slack))
 
@@ -392,8 +396,14 @@ def _exponent(y: Array) -> Array:
 def _powered(domain: Rounding, eqn: Equation, a: Rounded) -> Rounded:
     n = int(eqn.params.get("y", 2))
     value, error, size = eqn.bind(a.value), error_of(a), abs(a.value)
-    if not _is_float(value) or n < 1:
+    if not _is_float(value) or n == 0:
         domain.default(eqn)
+    if n < 0:
+        away = size - 8 * abs(n) * error
+        moved = _below(away, 2 * abs(n * value) * error / jnp.where(away > 0, size, 1))
+        return Rounded(
+            value, moved + _unrepresented(abs(value), jnp.full_like(_grain(a), -_ANY), 2 - n)
+        )
     moved = n * (size + error) ** (n - 1) * error
     return Rounded(value, moved * (1 + 1e-3) + _unrepresented(abs(value), n * _grain(a), n))
 

@@ -279,7 +279,10 @@ def _decide(
     """`error` is that of the singular values; `exact` counts where J has no rounding at all."""
     upper, cast = evidence.upper, bool(evidence.about.casts)
     largest = values[0]
-    tolerance = error if rtol is None else rtol * largest
+    # A bound that says nothing leaves the rank to the rounding of the decomposition, unproven.
+    own = policy.roundings(values.size, evidence.scale.size, values.dtype) * largest
+    useful = error < largest
+    tolerance = jnp.where(useful, error, own) if rtol is None else rtol * largest
     rank = jnp.sum(values > tolerance).astype(jnp.int32)
     lower = jnp.sum(values > policy.FIRM * error).astype(jnp.int32)
     if exact is not None:
@@ -290,7 +293,7 @@ def _decide(
     smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], largest)
     following = padded[rank]
     gap = jnp.where(following > 0, smallest / jnp.where(following > 0, following, 1), jnp.inf)
-    finite = jnp.isfinite(values).all() & jnp.isfinite(error)
+    finite = jnp.isfinite(values).all()
     certain = finite & (lower == upper) & (rank == upper) & (not cast)
     # A column of zeros that rounding could have made is no zero, so nothing is clear.
     hides = evidence.sizes.zero & ~evidence.sizes.dead & (evidence.sizes.error is not None)

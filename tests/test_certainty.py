@@ -130,7 +130,13 @@ def test_zeros_of_an_underflow_are_not_dead(x64):
         found = jacobian_rank(soft, jnp.array(integers(7, 2, 3)), x, method=method)
         assert not found.certain and not found.clear
     assert "may have underflowed" in str(jacobian_rank(soft, jnp.array(integers(7, 2, 3)), x))
-    tiny = jacobian_rank(lambda w, x: x @ (w * w), jnp.array([[1e-200], [1.0]]) ** 2, x)
+
+    def saturated(w, x):
+        return jnp.tanh(100 * (x @ w))
+
+    found = jacobian_rank(saturated, jnp.ones((2, 1)), 1 + abs(x), method="svd")
+    assert not found.certain and int(found.lower) == 0 and int(found.upper) == 2
+    tiny = jacobian_rank(lambda w, x: x @ (w * w * w), jnp.array([[1e-200], [1.0]]), x)
     assert not tiny.certain or int(tiny.rank) == 2
 
 
