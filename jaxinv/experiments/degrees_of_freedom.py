@@ -212,7 +212,7 @@ def numpy_rank(values: np.ndarray, rows: int, columns: int) -> int:
 
 
 def table(result: Result) -> Table:
-    """Write every sum d = rank + rescaling + dead + hidden + unseen, and where the dead parameters are."""
+    """Write every sum d = rank + rescaling + dead + hidden + unseen, and what is dead."""
     rows, notes = [], []
     for split in result.splits:
         terms = (split.rank, split.rescaling, split.dead, split.hidden, split.unseen)
