@@ -17,9 +17,10 @@ from jax import lax
 from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names
 from jaxinv._precision import call_in
 from jaxinv._rank_evidence import known_ambiguities, noise, sizes_of
-from jaxinv.errors import InvalidInput
+from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.jacobians import jacobian, shapes_of, unflatten
 from jaxinv.ranks import Method, Rank, jacobian_rank
+from jaxinv.rescaling import rescaling_group
 from jaxinv.typing import Array, Inputs, Network, Params
 
 
@@ -309,16 +310,25 @@ def saturating_inputs(
     with calling("fn(params, x)", params):
         one = jax.eval_shape(fn, params, draw(key, 1))
     out = sum(int(np.prod(y.shape[1:])) for y in jax.tree.leaves(one))
+    symmetries = _rescalings(fn, params, draw(key, 1))
     size, sizes, ranks = min(-(-d // max(out, 1)), most), [], []
     while True:
         found = jacobian_rank(fn, params, draw(key, size), dtype=dtype)
         sizes.append(size)
         ranks.append(int(found.rank))
-        proven = bool(found.certain) and found.rank == found.upper < min(d, size * out)
+        # The bound on the rank that holds on all inputs, not on these.
+        proven = bool(found.certain) and int(found.rank) == d - symmetries
         done = proven or (len(ranks) > 1 and ranks[-1] == ranks[-2]) or ranks[-1] == d
         if done or size >= most:
             return Saturation(draw(key, size), tuple(sizes), tuple(ranks), bool(done))
         size = min(2 * size, most)
+
+
+def _rescalings(fn: Network, params: Params, x: Inputs) -> int:
+    try:
+        return rescaling_group(fn, params, x).dim
+    except UnsupportedOperation:
+        return 0
 
 
 def _drawing(x: Any, most: int) -> tuple[Callable[[Array, int], Inputs], int]:
