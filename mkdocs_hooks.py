@@ -36,7 +36,7 @@ INTERNAL = {
     },
     "fisher": {"check_like", "check_options"},
     "gauges": {"default_tolerance"},
-    "jacobians": {"flatten", "outputs_of", "shapes_of", "unflatten"},
+    "jacobians": {"flatten", "outputs_of", "problem_of", "unflatten"},
     "paths": {"PowerOfNorm", "check_exponent", "power_of_norm", "scaled_kappa"},
     "rescaling": {"checked_leaves", "class_scales", "summed_to", "transpose"},
 }  # fmt: skip

@@ -149,6 +149,16 @@ def _as_given(x: Inputs, batch_axis: int | None) -> Inputs:
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, batch_axis), x) if batch_axis else x
 
 
+def with_leading_inputs(fn: Network, batch_axis: int | None) -> Network:
+    """`fn` for inputs as `leading` gives them; the batch axis of outputs stays where it is."""
+
+    def canonical(params: Params, x: Inputs) -> PyTree:
+        y = fn(params, _as_given(x, batch_axis))
+        return jax.tree.map(lambda a: jnp.asarray(a)[None], y) if batch_axis is None else y
+
+    return canonical
+
+
 def batch_first(fn: Network, batch_axis: int | None) -> Network:
     """The same network for inputs with the batch axis in front, for functions without that option.
 
@@ -214,10 +224,7 @@ def traced_network(
         return fn
     check_inputs(x, values=False)
 
-    def canonical(params: Params, x: Inputs) -> PyTree:
-        y = fn(params, _as_given(x, batch_axis))
-        return jax.tree.map(lambda a: jnp.asarray(a)[None], y) if batch_axis is None else y
-
+    canonical = with_leading_inputs(fn, batch_axis)
     one = abstract_batch_of_one(x)
     if batch_axis is None:
         alone = program(canonical, params, one, remedy=_IN_FLOAT64)
@@ -316,4 +323,4 @@ def _axes_of_outputs(alone: Program, fn: Network, params: Params, x: Inputs) -> 
     return axes
 
 
-__all__ = ["TracedNetwork", "batch_first", "leading", "traced_network"]
+__all__ = ["TracedNetwork", "batch_first", "leading", "traced_network", "with_leading_inputs"]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinv import _tolerances as policy
+from jaxinv._lapack import cholesky
 from jaxinv.typing import Array
 
 
@@ -28,10 +30,10 @@ def _log_det_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 def _factor(a: Array) -> tuple[Array, Array, Array, Array]:
     diagonal = jnp.diagonal(a)
     scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
-    factor = jnp.linalg.cholesky(a * scale[:, None] * scale)
+    factor = cholesky(a * scale[:, None] * scale)
     pivots = jnp.diagonal(factor) ** 2
     # A pivot is at least the smallest eigenvalue, and a singular matrix has one of about this size.
-    floor = 8 * len(a) * jnp.finfo(a.dtype).eps
+    floor = policy.counts_from(len(a), len(a), a.dtype)
     regular = jnp.isfinite(factor).all() & (pivots > floor).all()
     logs = jnp.log(jnp.where(regular, pivots, 1)).sum() - 2 * jnp.log(scale).sum()
     return jnp.where(regular, logs, -jnp.inf), factor, scale, regular

@@ -11,17 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxinv import _tolerances as policy
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 Kind = Literal["scaling", "translation", "linear"]
 KINDS: tuple[Kind, ...] = ("scaling", "translation", "linear")
-
-# A gap that rounding cannot make, and the relative size below which rounding leaves zeros.
-_CERTAIN_GAP = 1e4
-_ROUNDING = 1e-10
-# Columns smaller than this, relative to the largest, are zero: nothing depends on that unknown.
-_ZERO_COLUMN = 1e-11
 
 
 # --- the equations --------------------------------------------------------------------
@@ -194,7 +189,7 @@ def null_space(M: np.ndarray, problem: Problem, kind: Kind, params: Any) -> Null
     unknowns = M.shape[1]
     trivial = problem.trivial() if kind == "linear" else None
     norms = np.linalg.norm(M, axis=0)
-    zero = norms <= _ZERO_COLUMN * norms.max(initial=0)
+    zero = norms <= policy.NULL_SPACE_COLUMN * norms.max(initial=0)
     scale = np.where(zero, 1.0, norms)
     M = np.where(zero, 0.0, M / scale)
     if trivial is not None and len(trivial):
@@ -217,7 +212,7 @@ def null_space(M: np.ndarray, problem: Problem, kind: Kind, params: Any) -> Null
         singular_values=s,
         gap=gap,
         tolerance=tolerance,
-        certain=bool(gap >= _CERTAIN_GAP and dropped < _ROUNDING),
+        certain=bool(gap >= policy.NULL_SPACE_GAP and dropped < policy.NULL_SPACE_ZERO),
     )
 
 
@@ -229,7 +224,7 @@ def _rank(s: np.ndarray) -> tuple[int, float, float]:
     """
     if not len(s) or s[0] == 0:
         return 0, math.inf, 0.0
-    floor = max(len(s), 16) * float(np.finfo(np.float64).eps)
+    floor = policy.roundings(len(s), 16, np.float64)
     relative = np.maximum(np.append(s / s[0], 0.0), floor)
     ratios = relative[:-1] / relative[1:]
     rank = int(np.argmax(ratios)) + 1

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinv._lapack import thin_svd
 from jaxinv._layer_values import Operator
 from jaxinv.typing import Array
 
-# Up to this many rows or columns, whichever are fewer, all singular values are computed. For larger
-# matrices LAPACK has threads of its own, and inside a compiled program these and XLA's can wait for
-# each other for good (seen with OpenBLAS on two busy cores).
+# Up to this many rows or columns, whichever are fewer, all singular values are computed.
 _DENSE = 64
 _EXACT = lax.Precision.HIGHEST
 
@@ -95,7 +94,7 @@ def operator_norm(op: Operator, dtype: Any, tol: float, max_iterations: int) -> 
     if op.eqn.name == "dot_general":
         matrices = _matrices(op, weight)
         if min(matrices.shape[1:]) <= _DENSE:
-            u, s, vh = jnp.linalg.svd(lax.stop_gradient(matrices), full_matrices=False)
+            u, s, vh = jax.vmap(thin_svd)(lax.stop_gradient(matrices))
             which = jnp.argmax(s[:, 0])
             left, right = u[which, :, 0], vh[which, 0]
             # uᵀAv, which has the derivative of σ also where singular values coincide.

@@ -25,7 +25,9 @@ import numpy as np
 from jax import lax
 
 from jaxinv import _scaled
+from jaxinv import _tolerances as policy
 from jaxinv._checks import check_like, check_params, integer, one_of, real
+from jaxinv._lapack import thin_svd, triangle
 from jaxinv._precision import call_in
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import (
@@ -348,14 +350,14 @@ def _exact(
     if shapes.rows > d:
         # R with RᵀR = ZᵀZ has the singular values and right vectors of Z, and d rows.
         chunk = max(chunk, -(-d // shapes.outputs))
-        stack = lambda R, rows: jnp.linalg.qr(jnp.concatenate([R, rows]), mode="r")  # noqa: E731
+        stack = lambda R, rows: triangle(jnp.concatenate([R, rows]))  # noqa: E731
         Z = fold_rows(net, params, x, jnp.zeros((d, d), dtype), stack, chunk=chunk)
     else:
         Z = jacobian(net, params, x, mode="rev", chunk=chunk)
     Z = Z / float(np.sqrt(shapes.examples))
     g = flatten(gradient, dtype)
-    _, s, Vt = jnp.linalg.svd(Z, full_matrices=False)
-    limit = 8 * max(shapes.rows, d) * float(jnp.finfo(dtype).eps) if rtol is None else rtol
+    _, s, Vt = thin_svd(Z)
+    limit = policy.counts_from(shapes.rows, d, dtype) if rtol is None else rtol
     counts = s > limit * s[0]
     damped = damping > 0
     kept = counts | damped

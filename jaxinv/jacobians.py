@@ -292,6 +292,32 @@ def jacobian_gram(
     return jax.jit(shared)(params, x, weights)
 
 
+def scaled_gram(fn: Network, params: Params, x: Inputs, scale: Array, *, chunk: int = 64) -> Array:
+    """diag(scale) JᵀJ diag(scale), with the columns scaled before they meet.
+
+    Args:
+        fn, params, x, chunk: as for `jacobian_gram`.
+        scale: (d,).
+
+    Returns:
+        (d, d).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.jacobians import scaled_gram
+        >>> x, scale = jnp.array([[1.0, 2.0]]), jnp.array([1.0, 0.5])
+        >>> print(scaled_gram(lambda w, x: x @ w, jnp.ones((2, 1)), x, scale))
+        [[1. 1.]
+         [1. 1.]]
+    """
+
+    def add(total: Array, rows: Array) -> Array:
+        return _add_lower_gram(total, rows * scale)
+
+    start = jnp.zeros((scale.size, scale.size), scale.dtype)
+    return _mirrored(fold_rows(fn, params, x, start, add, chunk=chunk))
+
+
 def tangent_kernel(
     fn: Network,
     params: Params,

@@ -1,14 +1,17 @@
 """Degrees of freedom: the rank of the Jacobian, and how far it can be trusted.
 
-    number of parameters d = rank + rescalings + dead + hidden
+    number of parameters d = rank + rescalings + dead + hidden + unseen
 
 A rank read off computed singular values is a decision. Every singular value is known up to an error
-ε: rounding in computing J (measured, as the difference of reverse and forward mode on random
-directions) plus that of the method. By Weyl's inequality a computed σ_r > ε proves rank ≥ r. No
-computation with rounding proves that a singular value *is* zero; rank ≤ r is proven by theory: the
-rescalings known from the program of `fn` and columns that are exactly zero. A rank is `certain` if
-both bounds meet, or, in float64 alone, if nothing lies in three decades between what is and what
-is not zero.
+ε: rounding in computing J (bounded by an error analysis of the program, or measured) plus that of
+the method. By Weyl's inequality a computed σ_r > ε proves rank ≥ r. No computation with rounding
+proves that a singular value *is* zero; rank ≤ r is proven by theory: the number of rows, the
+rescalings known from the program of `fn`, and columns that are zero without any rounding. A rank is
+`certain` if both bounds meet, and only then. It is `clear` if nothing lies in three decades between
+what is and what is not zero (`jaxinv._tolerances` has the policy).
+
+The columns of J are first scaled to one size by powers of two. That changes no rank, and makes it
+independent of how a network is rescaled.
 
 Everything is computed in float64 inside, by a scope: no global option changes, also inside your own
 `jit` with 64-bit types off.
@@ -16,6 +19,7 @@ Everything is computed in float64 inside, by a scope: no global option changes, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,80 +28,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv import _tolerances as policy
+from jaxinv._casts import casts_of
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
 from jaxinv._draws import own_draws
-from jaxinv._exact import MOST_STEPS, check_known, exact_rank
-from jaxinv._precision import as_dtype, call_in, in_precision
-from jaxinv._rank_evidence import (
-    column_sizes,
-    error_of_jacobian,
-    known_ambiguities,
-)
-from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv._exact_method import exact_rank, settled
+from jaxinv._lapack import cholesky, eigenvalues, singular_values, triangle
+from jaxinv._precision import call_in, in_precision
+from jaxinv._rank import Rank
+from jaxinv._rank_evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
+from jaxinv._spans import Modular, rank_of_exact
+from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import (
     fold_rows,
     jacobian,
     jacobian_gram,
     problem_of,
+    scaled_gram,
     tangent_kernel,
 )
 from jaxinv.typing import Array, Inputs, Network, Params
 
 Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
-METHODS = ("auto", "svd", "tsqr", "gram", "certificate", "exact")
-# float64 takes a rank without proof of its upper bound if σ_r stands out by this factor.
-_CERTAIN_GAP = 1e3
-# Up to so many steps of elimination "auto" asks for an exact rank: about a second.
-_STEPS_OF_AUTO = 1 << 26
 _EXACT = lax.Precision.HIGHEST
-
-
-class Rank(NamedTuple):
-    """The rank of a Jacobian and what it rests on; all fields are arrays.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxinv import jacobian_rank
-        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
-        >>> print(jacobian_rank(lambda w, x: (x @ w[0]) @ w[1], w, jnp.ones((4, 1))))
-        rank 1 (certain): 1 proven from below, at most 1; ...
-    """
-
-    rank: Array  # int32: singular values above the tolerance; -1: not certified, or J not finite
-    lower: Array  # int32: proven lower bound, up to rounding
-    upper: Array  # int32: proven upper bound: min(rows, d − known ambiguities)
-    certain: Array  # bool
-    tolerance: Array  # float: singular values up to this count as zero
-    error: Array  # float: bound on the error of the computed singular values
-    largest: Array  # float: σ_1
-    smallest: Array  # float: σ_rank; of a certificate the largest value that it excludes
-    gap: Array  # float: σ_rank / σ_{rank+1}; inf where there is no further one
-
-    def __str__(self) -> str:
-        """The rank, its bounds and its gap."""
-        if not isinstance(self.rank, jax.Array) or isinstance(self.rank, jax.core.Tracer):
-            return repr(self)
-        if jnp.ndim(self.rank):
-            return f"ranks {self.rank} ({int(self.certain.sum())} of {self.rank.size} certain)"
-        if self.rank < 0:
-            if not jnp.isfinite(self.error):
-                return "no rank: the Jacobian is not finite"
-            return f"rank not certified: at most {self.upper}"
-        word = "certain" if self.certain else "NOT CERTAIN"
-        if jnp.isnan(self.largest):
-            return f"rank {self.rank} ({word}): in exact arithmetic, at most {self.upper}"
-        return (
-            f"rank {self.rank} ({word}): {self.lower} proven from below, at most {self.upper}; "
-            f"σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, gap {self.gap:.1e}, "
-            f"error {self.error:.1e}"
-        )
+# An exact rank costs rows·d² of these for each of three primes; about a second.
+_MOST_ELIMINATIONS = 1 << 27
 
 
 # --- precision and options ---------------------------------------------------------
 
 
 def _checked(method: str, dtype: Any) -> Any:
-    one_of("method", method, METHODS)
+    one_of("method", method, (*METHODS, "exact"))
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:
@@ -120,21 +82,23 @@ def _check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
 
 
 def _dense(J: Array) -> Array:
-    return jnp.linalg.svd(J, compute_uv=False)
+    return singular_values(J)
 
 
-def _streamed(fn: Network, params: Params, x: Inputs, size: int, dtype: Any, chunk: int) -> Array:
+def _streamed(
+    fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any, chunk: int
+) -> Array:
     """Singular values of the triangle that QR of chunk after chunk leaves."""
 
-    def add(triangle: Array, rows: Array) -> Array:
-        return jnp.linalg.qr(jnp.concatenate([triangle, rows]), mode="r")
+    def add(above: Array, rows: Array) -> Array:
+        return triangle(jnp.concatenate([above, rows * scale]))
 
-    triangle = fold_rows(fn, params, x, jnp.zeros((size, size), dtype), add, chunk=chunk)
-    return _dense(triangle)
+    start = jnp.zeros((scale.size, scale.size), dtype)
+    return _dense(fold_rows(fn, params, x, start, add, chunk=chunk))
 
 
 def _from_gram(gram: Array) -> Array:
-    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1], 0))
+    return jnp.sqrt(jnp.maximum(eigenvalues(gram)[::-1], 0))
 
 
 def _tsqr_chunk(shapes: Any) -> int:
@@ -149,9 +113,9 @@ def _spectrum(
     """min(rows, d) singular values, descending."""
     shapes = problem_of(fn, params, x)
     if method == "tsqr":
-        values = _streamed(fn, params, x, shapes.parameters, dtype, chunk or _tsqr_chunk(shapes))[
-            : min(shapes.rows, shapes.parameters)
-        ]
+        ones = jnp.ones(shapes.parameters, dtype)
+        values = _streamed(fn, params, x, ones, dtype, chunk or _tsqr_chunk(shapes))
+        values = values[: min(shapes.rows, shapes.parameters)]
     elif method == "gram":
         if shapes.rows < shapes.parameters:
             values = _from_gram(tangent_kernel(fn, params, x, chunk=chunk or 32))
@@ -213,31 +177,112 @@ def jacobian_spectrum(
 # --- ranks ----------------------------------------------------------------------------
 
 
+class _Evidence(NamedTuple):
+    """What is known before any singular value is."""
+
+    sizes: Sizes
+    scale: Array  # (d,): of the columns
+    known: Any
+    upper: Array
+    error: Array  # of J·diag(scale)
+    reason: Array  # the flags that are known already
+    about: policy.About
+
+
+def _evidence(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, scaled: bool = True
+) -> _Evidence:
+    shapes = problem_of(fn, params, x)
+    sizes = sizes_of(fn, params, x, dtype, chunk or 64)
+    scale = sizes.scale if scaled else jnp.ones(shapes.parameters, dtype)
+    known = known_ambiguities(fn, params, x, sizes.dead, dtype, scale)
+    left = shapes.parameters - known.num_dead - known.span
+    casts = casts_of(problem_of(fn, params, x).fn.program.trace.jaxpr, dtype)
+    reason = (
+        policy.flag(left > shapes.rows, policy.LIMITED_BY_ROWS)
+        + policy.flag((sizes.zero & ~sizes.dead).any(), policy.UNPROVEN_ZEROS)
+        + (policy.CAST if casts else 0)
+        + (policy.MEASURED if sizes.error is None else 0)
+    )
+    upper = jnp.minimum(left, shapes.rows).astype(jnp.int32)
+    error = error_of_jacobian(fn, params, x, sizes, scale, dtype)
+    about = policy.About(shapes.examples, shapes.outputs, shapes.parameters, casts)
+    return _Evidence(sizes, scale, known, upper, error, reason, about)
+
+
 def _decide(
-    values: Array, upper: Array, error: Array, rtol: float | None, double: bool, sizes: Array
+    values: Array,
+    evidence: _Evidence,
+    error: Array,
+    rtol: float | None,
+    double: bool,
+    exact: Modular | None,
 ) -> Rank:
-    """`sizes` is Σ|J| over rows, per column."""
+    """`error` is that of the singular values; `exact` counts where J has no rounding at all."""
+    upper, cast = evidence.upper, bool(evidence.about.casts)
     largest = values[0]
-    tolerance = error if rtol is None else rtol * largest
+    # A bound that says nothing leaves the rank to the rounding of the decomposition, unproven.
+    own = policy.roundings(values.size, evidence.scale.size, values.dtype) * largest
+    useful = error < largest
+    tolerance = jnp.where(useful, error, own) if rtol is None else rtol * largest
     rank = jnp.sum(values > tolerance).astype(jnp.int32)
-    lower = jnp.sum(values > error).astype(jnp.int32)
+    lower = jnp.sum(values > policy.FIRM * error).astype(jnp.int32)
+    if exact is not None:
+        rank = jnp.where(exact.agreed, exact.rank, rank)
+        lower = jnp.where(exact.agreed, exact.rank, lower)
+        upper = jnp.where(exact.agreed, jnp.minimum(exact.rank, upper), upper)
     padded = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
     smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], largest)
     following = padded[rank]
     gap = jnp.where(following > 0, smallest / jnp.where(following > 0, following, 1), jnp.inf)
-    # A value just above a bound that is itself an estimate proves nothing: ask for a decade more.
-    firm = jnp.sum(values > 10 * error).astype(jnp.int32)
-    certain = (firm == rank) & (rank == upper)
-    if double:
-        stands_out = smallest > _CERTAIN_GAP * jnp.maximum(error, following)
-        # A column that is not 0, but below the error, could be one more direction: weights of very
-        # different sizes. Nothing says then that it is not.
-        seen = jnp.all((sizes == 0) | (sizes > error))
-        certain = certain | ((firm == rank) & stands_out & (following <= error) & seen)
-    finite = jnp.isfinite(values).all() & jnp.isfinite(error)
+    finite = jnp.isfinite(values).all()
+    certain = finite & (lower == upper) & (rank == upper) & (not cast)
+    # A column of zeros that rounding could have made is no zero, so nothing is clear.
+    hides = evidence.sizes.zero & ~evidence.sizes.dead & (evidence.sizes.error is not None)
+    clear = policy.is_gap(smallest, jnp.maximum(error, following)) & (following <= error)
+    clear = clear & (rank == lower) & (rank <= upper) & ~hides.any() & (double and not cast)
+    clear = certain | (clear & finite)
+    reason = (
+        evidence.reason
+        + policy.flag(~clear, policy.ROUNDING)
+        + policy.flag(lower != upper, policy.NO_UPPER_BOUND)
+    )
+    silent = policy.LIMITED_BY_ROWS | policy.MEASURED
+    reason = jnp.where(certain, reason & silent, reason)
+    reason = jnp.where(finite, reason, policy.NOT_FINITE)
     rank, lower = jnp.where(finite, rank, -1), jnp.where(finite, lower, 0)
-    certain = certain & finite & (rank <= upper)
-    return Rank(rank, lower, upper, certain, tolerance, error, largest, smallest, gap)
+    return Rank(
+        rank, lower, upper, certain, clear, reason, tolerance, error, largest, smallest, gap,
+        evidence.about,
+    )  # fmt: skip
+
+
+def _scaled_spectrum(
+    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None, scale: Array
+) -> Array:
+    """min(rows, d) singular values of J·diag(scale), descending."""
+    shapes = problem_of(fn, params, x)
+    small = min(shapes.rows, shapes.parameters)
+    if method == "tsqr":
+        chunk = chunk or _tsqr_chunk(shapes)
+        return _streamed(fn, params, x, scale, dtype, chunk)[:small]
+    if method == "gram" and shapes.rows >= shapes.parameters:
+        return _from_gram(scaled_gram(fn, params, x, scale, chunk=chunk or 64))
+    J = jacobian(fn, params, x, mode="rev", chunk=chunk or 64) * scale
+    if method == "gram":
+        return _from_gram(jnp.matmul(J, J.T, precision=_EXACT))
+    return _dense(J)
+
+
+def _counted(params: Params, x: Inputs, fn: Network, evidence: _Evidence) -> Modular | None:
+    """The exact rank, where J is small and nothing in its program was rounded."""
+    about, error = evidence.about, evidence.sizes.error
+    rows, d = about.examples * about.outputs, about.parameters
+    if error is None or rows * d * d > _MOST_ELIMINATIONS:
+        return None
+    J = jacobian(fn, params, x, mode="rev") * evidence.scale
+    found = rank_of_exact(J)
+    return found._replace(agreed=found.agreed & (error == 0).all())
 
 
 @partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk", "rtol"))
@@ -251,69 +296,106 @@ def _rank_by_spectrum(
     rtol: float | None,
 ) -> Rank:
     shapes = problem_of(fn, params, x)
-    d, small = shapes.parameters, min(shapes.rows, shapes.parameters)
-    J = None
-    if method == "svd":
-        J = jacobian(fn, params, x, chunk=chunk or 64)
-        values, sizes = _dense(J), abs(J).sum(0)
-    else:
-        values = _spectrum(params, x, fn, method, dtype, chunk)
-        sizes = column_sizes(fn, params, x, d, dtype, chunk or 64)
-    known = known_ambiguities(fn, params, x, sizes)
-    upper = jnp.minimum(d - known.num_dead - known.span, small).astype(jnp.int32)
-    eps = float(jnp.finfo(dtype).eps)
-    rounding = max(shapes.rows, d) * eps * values[0]
+    # rtol is relative to the largest singular value of J as it is.
+    evidence = _evidence(params, x, fn, dtype, chunk, scaled=rtol is None)
+    exact = None
+    if method == "auto":
+        method = "svd"
+        exact = _counted(params, x, fn, evidence) if rtol is None else None
+    values = _scaled_spectrum(params, x, fn, method, dtype, chunk, evidence.scale)
+    unit = policy.roundings(shapes.rows, shapes.parameters, dtype)
     if method == "gram":
-        # λ is good to max(rows, d)·eps·λ_1, so σ to its square root.
-        rounding = float(np.sqrt(max(shapes.rows, d) * eps)) * values[0]
-    error = rounding + error_of_jacobian(fn, params, x, J, dtype)
-    return _decide(values, upper, error, rtol, dtype == jnp.float64, sizes)
+        # λ is good to the rounding of JᵀJ and 2σ_1·‖ΔJ‖ + ‖ΔJ‖², so σ to the square root.
+        wrong = evidence.error * (2 * values[0] + evidence.error)
+        error = jnp.sqrt(unit * values[0] ** 2 + wrong)
+    else:
+        error = unit * values[0] + evidence.error
+    return _decide(values, evidence, error, rtol, dtype == jnp.float64, exact)
 
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _rank_by_certificate(
     params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
 ) -> Rank:
-    """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D⁻² the diagonal.
+    """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
 
     If JᵀJ plus a matrix of rank k is positive definite, then rank J ≥ d − k; and rank J ≤ d − k by
-    theory. D does not change the rank, and conditions the matrix.
+    theory, for Q has no more columns than its exact span. D does not change the rank, and
+    conditions the matrix.
     """
     shapes = problem_of(fn, params, x)
     d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
+    evidence = _evidence(params, x, fn, dtype, chunk)
+    known = evidence.known
     # Rows for a quarter of the memory of JᵀJ: it is read and written once for each chunk.
-    gram = jacobian_gram(fn, params, x, chunk=chunk or max(1, d // (4 * shapes.outputs)))
-    diagonal = jnp.diagonal(gram)
-    known = known_ambiguities(fn, params, x, diagonal)
-    scale = jnp.where(known.dead, 1, jnp.sqrt(jnp.where(known.dead, 1, diagonal)))
-    A = gram / scale[:, None] / scale
+    rows_at_once = chunk or max(1, d // (4 * shapes.outputs))
+    A = scaled_gram(fn, params, x, evidence.scale, chunk=rows_at_once)
+    size = jnp.sqrt(jnp.trace(A))
     # JT = 0, so (JD)(D⁻¹T) = 0: the rescalings of the scaled columns.
-    T = known.tangents * scale[:, None]
-    norm = jnp.linalg.norm(T, axis=0)
-    T = T / jnp.where(norm > 0, norm, 1)
+    T = known.tangents
     A = A + jnp.matmul(T, T.T, precision=_EXACT) + jnp.diag(known.dead.astype(dtype))
     # Success on A − μ proves A > 0 for μ above what forming A and factoring it can be wrong by:
     # sums of `rows` and of d products, relative to the diagonal, whose sum is the trace.
-    measured = error_of_jacobian(fn, params, x, None, dtype) / jnp.sqrt(jnp.sum(diagonal))
-    trace = jnp.trace(A)
-    mu = trace * (eps * (d + 2 + float(np.sqrt(shapes.rows))) + 2 * measured)
-    L = jnp.linalg.cholesky(A - mu * jnp.eye(d, dtype=dtype))
-    proven = jnp.isfinite(L).all()
-    upper = (d - known.num_dead - known.span).astype(jnp.int32)
-    upper = jnp.minimum(upper, shapes.rows)
-    proven = proven & (upper == d - known.num_dead - known.span)
+    wrong = evidence.error * (2 * size + evidence.error)
+    mu = jnp.trace(A) * (eps * (d + 2 + 8 * float(np.sqrt(shapes.rows)))) + wrong
+    L = cholesky(A - mu * jnp.eye(d, dtype=dtype))
+    reached = evidence.upper == d - known.num_dead - known.span
+    proven = jnp.isfinite(L).all() & reached & (not evidence.about.casts)
+    reason = evidence.reason + policy.flag(~proven, policy.NOT_FACTORED)
+    silent = policy.LIMITED_BY_ROWS | policy.MEASURED
     nothing = jnp.full((), jnp.nan, dtype)
     return Rank(
-        jnp.where(proven, upper, -1),
-        jnp.where(proven, upper, 0),
-        upper,
+        jnp.where(proven, evidence.upper, -1),
+        jnp.where(proven, evidence.upper, 0),
+        evidence.upper,
         proven,
+        proven,
+        jnp.where(proven, reason & silent, reason),
         jnp.zeros((), dtype),
-        jnp.sqrt(mu) * jnp.max(scale),
+        jnp.sqrt(mu),
         nothing,
-        jnp.sqrt(mu) * jnp.max(scale),
+        jnp.sqrt(mu),
         nothing,
+        evidence.about,
     )
+
+
+def _automatic(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+) -> Rank:
+    """The certificate where it can succeed and is worth it, else the SVD."""
+    shapes = problem_of(fn, params, x)
+    if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
+        return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol)
+    found = _rank_by_certificate(params, x, fn, dtype, chunk)
+    return lax.cond(
+        found.certain,
+        lambda: found,
+        lambda: _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol),
+    )
+
+
+def _by_spectrum(method: str) -> Callable[..., Rank]:
+    return lambda params, x, fn, dtype, chunk, rtol: _rank_by_spectrum(
+        params, x, fn, method, dtype, chunk, rtol
+    )
+
+
+def _by_certificate(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+) -> Rank:
+    del rtol
+    return _rank_by_certificate(params, x, fn, dtype, chunk)
+
+
+# A method is a row: what to call with (params, x, fn, dtype, chunk, rtol), in the scope of dtype.
+METHODS: dict[str, Callable[..., Rank]] = {
+    "auto": _automatic,
+    "svd": _by_spectrum("svd"),
+    "tsqr": _by_spectrum("tsqr"),
+    "gram": _by_spectrum("gram"),
+    "certificate": _by_certificate,
+}
 
 
 def jacobian_rank(
@@ -342,26 +424,11 @@ def jacobian_rank(
         chunk: examples at a time.
         batch_axis: as for `jaxinv.jacobian`.
 
-    "exact" is for small networks that are piecewise polynomial in their parameters: sums,
-    products, quotients, maxima, pools and whatever moves elements about. Every float is a rational
-    number, so the Jacobian of the function that `fn` writes in real numbers is a rational matrix,
-    with the derivatives that JAX takes at ties. It is computed modulo two primes near 2^31 without
-    any rounding, and so is its rank, which can only be too low. It is `certain` if both primes
-    agree. That rests on no accident: to be wrong, both primes would have to divide all the largest
-    minors that are not 0. What `fn` computes from constants alone (closed-over arrays, literals)
-    is taken as the floats that it gives. Of params or x that `dtype` rounds nothing is certain.
-
     Returns:
-        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`. "exact"
-        needs the numbers in params and x, so it works outside both only.
+        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`.
 
     Raises:
-        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0; for
-            "exact" inside `jit` or `vmap`, with an `rtol`, or for a Jacobian of more than 2^22
-            elements or 2^31 steps n·out·d·min(n·out, d).
-        UnsupportedOperation: for "exact", of operations that are not piecewise polynomial (tanh,
-            exp, rsqrt), of casts to less than `dtype`, and of functions whose own derivative
-            (custom_jvp) is not that of their values.
+        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -371,8 +438,6 @@ def jacobian_rank(
         >>> found = jacobian_rank(networks.mlp, w, x)  # 9 parameters, 3 rescalings
         >>> int(found.rank), bool(found.certain)
         (6, True)
-        >>> print(jacobian_rank(networks.mlp, w, x, method="exact"))
-        rank 6 (certain): in exact arithmetic, at most 6
     """
     dtype = _checked(method, dtype)
     if rtol is not None:
@@ -382,78 +447,35 @@ def jacobian_rank(
     if method == "exact":
         if rtol is not None:
             raise InvalidInput("method='exact' compares nothing with a tolerance: leave rtol out.")
-        return _exact_rank(fn, params, x, dtype, batch_axis)
+        return _of_what_was_given(exact_rank(fn, params, x, dtype, batch_axis), (params, x), dtype)
 
     def rank(params: Params, x: Inputs) -> Rank:
         problem = problem_of(fn, params, x, batch_axis)
-        network, x = problem.fn, problem.x
-        if method == "certificate":
-            return _rank_by_certificate(params, x, network, dtype, chunk)
-        if method != "auto":
-            return _rank_by_spectrum(params, x, network, method, dtype, chunk, rtol)
-        return _automatic(params, x, network, dtype, chunk, rtol, problem)
+        return METHODS[method](params, problem.x, problem.fn, dtype, chunk, rtol)
 
     found = call_in(dtype, rank, params, x)
-    if method != "auto" or rtol is not None:
-        return found
-    return _settled(found, fn, params, x, dtype, batch_axis)
+    if method == "auto" and rtol is None:
+        found = settled(found, fn, params, x, dtype, batch_axis)
+    return _of_what_was_given(found, (params, x), dtype)
 
 
-def _settled(
-    found: Rank, fn: Network, params: Params, x: Inputs, dtype: Any, batch_axis: int | None
-) -> Rank:
-    """In exact arithmetic where the bounds do not meet, of a small network of known numbers."""
-    if isinstance(found.certain, jax.core.Tracer) or found.certain:
-        return found
-    try:
-        exact = _exact_rank(fn, params, x, dtype, batch_axis, _STEPS_OF_AUTO)
-    except (UnsupportedOperation, InvalidInput):
-        return found
-    if not exact.certain or exact.rank != found.rank:
-        return exact if exact.certain else found
-    return found._replace(lower=exact.lower, upper=exact.upper, certain=exact.certain)
-
-
-def _exact_rank(
-    fn: Network,
-    params: Params,
-    x: Inputs,
-    dtype: Any,
-    batch_axis: int | None,
-    most_steps: int = MOST_STEPS,
-) -> Rank:
-    check_known(params, x)
-    given = jax.tree.leaves((params, x))
-    with in_precision(dtype):
-        params, x = as_dtype((params, x), dtype)
-        used = jax.tree.leaves((params, x))
-        # What is exact of rounded arrays proves nothing of those that were given.
-        rounded = not all(map(np.array_equal, given, used))
-        problem = problem_of(fn, params, x, batch_axis)
-        found = exact_rank(problem.fn, params, problem.x, most_steps)
-        most = min(problem.rows, problem.parameters)
-        count = jnp.asarray(found.rank, jnp.int32)
-        upper = jnp.asarray(found.rank if found.agreed else most, jnp.int32)
-        zero, unknown = jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype)
-        certain = jnp.asarray((found.agreed or found.rank == most) and not rounded)
-        return Rank(count, count, upper, certain, zero, zero, unknown, unknown, unknown)
-
-
-def _automatic(
-    params: Params,
-    x: Inputs,
-    fn: Network,
-    dtype: Any,
-    chunk: int | None,
-    rtol: float | None,
-    shapes: Any,
-) -> Rank:
-    """The certificate where it can succeed and is worth it, else the SVD."""
-    if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
-        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol)
-    found = _rank_by_certificate(params, x, fn, dtype, chunk)
-    return lax.cond(
-        found.certain,
-        lambda: found,
-        lambda: _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol),
+def _of_what_was_given(found: Rank, arguments: Any, dtype: Any) -> Rank:
+    """Nothing is proven of arrays that had to be rounded to `dtype` first."""
+    narrowed = jnp.zeros((), bool)
+    for leaf in jax.tree.leaves(arguments):
+        given = jnp.result_type(leaf)
+        if jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).nmant > jnp.finfo(dtype).nmant:
+            leaf = jnp.asarray(leaf)
+            narrowed = narrowed | (leaf.astype(dtype).astype(leaf.dtype) != leaf).any()
+    if isinstance(narrowed, jax.Array) and not isinstance(narrowed, jax.core.Tracer):
+        if not narrowed:
+            return found
+    bottom = jnp.where(narrowed, 0, found.lower)
+    top = min(found.about.examples * found.about.outputs, found.about.parameters)
+    return found._replace(
+        lower=bottom,
+        upper=jnp.where(narrowed, top, found.upper),
+        certain=found.certain & ~narrowed,
+        clear=found.clear & ~narrowed,
+        reason=found.reason | policy.flag(narrowed, policy.NARROWED),
     )

@@ -34,8 +34,9 @@ def test_on_the_digits_the_sum_is_exact_and_known(digits):
     params, _, found = digits
     d = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert d == 1482 == int(found.parameters)
-    assert int(found.rank + found.rescaling + found.dead + found.hidden) == d
-    assert found.certain and int(found.hidden) >= 0
+    parts = (found.rank, found.rescaling, found.dead, found.hidden, found.unseen)
+    assert sum(map(int, parts)) == d and int(found.hidden) >= 0 and int(found.unseen) >= 0
+    assert found.evidence.clear and int(found.rank) == int(found.evidence.lower)
 
 
 def test_on_the_digits_every_dead_parameter_is_named(digits):
@@ -90,7 +91,8 @@ def test_without_a_certified_rank_nothing_is_counted_as_hidden():
     found = degrees_of_freedom(twin, w, x, method="certificate")
     assert (int(found.rank), int(found.hidden), bool(found.certain)) == (-1, -1, False)
     text = "15 parameters = at most 12 degrees of freedom + 3 rescalings + 0 dead + unknown hidden"
-    assert str(found) == text
+    assert str(found).splitlines()[0] == text
+    assert "not proven: the null space may be larger" in str(found)
     with pytest.raises(InvalidInput, match="needs the rank"):
         degrees_of_freedom(twin, w, x, method="certificate", basis=True)
 
@@ -119,10 +121,47 @@ def test_the_split_works_inside_jit_and_vmap():
     members = jax.vmap(lambda k: networks.init_mlp(k, (3, 4, 2), bias_std=0.1))(keys)
     x = jax.random.normal(jax.random.key(1), (40, 3))
     found = jax.jit(jax.vmap(lambda w: degrees_of_freedom(networks.mlp, w, x)))(members)
-    total = found.rank + found.rescaling + found.dead + found.hidden
+    total = found.rank + found.rescaling + found.dead + found.hidden + found.unseen
     assert (total == 26).all()
     alone = degrees_of_freedom(networks.mlp, jax.tree.map(lambda a: a[1], members), x)
     assert int(alone.rank) == int(found.rank[1]) and int(alone.dead) == int(found.dead[1])
+
+
+def test_too_few_rows_leave_directions_unseen_not_hidden():
+    w = networks.init_mlp(jax.random.key(0), (5, 8, 3), bias=False)
+    found = degrees_of_freedom(networks.mlp, w, jax.random.normal(jax.random.key(1), (16, 5)))
+    assert (int(found.rank), int(found.hidden), int(found.unseen)) == (48, 0, 8)
+    assert found.certain and found.evidence.certain  # the rank is the number of rows
+    assert "0 hidden + 8 unseen by these inputs (certain)" in str(found)
+    assert "limited by 48 rows: at least 22 inputs needed for 64 parameters" in str(found)
+
+
+def test_equal_inputs_leave_directions_unseen_not_hidden():
+    w = networks.init_mlp(jax.random.key(0), (5, 8, 3), bias_std=0.3)
+    found = degrees_of_freedom(networks.mlp, w, jnp.ones((100, 5)))
+    parts = (found.rank, found.rescaling, found.dead, found.hidden, found.unseen)
+    assert sum(map(int, parts)) == 75 and int(found.hidden) == 0 and int(found.unseen) > 0
+    assert "limited" not in str(found)
+
+
+def test_what_no_other_input_shows_is_hidden():
+    rng = np.random.default_rng(0)
+    w = {name: rng.normal(size=s) for name, s in {"a": (2, 3), "b": (2, 3), "o": (3, 1)}.items()}
+    found = degrees_of_freedom(twin, w, rng.normal(size=(20, 2)))
+    assert (int(found.rank), int(found.hidden), int(found.unseen)) == (6, 6, 0)
+    assert found.compared and found.evidence.clear and not found.certain
+    assert "6 hidden (clear, not proven)" in str(found)
+
+
+def test_integer_inputs_are_not_compared():
+    w = {"t": np.ones((3, 2)), "o": np.ones((2, 1))}
+
+    def net(w, x):
+        return jax.nn.one_hot(x, 3) @ w["t"] @ w["o"]
+
+    found = degrees_of_freedom(net, w, np.array([0, 1]))
+    assert not found.compared
+    assert int(found.hidden) == 0 or "hidden or unseen by these inputs" in str(found)
 
 
 def test_names_of_whole_leaves_slices_and_single_elements():

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinv import (
@@ -72,48 +70,37 @@ ARCHITECTURES = [(2, 2, 2, 1), (3, 5, 4, 2), (2, 3, 1), (4, 3, 3, 2), (1, 6, 1),
 @functools.cache
 def both_precisions(sizes, biases):
     def ranks(params, x):
-        return [
-            jacobian_rank(networks.mlp, params, x, method="svd", dtype=dtype)
-            for dtype in (np.float32, np.float64)
-        ]
+        return (
+            jacobian_rank(networks.mlp, params, x, method="svd", dtype=np.float32),
+            jacobian_rank(networks.mlp, params, x, dtype=np.float64),
+        )
 
     return jax.jit(ranks)
 
 
-SEEN = {"float32 certain": 0, "float32 wrong": 0, "float64 certain": 0, "all": 0}
-
-
-@settings(max_examples=500)
-@given(
-    sizes=st.sampled_from(ARCHITECTURES),
-    biases=st.booleans(),
-    seed=st.integers(0, 10**6),
-    spread=st.sampled_from([0, 0, 4, 12]),
-)
-def test_a_certain_rank_is_the_exact_one_on_500_networks(sizes, biases, seed, spread):
-    rng = np.random.default_rng(seed)
-    layers = integer_layers(sizes, rng, biases)
-    x = rng.integers(-4, 5, (40, sizes[0]))
-    want = exact_rank(integer_jacobian(layers, x))
-    scales = [rng.integers(-spread, spread + 1, n) for n in sizes[1:-1]]
-    params = as_params(layers, scales)
-    with jax.enable_x64(True):
-        single, double = both_precisions(sizes, biases)(params, x.astype(float))
-    for found in (single, double):
-        assert not found.certain or int(found.rank) == want
-        assert int(found.lower) <= want <= int(found.upper)
-    SEEN["all"] += 1
-    SEEN["float32 certain"] += bool(single.certain)
-    SEEN["float32 wrong"] += int(single.rank) != want
-    SEEN["float64 certain"] += bool(double.certain)
-
-
-def test_certainty_was_neither_always_nor_never_claimed():
-    if not SEEN["all"]:
-        pytest.skip("runs after the test of 500 networks")
-    assert SEEN["all"] >= 500
-    assert SEEN["float64 certain"] > 0.9 * SEEN["all"]
-    assert 0.1 * SEEN["all"] < SEEN["float32 certain"] < 0.95 * SEEN["all"]
+def test_a_certain_rank_is_the_exact_one_on_500_networks():
+    """In float64 nearly all are certain; float32 is often wrong, and never wrong and certain."""
+    seen = dict.fromkeys(["float32 certain", "float32 wrong", "float64 certain"], 0)
+    for seed in range(500):
+        rng = np.random.default_rng(seed)
+        sizes, biases = ARCHITECTURES[seed % 6], bool(seed % 4 < 2)
+        spread = int(rng.choice([0, 0, 4, 12]))
+        layers = integer_layers(sizes, rng, biases)
+        x = rng.integers(-4, 5, (40, sizes[0]))
+        want = exact_rank(integer_jacobian(layers, x))
+        scales = [rng.integers(-spread, spread + 1, n) for n in sizes[1:-1]]
+        params = as_params(layers, scales)
+        with jax.enable_x64(True):
+            single, double = both_precisions(sizes, biases)(params, x.astype(float))
+        for found in (single, double):
+            assert not found.certain or int(found.rank) == want
+            assert int(found.lower) <= want <= int(found.upper)
+        seen["float32 certain"] += bool(single.certain)
+        seen["float32 wrong"] += int(single.rank) != want
+        seen["float64 certain"] += bool(double.certain)
+    assert seen["float64 certain"] > 0.95 * 500
+    assert 0.1 * 500 < seen["float32 certain"] < 0.95 * 500
+    assert seen["float32 wrong"] <= 0.05 * 500
 
 
 # --- known ranks --------------------------------------------------------------------------------
@@ -200,7 +187,9 @@ def test_fewer_rows_than_columns():
         want = np.linalg.matrix_rank(jacobian(networks.mlp, double, x.astype(jnp.float64)))
     for method in ("svd", "tsqr", "gram", "auto"):
         found = jacobian_rank(networks.mlp, params, x, method=method)
-        assert (int(found.rank), int(found.upper), bool(found.certain)) == (want, 80, True), method
+        assert (int(found.rank), int(found.upper), bool(found.clear)) == (want, 80, True), method
+        assert not found.certain and int(found.lower) == want == 79
+        assert "limited by 80 rows: at least 53 inputs" in str(found)
     assert int(jacobian_rank(networks.mlp, params, x, method="certificate").rank) == -1
 
 
@@ -242,25 +231,23 @@ def test_rank_is_at_most_what_the_group_leaves(name, x64):
     group = rescaling_group(fn, params, x)
     d = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     found = jacobian_rank(fn, params, x)
-    assert found.certain and found.rank <= found.upper <= d - group.dim
+    assert found.clear and found.rank <= found.upper <= d - group.dim
+    assert found.lower == found.rank
     J = np.asarray(jacobian(fn, params, x, mode="fwd"))
     assert int(found.rank) == np.linalg.matrix_rank(J)
 
 
-def test_a_network_that_rounds_inside_shows_in_the_error(x64):
+def test_a_network_that_casts_is_not_certain_and_says_where(x64):
     params, x = draw(a=(3, 4), o=(4, 2)), np.random.default_rng(1).normal(size=(60, 3))
-    rounded = jacobian_rank(cast, params, x, method="svd")
     exact = jacobian_rank(lambda w, x: relu(x @ w["a"]) @ w["o"], params, x, method="svd")
-    assert exact.error < 1e-11 * exact.largest
-    assert rounded.error > 1e-8 * rounded.largest
-
-
-def test_singular_values_between_clear_and_zero_are_not_certain(x64):
-    """A column of size 1e-14 beside one of size 1: neither 0 nor distinguishable from rounding."""
-    fn = lambda w, x: x * jnp.array([1.0, 1e-14]) @ w  # noqa: E731
-    x = np.random.default_rng(0).normal(size=(30, 2))
-    found = jacobian_rank(fn, jnp.ones((2, 1)), x, method="svd")
-    assert not (found.certain and found.rank == 1)
+    assert exact.certain and not exact.about.casts
+    for method in ("svd", "auto", "certificate"):
+        rounded = jacobian_rank(cast, params, x, method=method)
+        assert not rounded.certain and not rounded.clear
+        assert "fn casts to less than the working precision" in str(rounded)
+        assert "test_ranks.py" in str(rounded)
+    single = jacobian_rank(cast, params, x, method="svd", dtype=np.float32)
+    assert not single.about.casts
 
 
 def test_rtol_decides_and_is_reported(x64):
@@ -360,7 +347,8 @@ def test_every_order_of_jit_and_vmap_gives_the_rank_of_each_member():
     assert grid.rank.shape == (2, 6) and grid.rank[1].tolist() == want
     spectra = jax.vmap(jax.jit(lambda w: jacobian_spectrum(networks.mlp, w, x[1])))(members)
     assert spectra.dtype == np.float64
-    np.testing.assert_allclose(spectra[:, 0], [a.largest for a in alone], rtol=1e-12)
+    alone = jacobian_spectrum(networks.mlp, jax.tree.map(lambda a: a[2], members), x[1])
+    np.testing.assert_allclose(spectra[2], alone, rtol=1e-12, atol=1e-12)
 
 
 # --- refusals -----------------------------------------------------------------------------------

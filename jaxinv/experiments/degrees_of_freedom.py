@@ -4,7 +4,7 @@ Of the d parameters, dim(group) are lost to node-wise rescaling, on any inputs. 
 a pixel that is always 0 and a unit that never fires make parameters dead, and what then remains of
 the null space is hidden:
 
-    d = rank + rescaling + dead + hidden
+    d = rank + rescaling + dead + hidden + unseen
 
 Both terms are measured on standard normal inputs and on images. The rank is that of float64, with
 its error bounds; next to it stands what NumPy's default tolerance, max(n·out, d)·ε·σ₁, makes of the
@@ -86,6 +86,7 @@ class Split(NamedTuple):
     rescaling: int
     dead: int
     hidden: int
+    unseen: int
     certain: bool
     smallest: float  # σ_rank
     error: float  # bound on the error of a singular value
@@ -108,7 +109,7 @@ def run(
     progress: Progress = lambda fraction, what: None,
     store: Store | None = None,
 ) -> Result:
-    """Split the parameters, d = rank + rescaling + dead + hidden, and compute the spectra.
+    """Split the parameters, d = rank + rescaling + dead + hidden + unseen, and compute the spectra.
 
     Args:
         config: which network, on which inputs.
@@ -178,6 +179,7 @@ def _split(params: Params, x: jax.Array, name: str, seed: int, progress: Progres
         rescaling=int(found.rescaling),
         dead=int(found.dead),
         hidden=int(found.hidden),
+        unseen=int(found.unseen),
         certain=bool(found.certain),
         smallest=float(spectra["float64"][int(found.rank) - 1]),
         error=float(found.evidence.error),
@@ -210,10 +212,10 @@ def numpy_rank(values: np.ndarray, rows: int, columns: int) -> int:
 
 
 def table(result: Result) -> Table:
-    """Write every sum d = rank + rescaling + dead + hidden, and where the dead parameters are."""
+    """Write every sum d = rank + rescaling + dead + hidden + unseen, and what is dead."""
     rows, notes = [], []
     for split in result.splits:
-        terms = (split.rank, split.rescaling, split.dead, split.hidden)
+        terms = (split.rank, split.rescaling, split.dead, split.hidden, split.unseen)
         rows.append(
             [
                 split.inputs,
@@ -228,8 +230,10 @@ def table(result: Result) -> Table:
         if split.dead:
             where = ", ".join(f"{count} in {leaf}" for leaf, count in split.dead_by_leaf.items())
             notes.append(f"dead on {split.inputs}, seed {split.seed}: {where}")
-    title = f"{'-'.join(map(str, result.sizes))} with biases, d = rank + rescaling + dead + hidden"
-    columns = ["inputs", "seed", "n", "d", "rank", "rescaling", "dead", "hidden", "certain"]
+    net = "-".join(map(str, result.sizes))
+    title = f"{net} with biases, d = rank + rescaling + dead + hidden + unseen"
+    columns = ["inputs", "seed", "n", "d", "rank", "rescaling", "dead", "hidden"]
+    columns += ["unseen", "certain"]
     columns += [f"NumPy\n{precision}" for precision in PRECISIONS]
     return Table("\n".join([title, *notes]), columns, rows)
 

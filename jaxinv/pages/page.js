@@ -66,7 +66,7 @@ function model() {
 
   const limits = section("What the counts say", null);
   if (f.refused) limits.append(warning("No degrees of freedom", f.refused));
-  else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings + ${show(f.dead)} dead + ${show(f.hidden)} hidden (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
+  else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings + ${show(f.dead)} dead + ${show(f.hidden)} hidden${f.unseen > 0 ? ` + ${show(f.unseen)} unseen` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
   if (data.refused) limits.append(warning("No path norm and no κ", data.refused));
   if (group.pinned_by.length) limits.append(el("p", {}, "What limits the group: these operations fix the scale of their operands."), table([["operation"], ["where"]], group.pinned_by.map((p) => [p.operation, p.where]), "pinned"));
   else limits.append(el("p", {}, "No operation limits the group: every hidden unit can be rescaled."));

@@ -1,4 +1,9 @@
-"""Jacobians of ReLU networks with integer weights and inputs, and their ranks, without rounding."""
+"""Jacobians of ReLU networks with integer weights and inputs, and their ranks, without rounding.
+
+Rational ones work as well, as arrays of `fractions.Fraction`.
+"""
+
+from fractions import Fraction
 
 import numpy as np
 
@@ -32,11 +37,23 @@ def integer_jacobian(layers, x):
 
 
 def exact_rank(matrix):
-    """Rank of an integer matrix: elimination modulo large primes, which can only lose rank."""
+    """Rank of a matrix of integers or fractions: modulo large primes, which can only lose rank."""
     return max(_rank_modulo(matrix, p) for p in PRIMES)
 
 
+def as_fractions(a):
+    """Floats as the rational numbers that they are."""
+    return np.vectorize(Fraction, otypes=[object])(np.asarray(a, float))
+
+
+def _residue(v, p):
+    v = Fraction(v)
+    return v.numerator * pow(v.denominator, -1, p) % p
+
+
 def _rank_modulo(matrix, p):
+    if matrix.dtype == object:
+        matrix = np.vectorize(lambda v: _residue(v, p), otypes=[np.int64])(matrix)
     m = np.unique(np.asarray(matrix, np.int64) % p, axis=0)
     rank = 0
     for column in range(m.shape[1]):
