@@ -54,6 +54,8 @@ def settled(
     """In exact arithmetic where the bounds do not meet, of a small network of known numbers."""
     if isinstance(found.certain, jax.core.Tracer) or found.certain:
         return found
+    if int(found.reason) & policy.NOT_FINITE:
+        return found  # the network as it is computed has none
     try:
         exact = exact_rank(fn, params, x, dtype, batch_axis, _STEPS_OF_AUTO)
     except (UnsupportedOperation, InvalidInput):

@@ -25,6 +25,7 @@ import numpy as np
 from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
+from jaxinv._varying import together
 from jaxinv.errors import UnsupportedOperation
 
 # A `while` whose trip count is a constant is walked once per trip. Above this many trips the
@@ -197,7 +198,7 @@ class Equation(NamedTuple):
 
     def bind(self, *values: Any, **changed: Any) -> Any:
         """The same operation on other arrays."""
-        return self.primitive.bind(*values, **{**self.params, **changed})
+        return self.primitive.bind(*together(*values), **{**self.params, **changed})
 
     @property
     def source(self) -> str:

@@ -252,7 +252,7 @@ def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 def _select(domain: Any, eqn: Equation, predicate: Any, *cases: Any) -> Any:
     data = [v for v in cases if isinstance(v, Data)]
     weights = any(isinstance(v, Weight) for v in cases)
-    zeros = all(isinstance(v, Data) or (is_concrete(v) and not np.any(v)) for v in cases)
+    zeros = all(isinstance(v, Data) or (is_concrete(v) and not np.asarray(v).any()) for v in cases)
     if not weights and data and zeros and _same_base(data):
         key = data[0].key if data[0].stage.base is None else data[0].stage.base
         gated = isinstance(predicate, Data) and predicate.stage.sign_of == key

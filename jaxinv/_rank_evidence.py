@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxinv._rounding import with_rounding
 from jaxinv._spans import exponents_of, independent_columns
+from jaxinv._varying import together, varying_like
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.jacobians import flatten as flattened
 from jaxinv.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
@@ -77,6 +78,8 @@ def sizes_of(fn: Network, params: Params, x: Inputs, dtype: Any, chunk: int) -> 
         )
 
     try:
+        params, x = together(params, x)
+        start = varying_like(start, params)
         return _fold_rounded_rows(fn, params, x, shapes, dtype, start, add, chunk)
     except UnsupportedOperation:
         plain = fold_rows(

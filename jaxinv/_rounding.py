@@ -90,8 +90,11 @@ def with_rounding(function: Callable[..., Array], *arguments: Any) -> tuple[Arra
     Raises:
         UnsupportedOperation: for operations without a rule.
     """
-    closed = jax.make_jaxpr(function)(*arguments)
     leaves = jax.tree.leaves(arguments)
+    # On shapes, which do not vary over the devices of a shard_map: nothing is marked there.
+    closed = jax.make_jaxpr(function)(
+        *jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), arguments)
+    )
     traced = Trace(closed, len(leaves), [], None)
     (found,) = interpret(traced, [Rounded(jnp.asarray(a)) for a in leaves], [], Rounding())
     error = error_of(found)

@@ -170,7 +170,12 @@ def _is_epsilon(value: Any) -> bool:
 @rule("eq", "ne", "gt", "ge", "lt", "le")
 def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     result = Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
-    if eqn.name == "eq" and is_concrete(right) and not np.any(right) and hasattr(left, "key"):
+    if (
+        eqn.name == "eq"
+        and is_concrete(right)
+        and not np.asarray(right).any()
+        and hasattr(left, "key")
+    ):
         result.fact = ("zero", left.key)
     return result
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv._varying import varying_like
 from jaxinv.rescaling import RescalingGroup
 from jaxinv.typing import Array
 
@@ -91,7 +92,7 @@ def _pivots(M: Array, p: int) -> Array:
         return M, used.at[r].set(used[r] | found), pivots.at[j].set(found)
 
     rows, columns = M.shape
-    state = (M, jnp.zeros(rows, bool), jnp.zeros(columns, bool))
+    state = varying_like((M, jnp.zeros(rows, bool), jnp.zeros(columns, bool)), M)
     return lax.fori_loop(0, columns, eliminate, state)[2]
 
 

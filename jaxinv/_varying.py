@@ -15,7 +15,8 @@ from jax import lax
 
 def _axes(tree: Any) -> frozenset[str]:
     """The mesh axes over which the arrays of a pytree vary."""
-    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)]
+    types = map(jax.typeof, leaves)  # an array with numbers is the same for whoever looks
     return frozenset().union(*map(_axes_of_type, types))
 
 

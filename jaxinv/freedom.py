@@ -212,7 +212,7 @@ def _elsewhere(
         )
 
     if isinstance(rest, jax.core.Tracer):
-        return lax.cond(rest > 0, look, lambda: unknown)
+        return lax.cond(rest > 0, look, lambda: varying_like(unknown, rest))
     return look() if rest > 0 else unknown
 
 
@@ -311,7 +311,8 @@ def saturating_inputs(
         A `Saturation`.
 
     Raises:
-        InvalidInput: as for `jacobian_rank`, or for integer inputs given by their shape alone.
+        InvalidInput: as for `jacobian_rank`; for integer inputs given by their shape alone; inside
+            of `jit`, `vmap` or `grad`, where no rank is known that could decide the number.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -321,6 +322,12 @@ def saturating_inputs(
         (1, 1)
     """
     check_params(params)
+    given = (params, key, *jax.tree.leaves([] if callable(x) else x))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        raise InvalidInput(
+            "saturating_inputs decides by the ranks how many inputs it takes, so it cannot run "
+            "inside jit, vmap or grad: call it outside, and pass its x on."
+        )
     draw, most = _drawing(x, integer("max_examples", max_examples, 1))
     key = jax.random.key(0) if key is None else key
     d = sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params))

@@ -295,7 +295,7 @@ class LearningCoefficientBounds(NamedTuple):
 
     rank: Any  # int: rank of the Fisher information
     parameters: Any  # int: d
-    certain: Any  # bool: whether the rank is, see `jaxinv.ranks.Rank`
+    certain: Any  # bool: is the rank proven from below, see `jaxinv.ranks.Rank`
 
     def __str__(self) -> str:
         """The bounds, for people."""
@@ -343,4 +343,4 @@ def learning_coefficient_bounds(
     """
     found = jacobian_rank(whitened(fn, likelihood), params, x, method="svd")
     count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    return LearningCoefficientBounds(found.rank, count, found.certain)
+    return LearningCoefficientBounds(found.rank, count, found.lower == found.rank)

@@ -463,10 +463,10 @@ def _of_what_was_given(found: Rank, arguments: Any, dtype: Any) -> Rank:
     """Nothing is proven of arrays that had to be rounded to `dtype` first."""
     narrowed = jnp.zeros((), bool)
     for leaf in jax.tree.leaves(arguments):
-        given = jnp.result_type(leaf)
+        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # float64 stays float64
+        given = leaf.dtype
         if jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).nmant > jnp.finfo(dtype).nmant:
-            leaf = jnp.asarray(leaf)
-            narrowed = narrowed | (leaf.astype(dtype).astype(leaf.dtype) != leaf).any()
+            narrowed = narrowed | (leaf.astype(dtype).astype(given) != leaf).any()
     if isinstance(narrowed, jax.Array) and not isinstance(narrowed, jax.core.Tracer):
         if not narrowed:
             return found

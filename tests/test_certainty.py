@@ -182,7 +182,7 @@ def test_an_exact_rank_asks_for_an_exact_jacobian(x64):
     """x and x/3 are proportional; their floats are not, so elimination would count 2."""
     x = np.random.default_rng(0).normal(size=(20, 1))
     net = lambda w, x: jnp.concatenate([x, x * 0.1], 1) @ w  # noqa: E731
-    found = jacobian_rank(net, jnp.ones((2, 1)), x)
+    found = jax.jit(lambda x: jacobian_rank(net, jnp.ones((2, 1)), x))(x)
     assert int(found.rank) == 1 and int(found.upper) == 2 and not found.certain
 
 

@@ -32,6 +32,8 @@ INTERNAL = {
     ("experiments/files.py", "is no number of JSON"),  # becomes DamagedFile
     ("_batch_rules.py", ""),  # becomes part of "it combines different examples of the batch"
     ("_batch_domain.py", ""),  # as well
+    ("_rounding.py", ""),  # then rounding is measured
+    ("_exact_values.py", "…"),  # hands on what the rules say
     ("_batch.py", "its constant changes with"),
     ("_batch.py", "an output "),
     ("_scaling_shifts.py", "_Unknown"),  # nothing is said to cancel then

@@ -31,7 +31,7 @@ def ranks(params: Params, x: jax.Array) -> Cell:
 
     >>> found = ranks(draw(0, (2, 3, 1), 4, 0.5), jax.random.normal(jax.random.key(1), (60, 2)))
     >>> found["d"], found["group"], max(found["rank"]) <= 13 - 3, found["certain"]
-    (13, 3, True, 4)
+    (13, 3, True, 2)
     """
     leaves = jax.tree.leaves(params)
     count, d = len(leaves[0]), sum(leaf[0].size for leaf in leaves)

@@ -29,9 +29,10 @@ def small_run(tmp_path_factory):
 def test_every_parameter_is_counted_once(small_run):
     assert {"standard normal", "digits"} <= set(small_run[1])  # else the loops below see nothing
     for split in small_run[1].values():
-        terms = [split[name] for name in ("rank", "rescaling", "dead", "hidden")]
+        terms = [split[name] for name in ("rank", "rescaling", "dead", "hidden", "unseen")]
         assert sum(terms) == split["parameters"] == PARAMETERS
-        assert min(terms) >= 0 and split["certain"]
+        # What no symmetry explains leaves the rank without a proof from above.
+        assert min(terms) >= 0 and split["certain"] == (split["hidden"] == 0)
         assert split["group_dimension"] == HIDDEN  # one rescaling per hidden unit
         assert split["rank"] <= PARAMETERS - HIDDEN
 
@@ -85,8 +86,9 @@ def test_the_table_writes_the_sum_and_where_the_dead_are(small_run):
     split = small_run[1]["digits"]
     dead = split["dead_by_leaf"]["Dense_0/kernel"]
     assert f"dead on digits, seed 0: {dead} in Dense_0/kernel" in printed
-    terms = (split[name] for name in ("parameters", "rank", "rescaling", "dead", "hidden"))
-    assert f"digits 0 1437 {' '.join(map(str, terms))} yes" in printed
+    names = ("parameters", "rank", "rescaling", "dead", "hidden", "unseen")
+    terms = " ".join(str(split[name]) for name in names)
+    assert f"digits 0 1437 {terms} {'yes' if split['certain'] else 'no'}" in printed
 
 
 def test_the_command_writes_a_figure(small_run):
