@@ -19,6 +19,7 @@ from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_na
 from jaxinv._draws import own_draws
 from jaxinv._precision import call_in
 from jaxinv._rank_evidence import known_ambiguities, noise, sizes_of
+from jaxinv._varying import varying_like
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.jacobians import jacobian, problem_of, unflatten
 from jaxinv.ranks import Method, Rank, jacobian_rank
