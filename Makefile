@@ -65,8 +65,10 @@ package: $(VENV)/.stamp-dev
 	done
 
 # What the core of the package promises; extras and experiments follow the newest versions alone.
-CORE_TESTS := $(addprefix tests/test_,layout.py paths.py jaxpr.py rescaling.py ranks.py \
-  jacobians.py transforms.py gauges.py invalid_inputs.py)
+CORE_TESTS := $(addprefix tests/,test_layout.py paths/test_norms.py _interpreter/test_walk.py \
+  rescaling/test_group.py ranks/test_rank.py \
+  jacobians/test_jacobians.py optimizers/test_path_kappa.py \
+  rescaling/test_gauges.py test_invalid_inputs.py)
 NEWEST_PYTHON ?= $(PYTHON)
 
 test-minimal:

@@ -1,5 +1,6 @@
 """What the site needs beyond mkdocs: executed notebooks, MathML, tables from results, checks."""
 
+import ast
 import hashlib
 import json
 import os
@@ -28,35 +29,30 @@ CACHE = ROOT / "build" / "notebooks"
 # What the outputs of a notebook and their markdown depend on.
 SHOWN_BY = "jax jaxlib flax optax numpy matplotlib scikit-learn nbconvert".split()
 
-# Functions that modules of jaxinv share among themselves, without a promise to users.
-INTERNAL = {
-    "data_paths": {
-        "Problem", "check_alpha", "check_probes", "interpret", "prepare", "scaled_data_kappa",
-        "squares",
-    },
-    "fisher": {"check_like", "check_options"},
-    "gauges": {"default_tolerance"},
-    "jacobians": {"flatten", "outputs_of", "problem_of", "unflatten"},
-    "paths": {"PowerOfNorm", "check_exponent", "power_of_norm", "scaled_kappa"},
-    "rescaling": {"checked_leaves", "class_scales", "summed_to", "transpose"},
-}  # fmt: skip
+# Of these no name is promised to users.
+NOT_REFERENCE = {"__init__", "cli", "experiments", "pages"}
 
 
 # --- the interface --------------------------------------------------------------------
 
 
 def public_names() -> set[str]:
-    """The full names of all functions and classes that users may rely on."""
+    """The full names of all functions and classes that users may rely on, where they are defined.
+
+    Of a package that is what its face hands on, of a single file what is defined in it.
+    """
     names = set()
-    for path in (ROOT / "jaxinv").glob("*.py"):
-        if path.stem.startswith("_") or path.stem == "cli":
+    for path in (ROOT / "jaxinv").iterdir():
+        if path.stem.startswith("_") or path.stem in NOT_REFERENCE:
             continue
-        module = import_module(f"jaxinv.{path.stem}")
-        for name, value in vars(module).items():
-            own = getattr(value, "__module__", None) == module.__name__
-            own = own or name in getattr(module, "__all__", ())
-            if own and callable(value) and not name.startswith("_"):
-                if name not in INTERNAL.get(path.stem, ()):
+        if (face := path / "__init__.py").exists():
+            imports = [n for n in ast.parse(face.read_text()).body if isinstance(n, ast.ImportFrom)]
+            names |= {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+        elif path.suffix == ".py":
+            module = import_module(f"jaxinv.{path.stem}")
+            for name, value in vars(module).items():
+                own = getattr(value, "__module__", None) == module.__name__
+                if own and callable(value) and not name.startswith("_"):
                     names.add(f"{module.__name__}.{name}")
     return names
 
@@ -66,7 +62,8 @@ def short_names() -> dict[str, str]:
     found: dict[str, str] = {}
     for full in sorted(public_names()):
         name = full.rpartition(".")[2]
-        for short in (full, full.removeprefix("jaxinv."), name):
+        face = ".".join(full.split(".")[:2])  # of the package, or the file itself
+        for short in {full, full.removeprefix("jaxinv."), f"{face}.{name}", name}:
             found[short] = full if found.get(short, full) == full else ""
     for name in jaxinv.__all__:
         value = getattr(jaxinv, name)
@@ -93,14 +90,18 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite every docstring of the package."""
-        links = short_names()
+        links, public = short_names(), public_names()
+        shown = {full.rpartition(".")[0] for full in public}
         for thing in _walk(pkg):
             if thing.docstring is not None:
                 fields = _fields(thing) if thing.is_class else ""
                 thing.docstring.value += f"\n\nAttributes:\n{fields}" if fields else ""
                 thing.docstring.value = as_markdown(thing.docstring.value, links, thing.path)
-            for name in INTERNAL.get(thing.name, ()) if thing.is_module else ():
-                thing.members.pop(name, None)
+            if thing.is_module and thing.path in shown:  # its functions may be shared within jaxinv
+                for name, member in list(thing.members.items()):
+                    full = f"{thing.path}.{name}"
+                    if full not in public and (member.is_alias or not member.is_attribute):
+                        thing.members.pop(name)
 
 
 def _fields(named_tuple: Any) -> str:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import RESULTS, interleaved_seconds, median_and_spread, publish, spelled, timed
+from resnet import ResNet18, ResNet50
 
 from jaxinv.experiments.report import Table
 from jaxinv.paths import log_path_norm, path_kappa
-from jaxinv.resnet import ResNet18, ResNet50
 
 
 def measure(name: str, model: Any, size: int, repeats: int) -> dict[str, Any]:

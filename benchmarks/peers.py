@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import RESULTS, interleaved_seconds, median_and_spread, publish, spelled
+from resnet import ResNet18
 
 from jaxinv import (
     balance,
@@ -32,9 +33,8 @@ from jaxinv import (
     rescaling_group,
 )
 from jaxinv.experiments.report import Table
-from jaxinv.fisher import natural_gradient_direction
+from jaxinv.jacobians import natural_gradient_direction
 from jaxinv.paths import path_kappa, path_norm
-from jaxinv.resnet import ResNet18
 
 
 class Comparison(NamedTuple):

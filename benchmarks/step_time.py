@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _measure import RESULTS, interleaved_seconds, median_and_spread, publish, spelled
+from resnet import ResNet18
 
 from jaxinv.experiments.report import Table
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.resnet import ResNet18
-from jaxinv.transforms import path_sgd
+from jaxinv.optimizers import path_sgd
 
 # With these both learn their one random minibatch in the few steps that are timed.
 LEARNING_RATES = {"SGD": 0.01, "Path-SGD": 0.0003}

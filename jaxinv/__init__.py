@@ -4,7 +4,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from jaxinv._batch import batch_first
+from jaxinv._interpreter.batch import batch_first
+from jaxinv.bayes import learning_coefficient_bounds, local_learning_coefficient
 from jaxinv.capacity import (
     fisher_rao_norm,
     group_norm,
@@ -14,35 +15,47 @@ from jaxinv.capacity import (
     rescaling_invariance,
     spectral_norms,
 )
-from jaxinv.data_paths import data_dependent_path_kappa, data_dependent_path_norm
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
-from jaxinv.freedom import degrees_of_freedom, saturating_inputs
-from jaxinv.gauges import balance, distance_mod_rescaling, normalize, path_condition
 from jaxinv.invariance import (
     equivariance_error,
     function_invariance_error,
     gradient_orthogonality,
 )
 from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent_kernel
-from jaxinv.learning_coefficient import learning_coefficient_bounds, local_learning_coefficient
-from jaxinv.natural import natural_gradient, scale_by_natural_gradient
-from jaxinv.normalization import batch_norm_as_reparam, ddp_normalize
-from jaxinv.path_metric import (
+from jaxinv.optimizers import (
+    data_dependent_path_sgd,
+    natural_gradient,
     path_metric_product,
     path_metric_sgd,
     path_metric_solve,
+    path_sgd,
+    scale_by_data_dependent_path_kappa,
+    scale_by_natural_gradient,
+    scale_by_path_kappa,
     scale_by_path_metric,
+    share_params,
 )
 from jaxinv.paths import (
+    data_dependent_path_kappa,
+    data_dependent_path_norm,
     log_path_kappa,
     log_path_norm,
     path_kappa,
     path_norm,
     unit_path_norms,
 )
-from jaxinv.ranks import jacobian_rank, jacobian_spectrum
-from jaxinv.reparam import project_to_unit_norm, weight_normalize
+from jaxinv.ranks import degrees_of_freedom, jacobian_rank, jacobian_spectrum, saturating_inputs
+from jaxinv.reparam import (
+    batch_norm_as_reparam,
+    ddp_normalize,
+    project_to_unit_norm,
+    weight_normalize,
+)
 from jaxinv.rescaling import (
+    balance,
+    distance_mod_rescaling,
+    normalize,
+    path_condition,
     random_rescaling,
     rescale,
     rescale_gradient,
@@ -51,13 +64,6 @@ from jaxinv.rescaling import (
     tangent_vectors,
 )
 from jaxinv.symmetries import discover
-from jaxinv.transforms import (
-    data_dependent_path_sgd,
-    path_sgd,
-    scale_by_data_dependent_path_kappa,
-    scale_by_path_kappa,
-    share_params,
-)
 
 __version__ = "0.1.0"
 
@@ -122,20 +128,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from jaxinv import bayes as bayes
     from jaxinv import cli as cli
     from jaxinv import experiments as experiments
     from jaxinv import inspection as inspection
     from jaxinv import networks as networks
     from jaxinv import pages as pages
-    from jaxinv import resnet as resnet
-    from jaxinv import rlct as rlct
-    from jaxinv import sampling as sampling
 else:  # a type checker would take any name for a module
-    _ON_DEMAND = (
-        "bayes", "cli", "experiments", "inspection", "networks", "pages", "resnet", "rlct",
-        "sampling",
-    )  # fmt: skip
+    _ON_DEMAND = ("cli", "experiments", "inspection", "networks", "pages")
 
     def __getattr__(name: str) -> ModuleType:
         """A module that nothing above needs, imported when it is first asked for."""

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv import _checks, _scaled
+from jaxinv import _checks
+from jaxinv._numerics import scaled
 from jaxinv._text import printable
 from jaxinv.errors import InvalidInput, UnsupportedOperation
-from jaxinv.paths import log_path_norm
-from jaxinv.rescaling import RescalingGroup, rescaling_group, summed_to
+from jaxinv.paths.norms import log_path_norm
+from jaxinv.rescaling.group import RescalingGroup, rescaling_group, summed_to
 from jaxinv.typing import Inputs, Network, Params
 
 _MOST_NAMES = 3
@@ -187,7 +188,7 @@ def unit_balance(group: RescalingGroup, params: Params) -> np.ndarray:
         [4.0]
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
-    dtype = _scaled.working_dtype(leaves)
+    dtype = scaled.working_dtype(leaves)
     totals = jnp.zeros(group.structure.num_classes, dtype)
     for leaf, terms in zip(leaves, group.indices, strict=True):
         for ids in terms:

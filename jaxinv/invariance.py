@@ -20,9 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxinv import _checks, _scaled
+from jaxinv import _checks
+from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.rescaling import RescalingGroup, checked_leaves, rescale, summed_to, tangent_vectors
+from jaxinv.rescaling.group import (
+    RescalingGroup,
+    checked_leaves,
+    rescale,
+    summed_to,
+    tangent_vectors,
+)
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 Loss = Callable[[Params], Array]
@@ -179,7 +186,7 @@ def gradient_orthogonality(
         True
     """
     leaves = checked_leaves(group, params, "params", finite=True)
-    dtype = _scaled.working_dtype(leaves)
+    dtype = scaled.working_dtype(leaves)
     tree = group.structure.tree
 
     @jax.jit
@@ -466,7 +473,7 @@ def _minus(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _norm(tree: PyTree) -> Array:
-    return _scaled.norm(jax.tree.leaves(tree))
+    return scaled.norm(jax.tree.leaves(tree))
 
 
 def _apart(a: PyTree, b: PyTree) -> Array:

@@ -32,8 +32,8 @@ from jaxinv import (
     jacobian_rank,
     rescaling_group,
 )
-from jaxinv.freedom import dead_names
 from jaxinv.networks import init_mlp, mlp
+from jaxinv.ranks import dead_names
 
 SHORT = os.environ.get("JAXINV_SHORT") == "1"  # a smaller network, as the tests run it
 CHANNELS, IMAGES = (2, 80) if SHORT else (4, 250)

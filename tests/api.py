@@ -41,7 +41,8 @@ def _default(value):
 
 
 def _of_module(module) -> list[str]:
-    own = [
+    """A face hands on what it lists; of a single file, what is defined in it."""
+    own = getattr(module, "__all__", None) or [
         name
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
@@ -54,7 +55,7 @@ def interface() -> str:
 
     lines = [f"jaxinv.{name}{_signature(getattr(jaxinv, name))}" for name in sorted(jaxinv.__all__)]
     for found in sorted(pkgutil.iter_modules(jaxinv.__path__), key=lambda m: m.name):
-        if not found.name.startswith("_") and found.name not in ("cli", "experiments"):
+        if not found.name.startswith("_") and found.name not in ("cli", "experiments", "pages"):
             lines += _of_module(importlib.import_module(f"jaxinv.{found.name}"))
     return "\n".join(lines) + "\n"
 

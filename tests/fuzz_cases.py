@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 import jaxinv
-from jaxinv import fisher, invariance, reparam
+from jaxinv import invariance, reparam
+from jaxinv.jacobians import fisher_information as fisher
 
 SHAPES = [(2, 3, 1), (1, 1, 1), (3, 2, 2)]
 EXPONENTS = (1.0, 2.0, 3.5)

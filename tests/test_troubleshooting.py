@@ -27,24 +27,25 @@ HOLE = "…"
 INTERNAL = {
     ("__init__.py", "has no attribute"),  # what Python says of any module
     ("experiments/__init__.py", "has no attribute"),
-    ("_checkpoint.py", "its arrays are"),  # becomes InvalidInput: damaged (...)
+    ("bayes/checkpoint.py", "its arrays are"),  # becomes InvalidInput: damaged (...)
     ("cli.py", "_Terminated"),  # ends the process, as Ctrl-C does
     ("experiments/files.py", "is no number of JSON"),  # becomes DamagedFile
-    ("_batch_rules.py", ""),  # becomes part of "it combines different examples of the batch"
-    ("_batch_domain.py", ""),  # as well
-    ("_rounding.py", ""),  # then rounding is measured
-    ("_exact_values.py", "…"),  # hands on what the rules say
-    ("_batch.py", "its constant changes with"),
-    ("_batch.py", "an output "),
-    ("_scaling_shifts.py", "_Unknown"),  # nothing is said to cancel then
-    ("rlct.py", "no set of layers fits"),  # the theorem says that there is one
+    # becomes part of "it combines different examples of the batch"
+    ("_interpreter/batch_rules.py", ""),
+    ("_interpreter/batch_domain.py", ""),  # as well
+    ("ranks/rounding.py", ""),  # then rounding is measured
+    ("ranks/exact_values.py", "…"),  # hands on what the rules say
+    ("_interpreter/batch.py", "its constant changes with"),
+    ("_interpreter/batch.py", "an output "),
+    ("rescaling/shifts.py", "_Unknown"),  # nothing is said to cancel then
+    ("bayes/rlct.py", "no set of layers fits"),  # the theorem says that there is one
 }
 
 
 class Site(NamedTuple):
     """A place that makes a message."""
 
-    where: str  # jaxinv/paths.py:12
+    where: str  # jaxinv/paths/norms.py:12
     text: str  # the message, HOLE for each value
     internal: bool = False
 

@@ -20,10 +20,13 @@ import optax
 
 from jaxinv._extras import require
 from jaxinv.bayes import (
+    diagnostics,
+    dispersed_starts,
     gaussian_log_prior,
     jeffreys_log_prior,
     log_posterior,
     posterior_predictive,
+    sample_nuts,
 )
 from jaxinv.experiments import resuming
 from jaxinv.experiments.options import option, out_option, positive_float, positive_int
@@ -32,7 +35,6 @@ from jaxinv.experiments.resuming import Cell, Cells, Store
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.reparam import weight_normalize
 from jaxinv.rescaling import RescalingGroup, rescaling_group
-from jaxinv.sampling import diagnostics, dispersed_starts, sample_nuts
 from jaxinv.typing import Network, Params
 
 FIGURE = "predictive.png"

@@ -27,9 +27,8 @@ from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import data_option, hidden_option, option, out_option, positive_int
 from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Store, Thunks
-from jaxinv.freedom import dead_names, degrees_of_freedom
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.ranks import jacobian_spectrum
+from jaxinv.ranks import dead_names, degrees_of_freedom, jacobian_spectrum
 from jaxinv.rescaling import rescaling_group
 from jaxinv.typing import Params
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from jaxinv.experiments.resuming import Cell
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.ranks import Rank, jacobian_rank
+from jaxinv.ranks import jacobian_rank
+from jaxinv.ranks.rank import Rank
 from jaxinv.typing import Params
 
 _MOST_BYTES = 2**28  # of the Jacobians that one vmapped call holds at a time

@@ -33,13 +33,10 @@ from jaxinv.experiments.options import data_option, hidden_option, option, out_o
 from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Cells, Store
 from jaxinv.experiments.starts import STARTS, unbalance
-from jaxinv.natural import natural_gradient
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.normalization import batch_norm_as_reparam
-from jaxinv.path_metric import path_metric_sgd
-from jaxinv.reparam import weight_normalize
+from jaxinv.optimizers import data_dependent_path_sgd, natural_gradient, path_metric_sgd, path_sgd
+from jaxinv.reparam import batch_norm_as_reparam, weight_normalize
 from jaxinv.rescaling import rescaling_group
-from jaxinv.transforms import data_dependent_path_sgd, path_sgd
 from jaxinv.typing import Network, Params
 
 FIGURE = "curves.png"

@@ -39,9 +39,9 @@ from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Store
 from jaxinv.invariance import by_rescaling, equivariance_error
 from jaxinv.networks import init_mlp, mlp
+from jaxinv.optimizers import path_sgd
 from jaxinv.reparam import in_gauge
 from jaxinv.rescaling import RescalingGroup, random_rescaling, rescaling_group
-from jaxinv.transforms import path_sgd
 from jaxinv.typing import Network, Params, PyTree
 
 FIGURE = "errors.png"

@@ -5,8 +5,8 @@ K(w) = mean_x ‖fn(w, x) − fn(w*, x)‖²/2, and every estimate is reported w
 the rank of the Fisher information at w*:
 
 - crossings: fn = w₁^{k/2} w₂^{l/2}, where λ = min(1/k, 1/l);
-- reduced-rank: all four cases of Aoyagi & Watanabe (2005), see :func:`jaxinv.rlct.reduced_rank`;
-- deep-linear: three layers of linear units, see :func:`jaxinv.rlct.deep_linear`;
+- reduced-rank: all four cases of Aoyagi & Watanabe (2005), see :func:`jaxinv.bayes.reduced_rank`;
+- deep-linear: three layers of linear units, see :func:`jaxinv.bayes.deep_linear`;
 - examples: estimates against n, for multiplicity 1 and above, where they tend to λ like 1/log n;
 - networks: ReLU and tanh networks that are their own truth: λ = rank/2 at regular points;
 - trained: a ReLU network trained on digits, at the n and the temperature 1/log n of its data. It
@@ -28,17 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxinv import rlct
 from jaxinv._extras import require
+from jaxinv.bayes import (
+    LocalLearningCoefficient,
+    learning_coefficient_bounds,
+    local_learning_coefficient,
+    rlct,
+)
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.options import option, out_option, positive_int
 from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
-from jaxinv.learning_coefficient import (
-    LocalLearningCoefficient,
-    learning_coefficient_bounds,
-    local_learning_coefficient,
-)
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.typing import Network, Params
 

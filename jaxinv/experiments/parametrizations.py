@@ -36,11 +36,10 @@ from jaxinv.experiments.options import (
 )
 from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Store, Thunks
-from jaxinv.gauges import normalize
 from jaxinv.invariance import function_invariance_error
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.reparam import project_to_unit_norm, tangent_gradient, weight_normalize
-from jaxinv.rescaling import RescalingGroup, rescaling_group
+from jaxinv.rescaling import RescalingGroup, normalize, rescaling_group
 from jaxinv.typing import Network, Params
 
 FIGURE = "curves.png"

@@ -38,7 +38,7 @@ from jaxinv.experiments.report import Progress, Table
 from jaxinv.experiments.resuming import Cell, Store
 from jaxinv.experiments.starts import STARTS, Params, unbalance
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.transforms import path_sgd
+from jaxinv.optimizers import path_sgd
 
 FIGURE = "curves.png"
 TUNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxinv
-from jaxinv import _checks, _scaled
-from jaxinv._orbit_minimum import least_norm
+from jaxinv import _checks
+from jaxinv._numerics import scaled
 from jaxinv.errors import JaxinvError
-from jaxinv.freedom import degrees_of_freedom
-from jaxinv.gauges import default_tolerance
 from jaxinv.inspection import inspect, unit_balance
 from jaxinv.pages.html import render
 from jaxinv.pages.unit_basis import unit_basis
 from jaxinv.pages.unit_graph import UnitGraph, unit_graph
 from jaxinv.paths import log_path_kappa, unit_path_norms
-from jaxinv.ranks import jacobian_spectrum
+from jaxinv.ranks import degrees_of_freedom, jacobian_spectrum
 from jaxinv.rescaling import RescalingGroup, rescaling_group
+from jaxinv.rescaling.gauges import default_tolerance
+from jaxinv.rescaling.orbit_minimum import least_norm
 from jaxinv.typing import Inputs, Network, Params
 
 RANK_LIMIT = 2000  # parameters: beyond, an SVD in float64 takes minutes
@@ -239,7 +239,7 @@ def _freedom(fn: Network, params: Params, x: Inputs, d: int, limit: int) -> dict
 def _to_balance(group: RescalingGroup, params: Params) -> np.ndarray:
     """u of `jaxinv.balance`, without the balanced weights: to compile them takes seconds."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
-    tol = default_tolerance(_scaled.working_dtype(leaves))
+    tol = default_tolerance(scaled.working_dtype(leaves))
     return np.asarray(least_norm(group, leaves, 2.0, tol)[0]) / 2
 
 

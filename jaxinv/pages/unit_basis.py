@@ -12,8 +12,8 @@ import dataclasses
 
 import numpy as np
 
-from jaxinv._scaling_group import layers_of
 from jaxinv.rescaling import RescalingGroup
+from jaxinv.rescaling.structure import layers_of
 
 # Beyond this many pairs of generators that move a common class the group's own basis is kept.
 _MOST_PAIRS = 10_000_000

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinv import cli, rlct
+from jaxinv import cli
+from jaxinv.bayes import rlct
 from jaxinv.experiments import files
 from jaxinv.experiments import learning_coefficient as experiment
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv import jacobian_rank
-from jaxinv._exact import exact_rank
+from jaxinv.ranks.exact import exact_rank
 from tests.ground_truth.by_differences import fractions, jacobian_by_differences, rank_of_fractions
 
 METHODS = ("auto", "svd", "tsqr", "gram", "certificate")

@@ -1,0 +1,212 @@
+"""Functions as programs: traced anew at every public call, compared by what they compute.
+
+A program is hashable, so jitted code may take it as a static argument. Two programs are equal only
+if every equation, constant and literal is: a function that reads a rebound global gives another
+program and is compiled again, an unchanged one is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv._interpreter.walk import Equation, Trace, equation, open_jaxpr, sub_jaxprs, trace
+from jaxinv.typing import Params, PyTree
+
+
+class Program:
+    """A traced `fn(params, x)` for arrays of fixed shapes, called like `fn`."""
+
+    __slots__ = ("trace",)
+
+    def __init__(self, traced: Trace):
+        self.trace = traced
+
+    def __call__(self, params: Params, x: PyTree) -> PyTree:
+        leaves = [*jax.tree.leaves(params), *jax.tree.leaves(x)]
+        flat = jex.jaxpr_as_fun(self.trace.jaxpr)(*leaves)
+        return jax.tree.unflatten(self.trace.output_tree, flat)
+
+    @property
+    def inputs(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the leaves of x."""
+        jaxpr, _ = open_jaxpr(self.trace.jaxpr)
+        given = jaxpr.invars[self.trace.num_params :]
+        return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]
+
+    @property
+    def outputs(self) -> PyTree:
+        """Shapes and dtypes of the outputs."""
+        jaxpr, _ = open_jaxpr(self.trace.jaxpr)
+        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.outvars]
+        return jax.tree.unflatten(self.trace.output_tree, avals)
+
+    def __hash__(self) -> int:
+        jaxpr, _ = open_jaxpr(self.trace.jaxpr)
+        shapes = tuple(str(v.aval) for v in jaxpr.invars)
+        return hash((shapes, tuple(str(eqn.primitive) for eqn in jaxpr.eqns)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Program):
+            return NotImplemented
+        a, b = self.trace, other.trace
+        named = (a.num_params, a.param_names, a.output_tree)
+        same = named == (b.num_params, b.param_names, b.output_tree)
+        return same and _same_jaxpr(a.jaxpr, b.jaxpr)
+
+
+def program(fn: Callable[..., PyTree], params: Params, x: PyTree, remedy: str = "") -> Program:
+    """`fn` as it is now: jax would give an older trace of a function that it has seen before."""
+    return Program(trace(lambda params, x: fn(params, x), params, x, remedy=remedy))
+
+
+def all_lengths(closed: Any) -> set[int]:
+    """Every length of an axis in a program, those of the functions that it calls included."""
+    jaxpr, consts = open_jaxpr(closed)
+    shapes = [jnp.shape(c) for c in consts]
+    shapes += [getattr(v.aval, "shape", ()) for v in (*jaxpr.invars, *jaxpr.outvars)]
+    found = {n for shape in shapes for n in shape}
+    for eqn in jaxpr.eqns:
+        found.add(eqn.params.get("length", 0))  # of a loop
+        found |= {n for v in (*eqn.invars, *eqn.outvars) for n in getattr(v.aval, "shape", ())}
+        for inner, _, _ in sub_jaxprs(eqn, [True] * len(eqn.outvars)) or []:
+            found |= all_lengths(inner)
+    return found
+
+
+def find_equation(closed: Any, name: str, callers: tuple[Any, ...] = ()) -> Equation | None:
+    """The first equation of a primitive in a program, those of the functions that it calls too."""
+    for raw in open_jaxpr(closed)[0].eqns:
+        if raw.primitive.name == name:
+            return equation(raw, callers)
+        for inner, _, _ in sub_jaxprs(raw, [True] * len(raw.outvars)) or []:
+            found = find_equation(inner, name, (raw, *callers))
+            if found is not None:
+                return found
+    return None
+
+
+# --- equality -------------------------------------------------------------------------
+
+
+def _same_jaxpr(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    (one, consts), (other, other_consts) = open_jaxpr(a), open_jaxpr(b)
+    if not _same(tuple(consts), tuple(other_consts)):
+        return False
+    if one is other:
+        return True
+    if len(one.eqns) != len(other.eqns) or len(one.outvars) != len(other.outvars):
+        return False
+    names: dict[Any, Any] = {}
+
+    def bound(left: Sequence[Any], right: Sequence[Any]) -> bool:
+        """Variables that are written: paired from here on."""
+        names.update(zip(left, right, strict=False))
+        return len(left) == len(right) and all(
+            v.aval == w.aval for v, w in zip(left, right, strict=True)
+        )
+
+    def read(left: Sequence[Any], right: Sequence[Any]) -> bool:
+        return len(left) == len(right) and all(map(same_atom, left, right))
+
+    def same_atom(v: Any, w: Any) -> bool:
+        if isinstance(v, jex.Literal) or isinstance(w, jex.Literal):
+            both = isinstance(v, jex.Literal) and isinstance(w, jex.Literal)
+            return both and v.aval == w.aval and _same(v.val, w.val)
+        return names.get(v) is w
+
+    if not bound(one.constvars, other.constvars) or not bound(one.invars, other.invars):
+        return False
+    for eqn, twin in zip(one.eqns, other.eqns, strict=True):
+        if eqn.primitive is not twin.primitive or not read(eqn.invars, twin.invars):
+            return False
+        if not _same(eqn.params, twin.params) or not bound(eqn.outvars, twin.outvars):
+            return False
+    return read(one.outvars, other.outvars)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two constants or parameters of an equation are the same; False where in doubt."""
+    if a is b:
+        return True
+    if isinstance(a, jex.Jaxpr | jex.ClosedJaxpr) and isinstance(b, jex.Jaxpr | jex.ClosedJaxpr):
+        return _same_jaxpr(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if type(a) is type(b) and isinstance(a, tuple | list) and type(a) in (tuple, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    if isinstance(a, _ARRAYS) or isinstance(b, _ARRAYS):
+        return isinstance(a, _ARRAYS) and isinstance(b, _ARRAYS) and _same_array(a, b)
+    if type(a) is not type(b):
+        return False
+    if callable(a) or type(a).__name__ == "WrappedFun":
+        owner = _derivative_owner(a)
+        return owner is not None and owner is _derivative_owner(b)
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):
+        return False
+
+
+def _derivative_owner(function: Any) -> Any:
+    """The `custom_jvp` or `custom_vjp` of a library whose rule a traced thunk calls, or None.
+
+    jax makes a new thunk at every trace; what it calls is held in closures. Rules of the user's own
+    files may read globals, so they are never taken to be what they were.
+    """
+    todo, seen = [function], 0
+    while todo and seen < 64:
+        found, seen = todo.pop(0), seen + 1
+        if isinstance(found, jax.custom_jvp | jax.custom_vjp):
+            code = getattr(inspect.unwrap(found.fun), "__code__", None)
+            return found if code is not None and "site-packages" in code.co_filename else None
+        if isinstance(found, tuple):
+            todo += found
+        elif inspect.isfunction(found):
+            todo += [cell.cell_contents for cell in found.__closure__ or ()]
+        elif isinstance(found, functools.partial):
+            todo += [found.func, *found.args]
+        elif type(found).__name__ == "WrappedFun":
+            todo += [found.f, found.transforms]
+    return None
+
+
+_ARRAYS = (np.ndarray, np.generic, jax.Array, float, complex)
+
+
+def _same_array(a: Any, b: Any) -> bool:
+    """Bit by bit, so that NaN is NaN and 0 is not -0."""
+    if type(a) is not type(b) and not (isinstance(a, jax.Array) and isinstance(b, jax.Array)):
+        return False
+    if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
+        return False
+    for array in (a, b):
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return False
+    if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.extended):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def call_and_body(eqn: Equation) -> tuple[Callable[..., list[Any]], Callable[..., list[Any]]]:
+    """A call, and what it calls, as functions of all its inputs: they may differ in derivative."""
+    raw = eqn.raws[0]
+    found = sub_jaxprs(raw, [True] * len(raw.outvars))
+    assert found is not None, "not a call"
+    ((body, *_),) = found
+    places = {v: i for i, v in enumerate(raw.invars) if isinstance(v, jex.Var)}
+    inner, _ = open_jaxpr(body)
+    alone = inner.replace(constvars=[], invars=list(places), outvars=raw.outvars, eqns=[raw])
+    call = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))
+    return lambda *args: call(*[args[i] for i in places.values()]), jex.jaxpr_as_fun(body)

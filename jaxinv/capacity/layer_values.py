@@ -1,0 +1,113 @@
+"""Values of the layer domain: weights with numbered elements, data with units and a stage.
+
+See `layers` for what they are for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinv._interpreter.walk import Equation, Value, is_concrete
+
+THEORY = "norms of layers"
+
+
+class Weight(Value):
+    """An array computed from parameters alone; `ids` numbers its elements, equal where repeated."""
+
+    __slots__ = ("value", "ids", "names")
+
+    def __init__(self, value: Any, ids: np.ndarray, names: frozenset[str]):
+        self.value, self.ids, self.names = value, ids, names
+
+
+class Stage(NamedTuple):
+    """Where on the chain a value is."""
+
+    last: int  # number of the last operator, -1 for inputs
+    gain: float = 1.0  # Lipschitz constant (ℓ₂) from the result of that operator to this value
+    broken: Equation | None = None  # what left the chain
+    base: Any = None  # key of the value of which this is a constant multiple
+    sign_of: Any = None  # key of the value whose sign this is a function of
+
+
+class Data(Value):
+    """An array that depends on x; `units` is None, or broadcasts to it, with -1 for no unit."""
+
+    __slots__ = ("units", "stage")
+
+    def __init__(self, stage: Stage, units: np.ndarray | None = None):
+        self.stage, self.units = stage, units
+
+
+class Incoming(NamedTuple):
+    """Weights and the units that they lead into: arrays that broadcast to each other."""
+
+    value: Any
+    units: np.ndarray
+    mask: np.ndarray | None  # which of them count, None for all
+    key: Any  # equal for provably equal weights
+
+
+class Operator(NamedTuple):
+    """One equation that is linear in a value depending on x, with weights."""
+
+    eqn: Equation
+    operand: int  # which operand depends on x
+    weight: Any
+    names: frozenset[str]
+    stage: Stage  # of the operand
+
+
+def compact(ids: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """The array with length one along axes on which it is constant, and the index that does it."""
+    index = []
+    for axis, n in enumerate(ids.shape):
+        first = ids.take([0], axis) if n > 1 else None
+        constant = first is not None and bool((ids == first).all())
+        index.append(slice(0, 1) if constant else slice(None))
+        ids = first if constant and first is not None else ids
+    return ids, tuple(index)
+
+
+def moved(eqn: Equation, ids: np.ndarray, *rest: Any) -> np.ndarray:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(eqn.bind(jnp.asarray(ids, jnp.int32), *rest))
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, Weight) else value
+
+
+def known_array(value: Any) -> np.ndarray:
+    """A constant to compare along axes; one that is traced counts as different everywhere."""
+    if is_concrete(value):
+        return np.asarray(value)
+    return np.arange(math.prod(np.shape(value))).reshape(np.shape(value))
+
+
+def broken(eqn: Equation, inputs: Sequence[Any]) -> Stage:
+    """The stage of a result that is off the chain."""
+    for v in inputs:
+        if isinstance(v, Data) and v.stage.broken is not None:
+            return Stage(-1, broken=v.stage.broken)
+    return Stage(-1, broken=eqn)
+
+
+def refuse_weights(eqn: Equation, inputs: Sequence[Any]) -> None:
+    """Raise unless no parameter takes part."""
+    names = frozenset().union(*(v.names for v in inputs if isinstance(v, Weight)))
+    if names:
+        raise eqn.refuse(
+            THEORY,
+            "here a parameter is neither a factor nor a term of a value that depends on x, so it "
+            "is the weight of no edge.",
+            "close over parameters that are no weights, or move them out of this operation.",
+            what=f"`{eqn.name}` of a value that depends on x with {', '.join(sorted(names))}",
+        )

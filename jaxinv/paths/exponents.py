@@ -1,0 +1,188 @@
+"""Exponents of units, moved between path sums and |w|^p before a contraction.
+
+A rescaled unit has sums with a large exponent and outgoing weights with a small one. Their products
+are of the order of one: so the exponents of the rows of a weight are given to the sums, those of
+its columns to the result, and what is multiplied and added has lost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinv._numerics import scaled
+from jaxinv._numerics.scaled import Scaled
+
+
+class Moved(NamedTuple):
+    """Mantissas to be contracted, and the exponent of the result."""
+
+    data: Any
+    weight: Any
+    exponent: Any
+    gauges: tuple[Any, Any]  # exponents of the weight by rows (contracted axes) and by columns
+    separate: bool  # the weight's mantissas are those of its length
+    plan: Any  # None where exponents are scalars and nothing was done
+
+
+def rearranged(eqn: Any, sums: Scaled, *rest: Any, **changed: Any) -> Scaled:
+    """The operation, which moves elements, on mantissas and exponents."""
+
+    def bind(array: Any) -> Any:
+        if eqn.name == "gather" and array.dtype == jnp.int32:
+            return eqn.bind(array, *rest, **{**changed, "fill_value": 0})
+        return eqn.bind(array, *rest, **changed)
+
+    return scaled.moved(bind, sums)
+
+
+def moved(
+    eqn: Any, sums: Scaled, length: Scaled, axes: tuple[int, ...] | None, weight_is_right: bool
+) -> Moved:
+    """Level the exponents of what is summed.
+
+    `axes` are those of the weight along which its exponents are known to be a sum of vectors.
+    """
+    if not jnp.ndim(sums.exponent) and not jnp.ndim(length.exponent):
+        zeros = jnp.zeros((), jnp.int32)
+        exponent = sums.exponent + length.exponent
+        return Moved(sums.mantissa, length.mantissa, exponent, (zeros, zeros), False, None)
+    if eqn.name == "dot_general":
+        plan = _dot(eqn, sums.mantissa.ndim, length.mantissa.ndim, weight_is_right)
+    elif weight_is_right and eqn.params["batch_group_count"] == 1:
+        plan = _convolution(eqn)
+    else:
+        sums, length = scaled.level(sums), scaled.level(length)
+        return moved(eqn, sums, length, None, weight_is_right)
+    weight, rows, columns, separate = _gauges(length, plan, axes)
+    shape = sums.mantissa.shape
+    given = _placed(rows, plan.rows, len(shape))
+    if plan.groups > 1 and given.shape[plan.channel] > 1:
+        given = jnp.concatenate([given] * plan.groups, plan.channel)
+    data, top = _leveled(
+        Scaled(sums.mantissa, jnp.broadcast_to(sums.exponent + given, shape)), plan
+    )
+    exponent = _placed(top, plan.kept, plan.rank)
+    if plan.groups > 1:
+        exponent = jnp.repeat(exponent, plan.copies, plan.kept[plan.channel])
+    exponent = exponent + _placed(columns, plan.columns, plan.rank)
+    return Moved(data, weight, exponent, (rows, columns), separate, plan)
+
+
+class _Plan(NamedTuple):
+    """Where the axes of the operands go. Axis maps are {axis of an operand: axis elsewhere}."""
+
+    rows: dict[int, int]  # of the weight, contracted -> axis of the data
+    columns: dict[int, int]  # of the weight, kept -> axis of the result
+    kept: dict[int, int]  # of the data -> axis of the result
+    summed: tuple[int, ...]  # axes of the data along which exponents become equal
+    channel: int  # the axis of the data that is cut into groups
+    groups: int
+    copies: int  # how many features of the result share a group
+    rank: int
+
+
+def _dot(eqn: Any, data_rank: int, weight_rank: int, weight_is_right: bool) -> _Plan:
+    contracting, batch = eqn.params["dimension_numbers"]
+    order = 1 if weight_is_right else -1
+    (dc, wc), (db, wb) = contracting[::order], batch[::order]
+    data_free = [a for a in range(data_rank) if a not in (*dc, *db)]
+    weight_free = [a for a in range(weight_rank) if a not in (*wc, *wb)]
+    first, second = (data_free, weight_free) if weight_is_right else (weight_free, data_free)
+    start = {id(first): len(db), id(second): len(db) + len(first)}
+    kept = {a: i for i, a in enumerate(db)}
+    kept |= {a: start[id(data_free)] + i for i, a in enumerate(data_free)}
+    columns = {a: i for i, a in enumerate(wb)}
+    columns |= {a: start[id(weight_free)] + i for i, a in enumerate(weight_free)}
+    rows = dict(zip(wc, dc, strict=True))
+    return _Plan(rows, columns, kept, tuple(dc), 0, 1, 1, len(eqn.outputs[0].shape))
+
+
+def _convolution(eqn: Any) -> _Plan:
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    channel, (outputs, inputs) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
+    rank = len(numbers.out_spec)
+    copies = eqn.inputs[1].shape[outputs] // groups
+    kept, columns = {channel: numbers.out_spec[1]}, {outputs: numbers.out_spec[1]}
+    return _Plan(
+        {inputs: channel}, columns, kept, tuple(range(rank)), channel, groups, copies, rank
+    )
+
+
+def _gauges(
+    length: Scaled, plan: _Plan, axes: tuple[int, ...] | None
+) -> tuple[Any, Any, Any, bool]:
+    """(mantissas, exponents by rows, by columns, whether the mantissas are those of `length`)."""
+    mantissa, exponent = length
+    if not jnp.ndim(exponent):
+        exponent = exponent.reshape((1,) * mantissa.ndim)
+    others = [a for a in range(exponent.ndim) if a not in plan.rows and a not in plan.columns]
+    if axes is not None and not any(a in others for a in axes):
+        rows = _at_first(exponent, [a for a in range(exponent.ndim) if a not in plan.rows])
+        columns = _at_first(exponent, [a for a in range(exponent.ndim) if a not in plan.columns])
+        return mantissa, rows, columns - _at_first(exponent, range(exponent.ndim)), True
+    not_rows = tuple(a for a in range(exponent.ndim) if a not in plan.rows)
+    not_columns = tuple(a for a in range(exponent.ndim) if a not in plan.columns)
+    found = jnp.where(mantissa != 0, exponent, scaled.NONE)
+    rows = _known(jnp.max(found, not_rows, keepdims=True))
+    found = jnp.where(mantissa != 0, exponent - rows, scaled.NONE)
+    columns = _known(jnp.max(found, not_columns, keepdims=True))
+    shift = lax.min(exponent - rows - columns, jnp.int32(126))
+    return scaled.shift(mantissa, shift), rows, columns, False
+
+
+def _known(exponent: Any) -> Any:
+    return jnp.where(exponent > scaled.NONE // 2, exponent, 0)
+
+
+def _at_first(exponent: Any, axes: Sequence[int]) -> Any:
+    for axis in axes:
+        exponent = lax.slice_in_dim(exponent, 0, 1, axis=axis)
+    return exponent
+
+
+def _placed(exponent: Any, axes: dict[int, int], rank: int) -> Any:
+    """Exponents with their axes moved to others; all other axes have length 1."""
+    order = sorted(axes, key=lambda axis: axes[axis])
+    rest = [axis for axis in range(exponent.ndim) if axis not in axes]
+    kept = lax.squeeze(lax.transpose(exponent, (*rest, *order)), range(len(rest)))
+    places = [axes[axis] for axis in order]
+    return lax.expand_dims(kept, [axis for axis in range(rank) if axis not in places])
+
+
+def _leveled(s: Scaled, plan: _Plan) -> Scaled:
+    """Over equal exponents along the axes that are summed, in each group of channels apart."""
+    if plan.groups == 1:
+        return scaled.level(s, plan.summed)
+    apart = [jnp.moveaxis(a, plan.channel, -1) for a in s]
+    shape = apart[0].shape
+    split = [a.reshape(*shape[:-1], plan.groups, -1) for a in apart]
+    along = [axis for axis in range(len(shape) + 1) if axis != len(shape) - 1]
+    mantissa, top = scaled.level(Scaled(*split), along)
+    mantissa = jnp.moveaxis(mantissa.reshape(shape), -1, plan.channel)
+    others = [axis for axis in range(len(shape)) if axis != plan.channel]
+    return Scaled(mantissa, lax.expand_dims(top.reshape(-1), others))
+
+
+def checked(mantissa: Any, sums: Scaled, value: Any, part: Moved, sample: bool) -> Any:
+    """NaN in place of sums all of whose terms were too small to be kept.
+
+    That takes weights of one array that span more than a power of two for each row and column can
+    bring together. A column of zeros has no terms. With `sample` only some rows of a large weight
+    are looked at to tell.
+    """
+    plan = part.plan
+    terms = max(1, value.size // max(1, mantissa.size))
+    small = mantissa < jnp.finfo(mantissa.dtype).tiny * 2.0**16 * terms
+    vanished = jnp.any((part.data == 0) & (sums.mantissa != 0))
+    grid = [
+        slice(None, None, 1 if a in plan.columns or not sample else max(1, n // 16))
+        for a, n in enumerate(value.shape)
+    ]
+    others = tuple(a for a in range(value.ndim) if a not in plan.columns)
+    filled = jnp.any(value[tuple(grid)] != 0, others, keepdims=True)
+    lost = small & ((mantissa > 0) | vanished & _placed(filled, plan.columns, plan.rank))
+    return jnp.where(lax.stop_gradient(lost), jnp.nan, mantissa)

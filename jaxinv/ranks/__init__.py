@@ -1,0 +1,22 @@
+"""Ranks of Jacobians, how far they can be trusted, and the degrees of freedom of a network."""
+
+from jaxinv.ranks.freedom import (
+    DegreesOfFreedom,
+    Saturation,
+    dead_names,
+    degrees_of_freedom,
+    saturating_inputs,
+    with_others,
+)
+from jaxinv.ranks.rank import jacobian_rank, jacobian_spectrum
+
+__all__ = [
+    "DegreesOfFreedom",
+    "Saturation",
+    "dead_names",
+    "degrees_of_freedom",
+    "jacobian_rank",
+    "jacobian_spectrum",
+    "saturating_inputs",
+    "with_others",
+]

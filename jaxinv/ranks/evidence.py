@@ -1,0 +1,219 @@
+"""What is known of the null space of a Jacobian, and how well the Jacobian itself is.
+
+Two things bound a rank from above without any decision on small numbers: parameters on which
+nothing depends, and rescalings that the program of `fn` is known to have. From below it is bounded
+by what stands out of the error of the computed Jacobian. See `_numerics.tolerances` for the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinv._numerics.varying import together, varying_like
+from jaxinv.errors import UnsupportedOperation
+from jaxinv.jacobians.jacobians import flatten as flattened
+from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
+from jaxinv.ranks.rounding import with_rounding
+from jaxinv.ranks.spans import exponents_of, independent_columns
+from jaxinv.rescaling.group import rescaling_group, tangent_vectors
+from jaxinv.typing import Array, Inputs, Network, Params
+
+_PROBES = 4
+# The span of the generators is worked out up to this many; more are not used as a bound.
+_MOST_GENERATORS = 4096
+_MOST_EXPONENTS = 1 << 28
+_EXACT = lax.Precision.HIGHEST
+
+
+class Sizes(NamedTuple):
+    """Of every column of J: its entries, and how far they may be off."""
+
+    largest: Array  # (d,): max |J|
+    total: Array  # (d,): Σ |J|
+    error: Array | None  # (d,): bound on max |ΔJ|; None where operations are not known
+
+    @property
+    def zero(self) -> Array:
+        """Columns that were computed as 0."""
+        return self.largest == 0
+
+    @property
+    def dead(self) -> Array:
+        """Columns that are 0: no product can have underflowed or been rounded away."""
+        if self.error is None:
+            return jnp.zeros_like(self.zero)
+        return self.zero & (self.error == 0)
+
+    @property
+    def scale(self) -> Array:
+        """Powers of two that bring the columns to about norm one; 1 for columns of zeros.
+
+        The same mantissas give the same powers, so a rescaled network the same scaled matrix.
+        """
+        some = jnp.where(self.zero, 1, self.largest)
+        e = jnp.frexp(some)[1]
+        # Σ J² lies between (Σ|J|)²/rows and max|J|·Σ|J|.
+        square = jnp.ldexp(some, -e) * jnp.ldexp(jnp.where(self.zero, 1, self.total), -e)
+        e = e + jnp.frexp(jnp.sqrt(square))[1]
+        info = jnp.finfo(self.largest.dtype)
+        e = jnp.clip(e, int(info.minexp) + 1, int(info.maxexp) - 1)
+        return jnp.where(self.zero, 1, jnp.ldexp(jnp.ones_like(some), -e))
+
+
+def sizes_of(fn: Network, params: Params, x: Inputs, dtype: Any, chunk: int) -> Sizes:
+    """Sizes and errors of the columns, one pass over the rows of J."""
+    shapes = problem_of(fn, params, x)
+    start = Sizes(*jnp.zeros((3, shapes.parameters), dtype))
+
+    def add(sizes: Sizes, rows: Array, errors: Array) -> Sizes:
+        return Sizes(
+            jnp.maximum(sizes.largest, abs(rows).max(0)),
+            sizes.total + abs(rows).sum(0),
+            jnp.maximum(jnp.asarray(sizes.error), errors.max(0)),
+        )
+
+    try:
+        params, x = together(params, x)
+        start = varying_like(start, params)
+        return _fold_rounded_rows(fn, params, x, shapes, dtype, start, add, chunk)
+    except UnsupportedOperation:
+        plain = fold_rows(
+            fn, params, x, start, lambda s, rows: add(s, rows, jnp.zeros_like(rows)), chunk=chunk
+        )
+        return plain._replace(error=None)
+
+
+def _fold_rounded_rows(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    shapes: Any,
+    dtype: Any,
+    start: Any,
+    add: Callable[[Any, Array, Array], Any],
+    chunk: int,
+) -> Any:
+    """As `fold_rows`, with a bound on the error of every entry."""
+
+    def rows(params: Params, x: Inputs) -> Array:
+        y, pull = jax.vjp(lambda w: outputs_of(fn, w, x, dtype).ravel(), params)
+        (found,) = jax.vmap(pull)(jnp.eye(y.size, dtype=dtype))
+        return jax.vmap(lambda row: flattened(row, dtype))(found)
+
+    if not shapes.apart:
+        return add(start, *with_rounding(rows, params, x))
+
+    def both(examples: Inputs) -> tuple[Array, Array]:
+        one = lambda e: with_rounding(rows, params, jax.tree.map(lambda a: a[None], e))  # noqa: E731
+        values, errors = jax.vmap(one)(examples)
+        return values.reshape(-1, shapes.parameters), errors.reshape(-1, shapes.parameters)
+
+    chunk = min(chunk, shapes.examples)
+    whole = shapes.examples // chunk * chunk
+    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, chunk, *a.shape[1:]), x)
+    state, _ = lax.scan(lambda s, x: (add(s, *both(x)), None), start, chunks)
+    if whole < shapes.examples:
+        state = add(state, *both(jax.tree.map(lambda a: a[whole:], x)))
+    return state
+
+
+# --- ambiguities ----------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """Ambiguities that need no decision."""
+
+    dead: Array  # (d,) bool: parameters on which nothing depends
+    num_dead: Array  # int32
+    tangents: Array  # (d, k): rescalings, 0 on dead parameters; of norm one if independent, else 0
+    span: Array  # int32: how many are independent
+
+
+def known_ambiguities(
+    fn: Network, params: Params, x: Inputs, dead: Array, dtype: Any, scale: Array | None = None
+) -> Known:
+    """The rescalings that move other parameters than the dead, which may be taken for such.
+
+    With `scale` the tangents are those of J·diag(scale).
+    """
+    num_dead = dead.sum(dtype=jnp.int32)
+    none = Known(dead, num_dead, jnp.zeros((dead.size, 0), dtype), jnp.zeros((), jnp.int32))
+    try:
+        group = rescaling_group(fn, params, x)
+    except UnsupportedOperation:
+        return none
+    if not 0 < group.dim <= _MOST_GENERATORS or group.dim * dead.size > _MOST_EXPONENTS:
+        return none
+    live = ~dead & (flattened(params, dtype) != 0)
+    independent = independent_columns(exponents_of(group), live)
+    T = tangent_vectors(group, params, dense=True).astype(dtype)
+    T = jnp.where(live[:, None] & independent, T, 0)
+    T = T if scale is None else T / scale[:, None]
+    largest = abs(T).max(0)
+    T = T / jnp.where(largest > 0, largest, 1)
+    norm = jnp.linalg.norm(T, axis=0)
+    T = T / jnp.where(norm > 0, norm, 1)
+    return Known(dead, num_dead, T, independent.sum(dtype=jnp.int32))
+
+
+# --- errors ---------------------------------------------------------------------------
+
+
+def error_of_jacobian(
+    fn: Network, params: Params, x: Inputs, sizes: Sizes, scale: Array, dtype: Any
+) -> Array:
+    """A bound on ‖ΔJ·diag(scale)‖, or where none is known a measurement of it."""
+    if sizes.error is not None:
+        rows = problem_of(fn, params, x).rows
+        # Frobenius, from the largest error in each column.
+        return float(rows) ** 0.5 * jnp.linalg.norm(sizes.error * scale)
+    return _measured(fn, params, x, scale, dtype)
+
+
+def _measured(fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any) -> Array:
+    """Reverse against forward mode, and against parameters and inputs two roundings away.
+
+    For random signs c and v, E⟨c, ΔJ v⟩² = ‖ΔJ‖²_F, which bounds ‖ΔJ‖².
+    """
+    operator = jacobian_operator(fn, params, x)
+    rows, d = operator.shape
+    eps = 2 * float(jnp.finfo(dtype).eps)
+    leaves, tree = jax.tree.flatten((params, x))
+    nudged = [
+        a * (1 + eps * _signs(a.size, jnp.uint32(64 + i), a.dtype).reshape(a.shape))
+        if jnp.issubdtype(a.dtype, jnp.floating)
+        else a
+        for i, a in enumerate(map(jnp.asarray, leaves))
+    ]
+    beside = jacobian_operator(fn, *jax.tree.unflatten(tree, nudged))
+
+    def probe(seed: Array) -> Array:
+        v, c = scale * _signs(d, 2 * seed, dtype), _signs(rows, 2 * seed + 1, dtype)
+        Jv = operator.matvec(v)
+        both = jnp.vdot(c, Jv) - jnp.vdot(operator.rmatvec(c), v)
+        return both**2 + jnp.sum((beside.matvec(v) - Jv) ** 2)
+
+    return 2 * jnp.sqrt(jnp.mean(lax.map(probe, jnp.arange(_PROBES, dtype=jnp.uint32))))
+
+
+def _signs(size: int, seed: Array, dtype: Any) -> Array:
+    """±1"""
+    return 1 - 2 * (_hashed(size, seed) & jnp.uint32(1)).astype(dtype)
+
+
+def noise(size: int, seed: Array, dtype: Any) -> Array:
+    """Numbers spread evenly over (-1, 1)."""
+    return (_hashed(size, seed) >> jnp.uint32(8)).astype(dtype) / 2.0**23 - 1
+
+
+def _hashed(size: int, seed: Array) -> Array:
+    """The finaliser of MurmurHash3: jax.random cannot run in a 64-bit scope in a jit."""
+    x = lax.iota(jnp.uint32, size) * jnp.uint32(2654435761) + seed.astype(jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x

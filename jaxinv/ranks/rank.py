@@ -1,0 +1,481 @@
+"""Degrees of freedom: the rank of the Jacobian, and how far it can be trusted.
+
+    number of parameters d = rank + rescalings + dead + hidden + unseen
+
+A rank read off computed singular values is a decision. Every singular value is known up to an error
+ε: rounding in computing J (bounded by an error analysis of the program, or measured) plus that of
+the method. By Weyl's inequality a computed σ_r > ε proves rank ≥ r. No computation with rounding
+proves that a singular value *is* zero; rank ≤ r is proven by theory: the number of rows, the
+rescalings known from the program of `fn`, and columns that are zero without any rounding. A rank is
+`certain` if both bounds meet, and only then. It is `clear` if nothing lies in three decades between
+what is and what is not zero (`jaxinv._numerics.tolerances` has the policy).
+
+The columns of J are first scaled to one size by powers of two. That changes no rank, and makes it
+independent of how a network is rescaled.
+
+Everything is computed in float64 inside, by a scope: no global option changes, also inside your own
+`jit` with 64-bit types off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinv._checks import check_inputs, check_params, integer, one_of, real
+from jaxinv._interpreter.draws import own_draws
+from jaxinv._numerics import tolerances as policy
+from jaxinv._numerics.lapack import cholesky, eigenvalues, singular_values, triangle
+from jaxinv._numerics.precision import call_in, in_precision
+from jaxinv.errors import InvalidInput
+from jaxinv.jacobians.jacobians import (
+    fold_rows,
+    jacobian,
+    jacobian_gram,
+    problem_of,
+    scaled_gram,
+    tangent_kernel,
+)
+from jaxinv.ranks.casts import casts_of
+from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
+from jaxinv.ranks.exact_method import exact_rank, settled
+from jaxinv.ranks.record import Rank
+from jaxinv.ranks.spans import Modular, rank_of_exact
+from jaxinv.typing import Array, Inputs, Network, Params
+
+Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
+_EXACT = lax.Precision.HIGHEST
+# An exact rank costs rows·d² of these for each of three primes; about a second.
+_MOST_ELIMINATIONS = 1 << 27
+
+
+# --- precision and options ---------------------------------------------------------
+
+
+def _checked(method: str, dtype: Any) -> Any:
+    one_of("method", method, (*METHODS, "exact"))
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise InvalidInput(f"dtype must be float32 or float64, not {dtype!r}.") from error
+    if dtype not in (jnp.float32, jnp.float64):
+        raise InvalidInput(f"dtype must be float32 or float64, not {dtype}.")
+    return dtype
+
+
+def _check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
+    """In the scope that will compute: a float64 array may hold more than float32 can."""
+    if chunk is not None:
+        integer("chunk", chunk, 1)
+    with in_precision(dtype):
+        check_params(params)
+        check_inputs(x, values=True, finite=True)
+
+
+# --- spectra --------------------------------------------------------------------------
+
+
+def _dense(J: Array) -> Array:
+    return singular_values(J)
+
+
+def _streamed(
+    fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any, chunk: int
+) -> Array:
+    """Singular values of the triangle that QR of chunk after chunk leaves."""
+
+    def add(above: Array, rows: Array) -> Array:
+        return triangle(jnp.concatenate([above, rows * scale]))
+
+    start = jnp.zeros((scale.size, scale.size), dtype)
+    return _dense(fold_rows(fn, params, x, start, add, chunk=chunk))
+
+
+def _from_gram(gram: Array) -> Array:
+    return jnp.sqrt(jnp.maximum(eigenvalues(gram)[::-1], 0))
+
+
+def _tsqr_chunk(shapes: Any) -> int:
+    """A chunk with as many rows as J has columns: QR then costs the least in all."""
+    return max(1, -(-shapes.parameters // shapes.outputs))
+
+
+@partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk"))
+def _spectrum(
+    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None
+) -> Array:
+    """min(rows, d) singular values, descending."""
+    shapes = problem_of(fn, params, x)
+    if method == "tsqr":
+        ones = jnp.ones(shapes.parameters, dtype)
+        values = _streamed(fn, params, x, ones, dtype, chunk or _tsqr_chunk(shapes))
+        values = values[: min(shapes.rows, shapes.parameters)]
+    elif method == "gram":
+        if shapes.rows < shapes.parameters:
+            values = _from_gram(tangent_kernel(fn, params, x, chunk=chunk or 32))
+        else:
+            values = _from_gram(jacobian_gram(fn, params, x, chunk=chunk or 64))
+    else:
+        values = _dense(jacobian(fn, params, x, chunk=chunk or 64))
+    return values
+
+
+def jacobian_spectrum(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    method: Literal["svd", "tsqr", "gram"] = "svd",
+    dtype: Any = np.float64,
+    chunk: int | None = None,
+    batch_axis: int | None = 0,
+) -> Array:
+    """The singular values of J = ∂fn(params, x)/∂params, descending.
+
+    Args:
+        fn, params, x: as for `jaxinv.jacobian`.
+        method: "svd" holds J (LAPACK on a CPU); "tsqr" streams it through QR of chunks and holds
+            d² numbers; "gram" takes the roots of the eigenvalues of JᵀJ or JJᵀ, whichever is
+            smaller: fast, but values below √(machine epsilon) of the largest are lost.
+        dtype: float64 (computed in a scope of its own) or float32.
+        chunk: examples at a time.
+        batch_axis: as for `jaxinv.jacobian`.
+
+    Returns:
+        (min(n·out, d),).
+
+    Raises:
+        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import jacobian_spectrum
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
+        >>> s = jacobian_spectrum(lambda w, x: (x @ w[0]) @ w[1], w, jnp.ones((4, 1)))
+        >>> print(s.round(4))  # rows (3, 2), four times
+        [7.2111 0.    ]
+    """
+    dtype = _checked(method, dtype)
+    if method not in ("svd", "tsqr", "gram"):
+        raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
+    _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
+
+    def spectrum(params: Params, x: Inputs) -> Array:
+        problem = problem_of(fn, params, x, batch_axis)
+        return _spectrum(params, problem.x, problem.fn, method, dtype, chunk)
+
+    return call_in(dtype, spectrum, params, x)
+
+
+# --- ranks ----------------------------------------------------------------------------
+
+
+class _Evidence(NamedTuple):
+    """What is known before any singular value is."""
+
+    sizes: Sizes
+    scale: Array  # (d,): of the columns
+    known: Any
+    upper: Array
+    error: Array  # of J·diag(scale)
+    reason: Array  # the flags that are known already
+    about: policy.About
+
+
+def _evidence(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, scaled: bool = True
+) -> _Evidence:
+    shapes = problem_of(fn, params, x)
+    sizes = sizes_of(fn, params, x, dtype, chunk or 64)
+    scale = sizes.scale if scaled else jnp.ones(shapes.parameters, dtype)
+    known = known_ambiguities(fn, params, x, sizes.dead, dtype, scale)
+    left = shapes.parameters - known.num_dead - known.span
+    casts = casts_of(problem_of(fn, params, x).fn.program.trace.jaxpr, dtype)
+    reason = (
+        policy.flag(left > shapes.rows, policy.LIMITED_BY_ROWS)
+        + policy.flag((sizes.zero & ~sizes.dead).any(), policy.UNPROVEN_ZEROS)
+        + (policy.CAST if casts else 0)
+        + (policy.MEASURED if sizes.error is None else 0)
+    )
+    upper = jnp.minimum(left, shapes.rows).astype(jnp.int32)
+    error = error_of_jacobian(fn, params, x, sizes, scale, dtype)
+    about = policy.About(shapes.examples, shapes.outputs, shapes.parameters, casts)
+    return _Evidence(sizes, scale, known, upper, error, reason, about)
+
+
+def _decide(
+    values: Array,
+    evidence: _Evidence,
+    error: Array,
+    rtol: float | None,
+    double: bool,
+    exact: Modular | None,
+) -> Rank:
+    """`error` is that of the singular values; `exact` counts where J has no rounding at all."""
+    upper, cast = evidence.upper, bool(evidence.about.casts)
+    largest = values[0]
+    # A bound that says nothing leaves the rank to the rounding of the decomposition, unproven.
+    own = policy.roundings(values.size, evidence.scale.size, values.dtype) * largest
+    useful = error < largest
+    tolerance = jnp.where(useful, error, own) if rtol is None else rtol * largest
+    rank = jnp.sum(values > tolerance).astype(jnp.int32)
+    lower = jnp.sum(values > policy.FIRM * error).astype(jnp.int32)
+    if exact is not None:
+        rank = jnp.where(exact.agreed, exact.rank, rank)
+        lower = jnp.where(exact.agreed, exact.rank, lower)
+        upper = jnp.where(exact.agreed, jnp.minimum(exact.rank, upper), upper)
+    padded = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
+    smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], largest)
+    following = padded[rank]
+    gap = jnp.where(following > 0, smallest / jnp.where(following > 0, following, 1), jnp.inf)
+    finite = jnp.isfinite(values).all()
+    certain = finite & (lower == upper) & (rank == upper) & (not cast)
+    # A column of zeros that rounding could have made is no zero, so nothing is clear.
+    hides = evidence.sizes.zero & ~evidence.sizes.dead & (evidence.sizes.error is not None)
+    clear = policy.is_gap(smallest, jnp.maximum(error, following)) & (following <= error)
+    clear = clear & (rank == lower) & (rank <= upper) & ~hides.any() & (double and not cast)
+    clear = certain | (clear & finite)
+    reason = (
+        evidence.reason
+        + policy.flag(~clear, policy.ROUNDING)
+        + policy.flag(lower != upper, policy.NO_UPPER_BOUND)
+    )
+    silent = policy.LIMITED_BY_ROWS | policy.MEASURED
+    reason = jnp.where(certain, reason & silent, reason)
+    reason = jnp.where(finite, reason, policy.NOT_FINITE)
+    rank, lower = jnp.where(finite, rank, -1), jnp.where(finite, lower, 0)
+    return Rank(
+        rank, lower, upper, certain, clear, reason, tolerance, error, largest, smallest, gap,
+        evidence.about,
+    )  # fmt: skip
+
+
+def _scaled_spectrum(
+    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None, scale: Array
+) -> Array:
+    """min(rows, d) singular values of J·diag(scale), descending."""
+    shapes = problem_of(fn, params, x)
+    small = min(shapes.rows, shapes.parameters)
+    if method == "tsqr":
+        chunk = chunk or _tsqr_chunk(shapes)
+        return _streamed(fn, params, x, scale, dtype, chunk)[:small]
+    if method == "gram" and shapes.rows >= shapes.parameters:
+        return _from_gram(scaled_gram(fn, params, x, scale, chunk=chunk or 64))
+    J = jacobian(fn, params, x, mode="rev", chunk=chunk or 64) * scale
+    if method == "gram":
+        return _from_gram(jnp.matmul(J, J.T, precision=_EXACT))
+    return _dense(J)
+
+
+def _counted(params: Params, x: Inputs, fn: Network, evidence: _Evidence) -> Modular | None:
+    """The exact rank, where J is small and nothing in its program was rounded."""
+    about, error = evidence.about, evidence.sizes.error
+    rows, d = about.examples * about.outputs, about.parameters
+    if error is None or rows * d * d > _MOST_ELIMINATIONS:
+        return None
+    J = jacobian(fn, params, x, mode="rev") * evidence.scale
+    found = rank_of_exact(J)
+    return found._replace(agreed=found.agreed & (error == 0).all())
+
+
+@partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk", "rtol"))
+def _rank_by_spectrum(
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    method: str,
+    dtype: Any,
+    chunk: int | None,
+    rtol: float | None,
+) -> Rank:
+    shapes = problem_of(fn, params, x)
+    # rtol is relative to the largest singular value of J as it is.
+    evidence = _evidence(params, x, fn, dtype, chunk, scaled=rtol is None)
+    exact = None
+    if method == "auto":
+        method = "svd"
+        exact = _counted(params, x, fn, evidence) if rtol is None else None
+    values = _scaled_spectrum(params, x, fn, method, dtype, chunk, evidence.scale)
+    unit = policy.roundings(shapes.rows, shapes.parameters, dtype)
+    if method == "gram":
+        # λ is good to the rounding of JᵀJ and 2σ_1·‖ΔJ‖ + ‖ΔJ‖², so σ to the square root.
+        wrong = evidence.error * (2 * values[0] + evidence.error)
+        error = jnp.sqrt(unit * values[0] ** 2 + wrong)
+    else:
+        error = unit * values[0] + evidence.error
+    return _decide(values, evidence, error, rtol, dtype == jnp.float64, exact)
+
+
+@partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
+def _rank_by_certificate(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
+) -> Rank:
+    """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
+
+    If JᵀJ plus a matrix of rank k is positive definite, then rank J ≥ d − k; and rank J ≤ d − k by
+    theory, for Q has no more columns than its exact span. D does not change the rank, and
+    conditions the matrix.
+    """
+    shapes = problem_of(fn, params, x)
+    d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
+    evidence = _evidence(params, x, fn, dtype, chunk)
+    known = evidence.known
+    # Rows for a quarter of the memory of JᵀJ: it is read and written once for each chunk.
+    rows_at_once = chunk or max(1, d // (4 * shapes.outputs))
+    A = scaled_gram(fn, params, x, evidence.scale, chunk=rows_at_once)
+    size = jnp.sqrt(jnp.trace(A))
+    # JT = 0, so (JD)(D⁻¹T) = 0: the rescalings of the scaled columns.
+    T = known.tangents
+    A = A + jnp.matmul(T, T.T, precision=_EXACT) + jnp.diag(known.dead.astype(dtype))
+    # Success on A − μ proves A > 0 for μ above what forming A and factoring it can be wrong by:
+    # sums of `rows` and of d products, relative to the diagonal, whose sum is the trace.
+    wrong = evidence.error * (2 * size + evidence.error)
+    mu = jnp.trace(A) * (eps * (d + 2 + 8 * float(np.sqrt(shapes.rows)))) + wrong
+    L = cholesky(A - mu * jnp.eye(d, dtype=dtype))
+    reached = evidence.upper == d - known.num_dead - known.span
+    proven = jnp.isfinite(L).all() & reached & (not evidence.about.casts)
+    reason = evidence.reason + policy.flag(~proven, policy.NOT_FACTORED)
+    silent = policy.LIMITED_BY_ROWS | policy.MEASURED
+    nothing = jnp.full((), jnp.nan, dtype)
+    return Rank(
+        jnp.where(proven, evidence.upper, -1),
+        jnp.where(proven, evidence.upper, 0),
+        evidence.upper,
+        proven,
+        proven,
+        jnp.where(proven, reason & silent, reason),
+        jnp.zeros((), dtype),
+        jnp.sqrt(mu),
+        nothing,
+        jnp.sqrt(mu),
+        nothing,
+        evidence.about,
+    )
+
+
+def _automatic(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+) -> Rank:
+    """The certificate where it can succeed and is worth it, else the SVD."""
+    shapes = problem_of(fn, params, x)
+    if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
+        return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol)
+    found = _rank_by_certificate(params, x, fn, dtype, chunk)
+    return lax.cond(
+        found.certain,
+        lambda: found,
+        lambda: _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol),
+    )
+
+
+def _by_spectrum(method: str) -> Callable[..., Rank]:
+    return lambda params, x, fn, dtype, chunk, rtol: _rank_by_spectrum(
+        params, x, fn, method, dtype, chunk, rtol
+    )
+
+
+def _by_certificate(
+    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+) -> Rank:
+    del rtol
+    return _rank_by_certificate(params, x, fn, dtype, chunk)
+
+
+# A method is a row: what to call with (params, x, fn, dtype, chunk, rtol), in the scope of dtype.
+METHODS: dict[str, Callable[..., Rank]] = {
+    "auto": _automatic,
+    "svd": _by_spectrum("svd"),
+    "tsqr": _by_spectrum("tsqr"),
+    "gram": _by_spectrum("gram"),
+    "certificate": _by_certificate,
+}
+
+
+def jacobian_rank(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    *,
+    method: Method = "auto",
+    rtol: float | None = None,
+    dtype: Any = np.float64,
+    chunk: int | None = None,
+    batch_axis: int | None = 0,
+) -> Rank:
+    """The rank of J = ∂fn(params, x)/∂params: the degrees of freedom of the function on x.
+
+    Args:
+        fn, params, x: as for `jaxinv.jacobian`. `fn` is run in the precision `dtype`, so it must
+            not cast to less (if it does, the measured error shows it).
+        method: "svd", "tsqr", "gram" as for `jacobian_spectrum`. "certificate" proves the rank
+            d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
+            and gives -1 where it cannot. "auto" tries the certificate, then the SVD, and,
+            where that is not certain of a small network outside `jit`, "exact": see below.
+        rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
+        dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
+            equals a bound known from theory.
+        chunk: examples at a time.
+        batch_axis: as for `jaxinv.jacobian`.
+
+    Returns:
+        A `Rank` of arrays. `vmap` over params for an ensemble; works inside your `jit`.
+
+    Raises:
+        InvalidInput: as for `jaxinv.jacobian`, or for an unknown method or dtype, or rtol < 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import jacobian_rank, networks
+        >>> w = networks.init_mlp(jax.random.key(0), (2, 3, 1), bias=False)
+        >>> x = jax.random.normal(jax.random.key(1), (50, 2))
+        >>> found = jacobian_rank(networks.mlp, w, x)  # 9 parameters, 3 rescalings
+        >>> int(found.rank), bool(found.certain)
+        (6, True)
+    """
+    dtype = _checked(method, dtype)
+    if rtol is not None:
+        rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
+    _check_values(params, x, dtype, chunk)
+    fn = own_draws(fn, params, x, dtype)
+    if method == "exact":
+        if rtol is not None:
+            raise InvalidInput("method='exact' compares nothing with a tolerance: leave rtol out.")
+        return _of_what_was_given(exact_rank(fn, params, x, dtype, batch_axis), (params, x), dtype)
+
+    def rank(params: Params, x: Inputs) -> Rank:
+        problem = problem_of(fn, params, x, batch_axis)
+        return METHODS[method](params, problem.x, problem.fn, dtype, chunk, rtol)
+
+    found = call_in(dtype, rank, params, x)
+    if method == "auto" and rtol is None:
+        found = settled(found, fn, params, x, dtype, batch_axis)
+    return _of_what_was_given(found, (params, x), dtype)
+
+
+def _of_what_was_given(found: Rank, arguments: Any, dtype: Any) -> Rank:
+    """Nothing is proven of arrays that had to be rounded to `dtype` first."""
+    narrowed = jnp.zeros((), bool)
+    for leaf in jax.tree.leaves(arguments):
+        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # float64 stays float64
+        given = leaf.dtype
+        if jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).nmant > jnp.finfo(dtype).nmant:
+            narrowed = narrowed | (leaf.astype(dtype).astype(given) != leaf).any()
+    if isinstance(narrowed, jax.Array) and not isinstance(narrowed, jax.core.Tracer):
+        if not narrowed:
+            return found
+    bottom = jnp.where(narrowed, 0, found.lower)
+    top = min(found.about.examples * found.about.outputs, found.about.parameters)
+    return found._replace(
+        lower=bottom,
+        upper=jnp.where(narrowed, top, found.upper),
+        certain=found.certain & ~narrowed,
+        clear=found.clear & ~narrowed,
+        reason=found.reason | policy.flag(narrowed, policy.NARROWED),
+    )

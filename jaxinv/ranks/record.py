@@ -1,0 +1,78 @@
+"""The record of a rank: the number, its bounds, and what they rest on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinv._numerics import tolerances as policy
+from jaxinv.typing import Array
+
+
+class Rank(NamedTuple):
+    """The rank of a Jacobian and what it rests on; all fields are arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import jacobian_rank
+        >>> w = [jnp.array([[2.0]]), jnp.array([[3.0]])]
+        >>> print(jacobian_rank(lambda w, x: (x @ w[0]) @ w[1], w, jnp.ones((4, 1))))
+        rank 1 (certain): 1 proven from below, at most 1; ...
+    """
+
+    rank: Array  # int32: singular values above the tolerance; -1: not certified, or J not finite
+    lower: Array  # int32: proven lower bound
+    upper: Array  # int32: proven upper bound: min(rows, d − known ambiguities)
+    certain: Array  # bool: the bounds meet
+    clear: Array  # bool: certain, or a wide gap
+    reason: Array  # int32: flags of `tolerances`: why it is not certain, or says little
+    tolerance: Array  # float: singular values up to this count as zero
+    error: Array  # float: bound on the error of the computed singular values
+    largest: Array  # float: σ_1 of J with its columns scaled to one size (of J itself with rtol)
+    smallest: Array  # float: σ_rank; of a certificate the largest value that it excludes
+    gap: Array  # float: σ_rank / σ_{rank+1}; inf where there is no further one
+    about: policy.About  # static: numbers of examples, outputs, parameters; lines that cast
+
+    def __str__(self) -> str:
+        """The rank, its bounds and its gap, and why it is not certain."""
+        if not isinstance(self.rank, jax.Array) or isinstance(self.rank, jax.core.Tracer):
+            return repr(self)
+        if jnp.ndim(self.rank):
+            return f"ranks {self.rank} ({int(self.certain.sum())} of {self.rank.size} certain)"
+        if int(self.reason) & policy.NOT_FINITE:
+            return "no rank: the Jacobian is not finite"
+        notes = self.notes()
+        if self.rank < 0:
+            return "".join([f"rank not certified: at most {self.upper}", *notes])
+        if jnp.isnan(self.largest) and jnp.isnan(self.smallest):
+            found = f"rank {self.rank} ({self.word()}): in exact arithmetic, at most {self.upper}"
+            return "".join([found, *notes])
+        return "".join(
+            [
+                f"rank {self.rank} ({self.word()}): {self.lower} proven from below, "
+                f"at most {self.upper}; σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, "
+                f"gap {self.gap:.1e}, error {self.error:.1e}",
+                *notes,
+            ]
+        )
+
+    def word(self) -> str:
+        """certain, clear or neither."""
+        if self.certain:
+            return "certain"
+        return "clear, not proven" if self.clear else "NOT CERTAIN"
+
+    def notes(self) -> list[str]:
+        """Lines on what limits the rank."""
+        lines = []
+        if int(self.reason) & policy.LIMITED_BY_ROWS:
+            rows = self.about.examples * self.about.outputs
+            lines.append(
+                f"limited by {rows} rows: at least {self.about.enough} inputs needed for "
+                f"{self.about.parameters} parameters"
+            )
+        lines += [f"not proven: {text}" for text in policy.reasons(self.reason)]
+        lines += [f"cast: {line}" for line in self.about.casts]
+        return ["\n" + line for line in lines]

@@ -1,0 +1,324 @@
+"""Normalisation by statistics of the data, as a reparametrisation of any network.
+
+Batch normalisation divides what a unit receives by its standard deviation over the batch:
+
+    w̃_v = w_v / (w_vᵀ C_v w_v)^{1/2}    on centred inputs, C_v the covariance of the layer before.
+
+It is a parametrisation w ↦ w̃ of the same units by a map that depends on the data. Data-dependent
+path normalisation replaces C_v by R_v = α·C_v + (1 − α)·diag(γ²_u), so that γ²_v = 1 for every
+hidden unit; α = 1 is batch normalisation, α = 0 weight normalisation (with inputs and hidden units
+of γ² = 1).
+
+Every dense or convolutional layer is normalised whose output reaches anything but the outputs of
+the network: per unit, or per channel over all positions. The last layer is left as it is. A bias
+that is added to a layer is added to the normalised values, as the shift of batch normalisation is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinv._checks import real
+from jaxinv._interpreter.walk import Equation
+from jaxinv._numerics import scaled
+from jaxinv._numerics.scaled import Scaled
+from jaxinv.errors import InvalidInput
+from jaxinv.paths.data_dependent import Problem, check_alpha, interpret, prepare, squares
+from jaxinv.paths.data_domain import Data, DataDomain
+from jaxinv.paths.domain import PathDomain
+from jaxinv.paths.values import Paths, Weight
+from jaxinv.typing import Array, Inputs, Network, Outputs, Params
+
+
+class UnitStatistics(NamedTuple):
+    """Statistics of one layer over a batch, before normalisation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.reparam import UnitStatistics
+        >>> UnitStatistics(mean=jnp.zeros(3), variance=jnp.ones(3)).mean.shape
+        (3,)
+    """
+
+    mean: Array  # (units,) or (channels,); 0 if not centred
+    variance: Array  # ditto; of uncentred values the second moment
+
+
+class NormalizedNetwork(NamedTuple):
+    """A network whose hidden units are normalised; its parameters are those of the original.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.reparam import batch_norm_as_reparam
+        >>> def net(w, x):
+        ...     return jnp.maximum(x @ w[0], 0) @ w[1]
+        >>> bn, w = batch_norm_as_reparam(net, eps=0.0), [jnp.ones((2, 1)), jnp.ones((1, 1))]
+        >>> x = jnp.array([[1.0, 2.0], [2.0, 3.0]])  # z = 3 and 5, normalised −1 and 1
+        >>> found = bn.statistics(w, x)
+        >>> bn.fn(w, x).ravel().tolist(), found[0].mean.item(), found[0].variance.item()
+        ([0.0, 1.0], 4.0, 1.0)
+        >>> bn.evaluate(w, found, x[1:]).item()  # one example, with given statistics
+        1.0
+    """
+
+    # fn(params, x): normalised by the statistics of the batch x.
+    fn: Network
+    # statistics(params, x): one `UnitStatistics` for each normalised layer, in order of evaluation.
+    statistics: Callable[[Params, Inputs], tuple[UnitStatistics, ...]]
+    # evaluate(params, statistics, x): normalised by given statistics, every example apart.
+    evaluate: Callable[[Params, Sequence[UnitStatistics], Inputs], Outputs]
+
+
+def batch_norm_as_reparam(fn: Network, *, eps: float = 1e-5) -> NormalizedNetwork:
+    """Batch normalisation of every hidden layer: w̃ = w/(wᵀCw)^{1/2} on centred activations.
+
+    Args:
+        fn: a network `fn(params, x) -> y` without batch normalisation, of the operations that
+            `jaxinv.path_norm` covers, loops excepted.
+        eps: added to the variance wᵀCw.
+
+    Returns:
+        A `NormalizedNetwork`. Its `fn` is that of `flax.linen.BatchNorm` after every hidden layer,
+        with the layer's bias, if it has one, as the shift and without a scale.
+
+    Raises:
+        InvalidInput: eps < 0; when called, as for `jaxinv.data_dependent_path_norm`.
+        UnsupportedOperation: when called, for operations that path semantics do not cover.
+
+    Notes:
+        The function does not change when the incoming weights of a unit are multiplied by a > 0,
+        while its gradient is divided by a: learning with gradient descent depends on the length of
+        the weights, which the function does not see. `jaxinv.equivariance_error` measures it.
+
+    References:
+        Ioffe, Szegedy, "Batch normalization", ICML 2015 (arXiv:1502.03167); as the end α = 1 of a
+        family: Neyshabur, Tomioka, Salakhutdinov, Srebro, ICLR 2016 (arXiv:1511.06747), §3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxinv import batch_norm_as_reparam
+        >>> from jaxinv.networks import init_mlp, mlp
+        >>> params = init_mlp(jax.random.key(0), (4, 8, 3))
+        >>> x = jax.random.normal(jax.random.key(1), (16, 4))
+        >>> bn = batch_norm_as_reparam(mlp)
+        >>> doubled = {**params, "Dense_0": {**params["Dense_0"],
+        ...                                  "kernel": 2 * params["Dense_0"]["kernel"]}}
+        >>> bool(jnp.allclose(bn.fn(params, x), bn.fn(doubled, x), atol=1e-3))
+        True
+    """
+    return ddp_normalize(fn, alpha=1.0, centered=True, eps=eps)
+
+
+def ddp_normalize(
+    fn: Network, *, alpha: float, centered: bool = False, eps: float = 1e-5
+) -> NormalizedNetwork:
+    """Data-dependent path normalisation of every hidden layer, w̃ = w/(wᵀRw)^{1/2}.
+
+    R_v = α·C_v + (1 − α)·diag(γ²_u), where γ²_u = 1 for inputs and for units that are normalised
+    already; between them, pooling, biases and skip connections count as for `jaxinv.path_norm`.
+
+    Args:
+        fn, eps: as for `batch_norm_as_reparam`; eps is added to wᵀRw.
+        alpha: from 0, normalisation by the weights alone, to 1, by the data alone.
+        centered: subtract the mean, and take C_v for the covariance; else second moments.
+
+    Returns:
+        A `NormalizedNetwork`.
+
+    Raises:
+        InvalidInput, UnsupportedOperation: as for `batch_norm_as_reparam`; alpha outside [0, 1].
+
+    References:
+        Neyshabur, Tomioka, Salakhutdinov, Srebro, ICLR 2016 (arXiv:1511.06747), §3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv import ddp_normalize
+        >>> def net(w, x):
+        ...     return jnp.maximum(x @ w[0], 0) @ w[1]
+        >>> w = [jnp.array([[3.0], [4.0]]), jnp.array([[10.0]])]
+        >>> x = jnp.array([[1.0, 1.0]])  # z = 7, and ‖w‖² = 25
+        >>> [round(ddp_normalize(net, alpha=a, eps=0.0).fn(w, x).item(), 4) for a in (0, 0.5, 1)]
+        [14.0, 11.5079, 10.0]
+    """
+    alpha = check_alpha(alpha)
+    eps = real("eps", eps, lambda e: 0 <= e < float("inf"), "a finite number >= 0")
+
+    def run(params: Params, x: Inputs, given: Any) -> tuple[Outputs, tuple[UnitStatistics, ...]]:
+        problem = prepare(fn, params, x)
+        lengths = squares(problem)
+        path = PathDomain(2.0, problem.dtype, edges_only=False)
+        hidden = _hidden_layers(problem, lengths, path)
+        if given is not None and len(given) != len(hidden):
+            raise InvalidInput(
+                f"{len(given)} statistics are given for {len(hidden)} normalised layers. Pass what "
+                "statistics(params, x) of the same network returns."
+            )
+        domain = _NormalizingDomain(path, hidden, alpha, centered, eps, given)
+        outputs = interpret(problem, problem.leaves, lengths, domain)
+        count = len(problem.inputs[0])
+        arrays = [_batched(v, count) for v in outputs]
+        tree = problem.network.program.trace.output_tree
+        return jax.tree.unflatten(tree, arrays), tuple(domain.statistics)
+
+    def normalized(params: Params, x: Inputs) -> Outputs:
+        return run(params, x, None)[0]
+
+    def statistics(params: Params, x: Inputs) -> tuple[UnitStatistics, ...]:
+        return run(params, x, None)[1]
+
+    def evaluate(params: Params, statistics: Sequence[UnitStatistics], x: Inputs) -> Outputs:
+        return run(params, x, list(statistics))[0]
+
+    return NormalizedNetwork(normalized, statistics, evaluate)
+
+
+def _batched(value: Any, count: int) -> Any:
+    """An output for all examples, from (n, 1, ...) or from a value that is the same for all."""
+    if isinstance(value, Data):
+        shape = value.array.shape
+        if len(shape) < 2 or shape[1] != 1:
+            raise InvalidInput(
+                f"fn's output has shape {shape[1:]} for one example, so it has no leading batch "
+                "axis. Return (batch, ...) outputs."
+            )
+        return value.array[:, 0]
+    array = jnp.asarray(value.value if isinstance(value, Weight) else value)
+    return jnp.broadcast_to(array, (count, *array.shape[1:]))
+
+
+# --- which layers, and along which axes -----------------------------------------------
+
+
+def _channels(eqn: Equation, weight_first: bool) -> tuple[int, ...]:
+    """The axes of a layer's output that number its units: those that come from the weights."""
+    if eqn.name == "conv_general_dilated":
+        return (eqn.params["dimension_numbers"].out_spec[1],)
+    (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    ranks = [len(a.shape) for a in eqn.inputs]
+    free_left = ranks[0] - len(left) - len(left_batch)
+    batch = range(len(left_batch))
+    start = len(left_batch)
+    if weight_first:
+        return (*batch, *range(start, start + free_left))
+    return (*batch, *range(start + free_left, len(eqn.outputs[0].shape)))
+
+
+def _weight_position(inputs: Sequence[Any]) -> int | None:
+    """Which operand of a product holds parameters; None for a constant matrix."""
+    found = [i for i, v in enumerate(inputs) if isinstance(v, Weight)]
+    return found[0] if found else None
+
+
+class _LayerDomain(DataDomain):
+    """Numbers the layers, and notes which of them reach anything but sums on their way out."""
+
+    def __init__(self, path: PathDomain):
+        super().__init__(path)
+        self.count = 0
+        self.hidden: set[int] = set()
+
+    def consumed(self, value: Data) -> None:
+        """A gate, a maximum or a layer uses the value."""
+        self.hidden |= value.layers
+
+    def product(self, eqn: Equation, inputs: Sequence[Any], out: Data) -> Data:
+        if _weight_position(inputs) is not None:
+            out.layers = frozenset([self.count])
+            self.count += 1
+        return out
+
+
+def _hidden_layers(problem: Problem, lengths: list[Scaled], path: PathDomain) -> list[int]:
+    domain = _LayerDomain(path)
+
+    def record() -> int:
+        interpret(problem, problem.leaves, lengths, domain)
+        return 0
+
+    jax.eval_shape(record)
+    return sorted(domain.hidden)
+
+
+class _NormalizingDomain(_LayerDomain):
+    """Divides the output of every hidden layer by (wᵀRw)^{1/2}."""
+
+    def __init__(
+        self,
+        path: PathDomain,
+        layers: list[int],
+        alpha: float,
+        centered: bool,
+        eps: float,
+        given: list[UnitStatistics] | None,
+    ):
+        super().__init__(path)
+        self.layers, self.alpha, self.centered, self.eps = layers, alpha, centered, eps
+        self.given, self.statistics = given, []  # type: ignore[var-annotated]
+
+    def product(self, eqn: Equation, inputs: Sequence[Any], out: Data) -> Data:
+        position, index = _weight_position(inputs), self.count
+        out = super().product(eqn, inputs, out)
+        if position is None or index not in self.layers:
+            return out
+        assert isinstance(out.path, Paths)
+        channels = _channels(eqn, weight_first=position == 0)
+        pooled = [a for a in range(len(eqn.outputs[0].shape)) if a not in channels]
+        found = self._found(out.array, channels, pooled, len(self.statistics))
+        self.statistics.append(found)
+        paths = scaled.value(out.path.sums).mean(axis=pooled, keepdims=True)
+        kept = [1 if a in pooled else n for a, n in enumerate(eqn.outputs[0].shape)]
+        mean, variance = (jnp.asarray(a, paths.dtype).reshape(kept) for a in found)
+        squared = self.alpha * variance + (1 - self.alpha) * paths + self.eps
+        # A unit that is constant over the batch, and eps = 0, is 0 rather than 0/0.
+        factor = jnp.where(squared > 0, jax.lax.rsqrt(jnp.where(squared > 0, squared, 1)), 0)
+        array = (out.array - mean.astype(out.array.dtype)) * factor.astype(out.array.dtype)
+        ones = Scaled(jnp.ones_like(out.path.sums.mantissa), jnp.zeros((), jnp.int32))
+        normalized = Data(Paths(ones), array, out.open)
+        normalized.layers = out.layers
+        return normalized
+
+    def _found(
+        self, array: Any, channels: Sequence[int], pooled: Sequence[int], index: int
+    ) -> UnitStatistics:
+        units = tuple(array.shape[a + 1] for a in channels)
+        if self.given is not None:
+            given = self.given[index]
+            if jnp.shape(given.mean) != units or jnp.shape(given.variance) != units:
+                raise InvalidInput(
+                    f"statistics[{index}] has shapes {jnp.shape(given.mean)} and "
+                    f"{jnp.shape(given.variance)}, but the layer has units of shape {units}."
+                )
+            return given
+        axes = (0, *(a + 1 for a in pooled))
+        mean = array.mean(axis=axes) if self.centered else jnp.zeros(units, array.dtype)
+        shape = [1, *(1 if a in pooled else n for a, n in enumerate(array.shape[1:]))]
+        variance = ((array - mean.reshape(shape)) ** 2).mean(axis=axes)
+        return UnitStatistics(mean, variance)
+
+
+def moving_average(
+    running: Sequence[UnitStatistics], new: Sequence[UnitStatistics], momentum: float = 0.99
+) -> tuple[UnitStatistics, ...]:
+    """Running statistics for evaluation: momentum·running + (1 − momentum)·new.
+
+    Args:
+        running, new: statistics of the same network.
+        momentum: weight of the past, as in `flax.linen.BatchNorm`.
+
+    Returns:
+        A tuple of `UnitStatistics`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv.reparam import UnitStatistics, moving_average
+        >>> old = UnitStatistics(jnp.zeros(1), jnp.ones(1))
+        >>> new = UnitStatistics(jnp.ones(1), jnp.zeros(1))
+        >>> moving_average([old], [new], momentum=0.75)[0].mean.item()
+        0.25
+    """
+    return jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, tuple(running), tuple(new))

@@ -1,0 +1,296 @@
+"""From solved equations to a group: independent generators, integer exponents, readable names."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import lcm
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxinv.rescaling import values as scaling
+from jaxinv.rescaling.domain import ScalingDomain, gather_parts
+from jaxinv.rescaling.equations import check_exact, independent_columns, ranges
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What about a group is known without any array: static under jit."""
+
+    dim: int
+    num_classes: int
+    tree: Any
+    leaf_names: tuple[str, ...]
+    leaf_shapes: tuple[tuple[int, ...], ...]
+    layers: tuple[int, ...]
+    unused: tuple[str, ...]
+    pinned_by: tuple[tuple[str, str], ...]
+    ignored: tuple[tuple[str, str], ...]
+    relies_on: tuple[tuple[str, str, str], ...]
+
+
+def assembled(
+    domain: ScalingDomain, leaves: list[scaling.Leaf], tree: Any
+) -> tuple[Any, Any, Any, tuple[tuple[Any, ...], ...], Structure]:
+    """The fields of the group: free unknowns become generators with integer exponents."""
+    system = domain.system
+    unused = [leaf.name for leaf in leaves if leaf.form is None and leaf.parts is None]
+    for leaf in leaves:
+        if leaf.form is None and leaf.parts is not None:
+            gather_parts(domain, leaf)
+    solution = system.solve()
+    # Distinct terms coefficient·v over all leaves: the classes. Class 0 is scale 0.
+    forms = [scaling.tidy(system, leaf.form or ()) for leaf in leaves]
+    pairs: dict[Any, list[np.ndarray]] = {}
+    for form in forms:
+        for c, ids in form:
+            pairs.setdefault(c, []).append(ids.ravel())
+    roots = {c: np.setdiff1d(np.concatenate(parts), [0]) for c, parts in pairs.items()}
+    starts, total = {}, 1
+    for c, ids in roots.items():
+        starts[c] = total
+        total += len(ids)
+    entries = []
+    for c, ids in roots.items():
+        which, free, numerator, denominator = solution.of(ids)
+        check_exact([c.numerator, c.denominator])
+        entries.append(
+            (starts[c] + which, free, numerator * c.numerator, denominator * c.denominator)
+        )
+    empty = np.zeros(0, np.int64)
+    rows, free, numerator, denominator = (
+        np.concatenate([e[i] for e in entries] + [empty]) for i in range(4)
+    )
+    indices = [
+        tuple(np.where(ids == 0, 0, starts[c] + np.searchsorted(roots[c], ids)) for c, ids in form)
+        for form in forms
+    ]
+    _, seen, _, _ = solution.of(system.read())
+    inverse = [leaf.inverse for leaf in leaves]
+    matrix = _Matrix(rows, free, numerator, denominator)
+    columns, dead = _generators(indices, inverse, matrix, total, seen)
+    for leaf, mask in zip(leaves, dead, strict=True):
+        if mask is not None:
+            size = int(np.prod(leaf.shape))
+            count = int(mask.sum()) * size // mask.size
+            unused.append(leaf.name + (f" ({count} of {size} elements)" if count < size else ""))
+    keep = np.isin(free, columns)
+    rows, free, numerator, denominator = (v[keep] for v in (rows, free, numerator, denominator))
+    generator = np.searchsorted(columns, free)
+    # Integer exponents without common factor: 2^(Bk) is then a power of two for integer k.
+    multiple = np.ones(len(columns), np.int64)
+    np.lcm.at(multiple, generator, denominator)
+    exponents = numerator * (multiple[generator] // denominator)
+    divisor = np.zeros(len(columns), np.int64)
+    np.gcd.at(divisor, generator, exponents)
+    exponents = check_exact(exponents // divisor[generator])
+    structure = Structure(
+        dim=len(columns),
+        num_classes=total,
+        tree=tree,
+        leaf_names=tuple(leaf.name for leaf in leaves),
+        leaf_shapes=tuple(leaf.shape for leaf in leaves),
+        layers=layers_of(indices, rows, generator, exponents, total, len(columns)),
+        unused=tuple(unused),
+        pinned_by=tuple(domain.pinned_by),
+        ignored=tuple(domain.ignored),
+        relies_on=tuple(domain.relies_on),
+    )
+    return (
+        rows.astype(np.int32),
+        generator.astype(np.int32),
+        exponents.astype(np.int32),
+        tuple(tuple(ids.astype(np.int32) for ids in terms) for terms in indices),
+        structure,
+    )
+
+
+class _Matrix(NamedTuple):
+    """Classes in terms of free unknowns: entries numerator/denominator at (row, free)."""
+
+    row: np.ndarray
+    free: np.ndarray
+    numerator: np.ndarray
+    denominator: np.ndarray
+
+
+def _generators(
+    indices: list[tuple[np.ndarray, ...]],
+    inverse: list[bool],
+    matrix: _Matrix,
+    num_classes: int,
+    seen: np.ndarray,
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """A basis of the group: free unknowns that move live parameters, and independently.
+
+    Also returns, per leaf, which elements are dead. Whatever reads a value into a product with
+    parameters divides those parameters by its scale (or multiplies them, where they are divided
+    by); other ways to depend on it are marked as `seen`. So a generator that only multiplies
+    parameters, and is not seen, belongs to a unit that is computed and then dropped: the function
+    does not depend on its weights. Without those, units that feed only them may be dead in turn.
+    """
+    dead: list[np.ndarray | None] = [None] * len(indices)
+    while True:
+        columns = _basis(indices, matrix, dead)
+        keep = np.isin(matrix.free, columns)
+        row, free, sign = matrix.row[keep], matrix.free[keep], np.sign(matrix.numerator[keep])
+        live = np.zeros((2, num_classes), bool)
+        for terms, mask, divides in zip(indices, dead, inverse, strict=True):
+            for ids in terms:
+                shown = ids if mask is None else np.broadcast_to(ids, mask.shape)[~mask]
+                live[int(divides), shown] = True
+        up = live[0, row] & (sign > 0) | live[1, row] & (sign < 0)
+        down = live[0, row] & (sign < 0) | live[1, row] & (sign > 0)
+        both = np.intersect1d(free[up], free[down])
+        dropped = np.setdiff1d(columns, np.concatenate([both, seen]))
+        if not dropped.size:
+            return columns, dead
+        gone = np.zeros(num_classes, bool)
+        gone[row[np.isin(free, dropped)]] = True
+        for i, terms in enumerate(indices):
+            masks = [gone[ids] for ids in terms]
+            if any(m.any() for m in masks):
+                shape = np.broadcast_shapes(*(ids.shape for ids in terms))
+                masks += [] if dead[i] is None else [dead[i]]
+                dead[i] = np.logical_or.reduce([np.broadcast_to(m, shape) for m in masks])
+
+
+def _basis(
+    indices: list[tuple[np.ndarray, ...]], matrix: _Matrix, dead: list[np.ndarray | None]
+) -> np.ndarray:
+    """Free unknowns on which the rows of B, of live parameters, project one to one.
+
+    The rows of B are sums of one class per term, so differences within a term and one base row
+    per leaf span them: no need for one row per parameter.
+    """
+    if not matrix.row.size:
+        return np.zeros(0, np.int64)
+    rows, free, numerator, denominator = (v[np.argsort(matrix.row, kind="stable")] for v in matrix)
+    scale = lcm(*np.unique(denominator).tolist())
+    values = numerator * (scale // denominator)
+    row: list[Any] = []
+    cls: list[Any] = []
+    sign: list[Any] = []
+    done = 0
+    for terms, mask in zip(indices, dead, strict=True):
+        if mask is None:
+            groups = _joint(terms)
+            first = np.array([ids.flat[0] for ids in terms], np.int64)
+        else:
+            alive = np.stack([np.broadcast_to(ids, mask.shape)[~mask] for ids in terms])
+            groups = [alive] if alive.size else []
+            first = alive[:, 0] if alive.size else np.zeros(0, np.int64)
+        for group in groups:
+            base = group[:, :1]
+            different = np.unique(group[:, (group != base).any(axis=0)], axis=1)
+            n, t = different.shape[1], len(group)
+            both = np.concatenate([different, np.broadcast_to(base, (t, n))])
+            row.append(np.tile(np.arange(done, done + n), 2 * t))
+            cls.append(both.ravel())
+            sign.append(np.repeat([1, -1], n * t))
+            done += n
+        row.append(np.full(len(first), done))
+        cls.append(first)
+        sign.append(np.ones(len(first), np.int64))
+        done += 1
+    classes, signs = np.concatenate(cls), np.concatenate(sign)
+    begin = np.searchsorted(rows, classes, side="left")
+    count = np.searchsorted(rows, classes, side="right") - begin
+    at = ranges(begin, count)
+    row_of = np.repeat(np.concatenate(row), count)
+    return np.sort(independent_columns(row_of, free[at], values[at] * np.repeat(signs, count)))
+
+
+def _joint(terms: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """Terms that vary along common axes, as (terms, elements) arrays of classes."""
+    form = tuple(scaling.Term(scaling.ONE, ids) for ids in terms if ids.size > 1)
+    groups = scaling.overlapping(form)
+    return [scaling.columns_of(group).T for group in groups]
+
+
+def layers_of(
+    indices: list[tuple[np.ndarray, ...]],
+    rows: np.ndarray,
+    generator: np.ndarray,
+    exponents: np.ndarray,
+    num_classes: int,
+    dim: int,
+) -> tuple[int, ...]:
+    """For every generator the first leaf, kernels before vectors, that it multiplies."""
+    order = sorted(range(len(indices)), key=lambda i: max([a.ndim for a in indices[i]] + [0]) < 2)
+    layer = np.full(dim, len(indices))
+    for rank, i in reversed(list(enumerate(order))):
+        present = np.zeros(num_classes, bool)
+        for ids in indices[i]:
+            present[ids.ravel()] = True
+        layer[generator[present[rows] & (exponents > 0)]] = rank
+    chosen = np.array([*order, 0])[np.minimum(layer, len(indices))]
+    return tuple(int(i) for i in chosen)
+
+
+# --- names ----------------------------------------------------------------------------
+
+_MOST_NAMES = 3  # leaves listed on either side of an arrow
+
+
+def generator_names(group: Any) -> list[str]:
+    """For every generator the weights that it multiplies → the weights that it divides."""
+    s = group.structure
+    sides: list[dict[int, list[str]]] = [{}, {}]
+    vectors: list[dict[int, list[str]]] = [{}, {}]
+    rows, columns, coefficients = (np.asarray(v) for v in group[:3])
+    for name, shape, terms in zip(s.leaf_names, s.leaf_shapes, group.indices, strict=True):
+        chosen = sides if len(shape) > 1 else vectors
+        for classes, ids in zip(map(np.asarray, terms), terms, strict=True):
+            found, first, count = np.unique(classes, return_index=True, return_counts=True)
+            place = np.full(s.num_classes, -1)
+            place[found] = np.arange(len(found))
+            entries = np.flatnonzero(place[rows] >= 0)
+            where = place[rows[entries]]
+            listed = zip(
+                _positions(name, shape, ids.shape, first[where], count[where]),
+                columns[entries].tolist(),
+                coefficients[entries].tolist(),
+                strict=True,
+            )
+            for (into, out_of), column, c in listed:
+                label = (into if c > 0 else out_of) + (f" (^{abs(c)})" if abs(c) != 1 else "")
+                chosen[c <= 0].setdefault(column, []).append(label)
+    return [
+        " → ".join(
+            _listed(side.get(j) or vector.get(j))
+            for side, vector in zip(sides, vectors, strict=True)
+        )
+        for j in range(s.dim)
+    ]
+
+
+def _listed(labels: list[str] | None) -> str:
+    if not labels:
+        return "nothing"
+    more = len(labels) - _MOST_NAMES
+    return ", ".join(labels[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _positions(
+    name: str, shape: tuple[int, ...], along: tuple[int, ...], first: np.ndarray, count: np.ndarray
+) -> list[tuple[str, str]]:
+    """`kernel out 17`: places of classes on the axes along which they vary, multiplied, divided."""
+    axes = [a for a, n in enumerate(along) if n > 1]
+    if not axes:
+        return [(name, name)] * len(first)
+    before, after = (f"{name} in [", f"{name} out ["), "]"
+    if len(shape) < 2:
+        before, after = (f"{name} ",) * 2, ""
+    elif axes == [len(shape) - 1]:
+        before, after = (f"{name} out ",) * 2, ""
+    elif axes == [len(shape) - 2]:
+        before, after = (f"{name} in ",) * 2, ""
+    index = np.unravel_index(first, along)
+    found = []
+    for n, *at in zip(count.tolist(), *(index[a].tolist() for a in axes), strict=True):
+        place = ",".join(map(str, at)) + after + (f" and {n - 1} more" if n > 1 else "")
+        found.append((before[1] + place, before[0] + place))
+    return found

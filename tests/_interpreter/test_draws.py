@@ -1,0 +1,154 @@
+"""Functions that draw random numbers: in float64 they are the functions that the user wrote."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinv import (
+    UnsupportedOperation,
+    degrees_of_freedom,
+    jacobian,
+    jacobian_rank,
+    jacobian_spectrum,
+    path_kappa,
+    path_norm,
+    rescaling_group,
+)
+from jaxinv._interpreter.draws import own_draws
+
+KEY = jax.random.key(7)
+OLD_KEY = jax.random.PRNGKey(1)
+W = {
+    "a": jax.random.normal(jax.random.key(0), (3, 4)),
+    "b": jax.random.normal(jax.random.key(1), (4, 2)),
+}
+X = jax.random.normal(jax.random.key(2), (10, 3))
+
+
+def mask_of(key):
+    return jax.random.bernoulli(key, 0.5, (4,))
+
+
+def dropout(w, x, key=KEY):
+    return jnp.where(mask_of(key), jax.nn.relu(x @ w["a"]) / 0.5, 0) @ w["b"]
+
+
+def old_dropout(w, x):
+    return dropout(w, x, OLD_KEY)
+
+
+def key_inside(w, x):
+    return dropout(w, x, jax.random.split(jax.random.key(-11))[1])
+
+
+def in_a_loop(w, x):
+    def body(h, key):
+        return jnp.where(mask_of(key), h, 0), None
+
+    keys = jax.random.split(jax.random.key(5), 2)
+    return jax.lax.scan(body, jax.nn.relu(x @ w["a"]), keys)[0] @ w["b"]
+
+
+def carried(w, x):
+    def body(_, carry):
+        key, h = carry
+        key, own = jax.random.split(key)
+        return key, h * jax.random.uniform(own, (4,), minval=0.5).astype(h.dtype)
+
+    h = jax.nn.relu(x @ w["a"])
+    return jax.lax.fori_loop(0, 2, body, (jax.random.key(0), h))[1] @ w["b"]
+
+
+def in_a_branch(w, x):
+    return jax.lax.cond(True, lambda x: dropout(w, x), lambda x: 2 * dropout(w, x), x)
+
+
+def noise(w, x):
+    return jax.nn.relu(x @ w["a"] + jax.random.normal(KEY, (4,))) @ w["b"]
+
+
+FUNCTIONS = [dropout, old_dropout, key_inside, in_a_loop, carried, in_a_branch, noise]
+
+
+def true_jacobian(fn):
+    J = jax.jacfwd(lambda w: fn(w, X).ravel())(W)
+    return np.concatenate(
+        [np.asarray(j, np.float64).reshape(20, -1) for j in jax.tree.leaves(J)], 1
+    )
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
+def test_the_rank_is_that_of_the_function_with_its_own_draws(fn):
+    """In 64 bits jax.random draws other numbers: another mask, another rank, called certain."""
+    true = np.linalg.matrix_rank(true_jacobian(fn), tol=1e-4)
+    assert jacobian_rank(fn, W, X).rank == true
+    assert jax.jit(lambda w, x: jacobian_rank(fn, w, x).rank)(W, X) == true
+    assert degrees_of_freedom(fn, W, X).rank == true
+    assert jax.jit(lambda w, x: degrees_of_freedom(fn, w, x).rank)(W, X) == true
+
+
+def test_the_spectrum_is_that_of_the_function_with_its_own_draws():
+    true = np.linalg.svd(true_jacobian(dropout), compute_uv=False)
+    np.testing.assert_allclose(jacobian_spectrum(dropout, W, X)[:8], true[:8], rtol=1e-4)
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
+def test_functions_that_draw_have_jacobians_groups_and_path_norms(fn):
+    np.testing.assert_allclose(jacobian(fn, W, X), true_jacobian(fn), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(lambda w: jacobian(fn, w, X))(W), true_jacobian(fn), rtol=1e-4, atol=1e-5
+    )
+    assert rescaling_group(fn, W, X).dim <= 4
+    assert jax.jit(lambda w: path_norm(fn, w, X))(W) == pytest.approx(
+        float(path_norm(fn, W, X)), rel=1e-5
+    )
+    jax.tree.map(np.testing.assert_array_less, jax.tree.map(lambda a: -1e-9 + 0 * a, W),
+                 path_kappa(fn, W, X))  # fmt: skip
+
+
+def test_a_dropout_mask_is_a_mask_for_paths_too():
+    """γ² by hand over the units that the mask keeps."""
+    kept = np.asarray(mask_of(KEY))
+    inner = np.sum(np.square(W["a"]), 0) * kept * 4
+    want = np.sqrt(np.sum(inner[:, None] * np.square(W["b"])))
+    assert 0 < kept.sum() < 4
+    assert float(path_norm(dropout, W, X)) == pytest.approx(want, rel=1e-5)
+    assert rescaling_group(dropout, W, X).dim == kept.sum()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: jax.random.randint(KEY, (4,), 0, 3),
+        lambda: jax.random.bits(KEY, (4,)),
+        lambda: jax.random.gamma(KEY, jnp.ones(4)),
+    ],
+    ids=["integers", "bits", "gamma"],
+)
+def test_draws_that_are_others_in_64_bits_are_refused_by_name(draw):
+    def fn(w, x):
+        return jax.nn.relu(x @ w["a"]) * draw().astype(x.dtype) @ w["b"]
+
+    with pytest.raises(UnsupportedOperation, match="jax.random draws other numbers.*\n.*dtype="):
+        jacobian_rank(fn, W, X)
+    jacobian_rank(fn, W, X, dtype=np.float32)
+
+
+def test_draws_of_32_bits_are_left_alone():
+    def fn(w, x):
+        i = jax.random.randint(KEY, (4,), 0, 3, jnp.int32)
+        return jax.nn.relu(x @ w["a"]) * i.astype(x.dtype) @ w["b"]
+
+    assert own_draws(fn, W, X, jnp.float64) is fn
+    assert own_draws(dropout, W, X, jnp.float32) is dropout
+    assert own_draws(dropout, W, X, jnp.float64) is not dropout
+    true = np.linalg.matrix_rank(true_jacobian(fn), tol=1e-4)
+    assert jacobian_rank(fn, W, X).rank == true
+
+
+def test_in_the_users_own_float64_draws_are_what_they_are(x64):
+    w, x = jax.tree.map(lambda a: a.astype(np.float64), (W, X))
+    assert own_draws(dropout, w, x, jnp.float64) is dropout
+    kept = int(mask_of(KEY).sum())
+    assert jacobian_rank(dropout, w, x).rank == 4 * kept
