@@ -63,8 +63,9 @@ def check_floats(
     finite: bool = True,
     values: bool = True,
     remedy: str = "",
+    complex_numbers: bool = False,
 ) -> None:
-    """Raise `InvalidInput` unless `leaf` is an array of real floats.
+    """Raise `InvalidInput` unless `leaf` is an array of real floats, or of complex ones if allowed.
 
     With `finite` its values are looked at, where they are concrete, that is outside `jit`.
     """
@@ -73,7 +74,8 @@ def check_floats(
             f"{name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or "
             "close over it if it is not a parameter."
         )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    kinds = jnp.inexact if complex_numbers else jnp.floating
+    if not jnp.issubdtype(leaf.dtype, kinds):
         raise InvalidInput(
             f"{name} has dtype {leaf.dtype}, but {what} must be real floating-point arrays."
             + (remedy and f"\n{remedy}")
@@ -114,11 +116,11 @@ _ONLY_FLOATS = (
 )
 
 
-def check_params(params: Any, *, values: bool = True) -> None:
-    """Raise `InvalidInput` unless `params` is a non-empty pytree of finite real float arrays.
+def check_params(params: Any, *, values: bool = True, complex_numbers: bool = False) -> None:
+    """Raise `InvalidInput` unless `params` is a non-empty pytree of finite float arrays.
 
     Values are looked at only where they are concrete, that is outside `jit`. Without `values`
-    shapes will do.
+    shapes will do. Complex numbers are refused unless said otherwise.
     """
     leaves = jax.tree.leaves(params)
     if not leaves:
@@ -127,7 +129,9 @@ def check_params(params: Any, *, values: bool = True) -> None:
             "(for flax: variables['params'])."
         )
     for name, leaf in zip(leaf_names(params, "params"), leaves, strict=True):
-        check_floats(name, leaf, values=values, remedy=_ONLY_FLOATS)
+        check_floats(
+            name, leaf, values=values, remedy=_ONLY_FLOATS, complex_numbers=complex_numbers
+        )
 
 
 def _masked(leaf: Any) -> bool:

@@ -29,10 +29,6 @@ class TestInvalidArguments:
         with pytest.raises(InvalidInput, match=r"params/a/kernel.*int32.*float"):
             function(self.linear, {"a": {"kernel": np.ones((2, 1), np.int32)}}, X)
 
-    def test_complex_params(self, function):
-        with pytest.raises(InvalidInput, match=r"params/kernel.*complex64.*real"):
-            function(self.linear, {"kernel": np.ones((2, 1), np.complex64)}, X)
-
     def test_params_that_are_no_arrays(self, function):
         with pytest.raises(InvalidInput, match=r"params/kernel.*str"):
             function(self.linear, {"kernel": "weights"}, X)

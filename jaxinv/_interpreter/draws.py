@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
+from jaxinv._interpreter.program import Program
 from jaxinv._interpreter.walk import equation
 from jaxinv._numerics.precision import as_dtype, in_precision
 from jaxinv.typing import Network, Params, PyTree
@@ -24,31 +26,39 @@ _SHIFT_32, _SHIFT_64 = 9, 12
 _UNSEEN = ("random_gamma",)  # draw by themselves when they are compiled
 
 
-def own_draws(fn: Network, params: Params, x: PyTree, dtype: Any) -> Network:
-    """`fn` with the draws it makes outside of the scope of `dtype`: itself if it makes none.
+def traced_in(
+    dtype: Any, fn: Network, params: Params, x: PyTree, batch_axis: int | None = 0
+) -> TracedNetwork:
+    """`fn` traced in the precision `dtype`, with the draws that it makes outside of that scope.
+
+    What a public function computes in another precision starts from this one network: its batch
+    axis is in front, and nobody traces `fn` again.
 
     Raises:
+        InvalidInput: if `fn` raises.
         UnsupportedOperation: for draws that are other numbers in 64 bits, such as integers.
     """
-    if dtype != jnp.float64 or jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
+    if isinstance(fn, TracedNetwork):
         return fn
+    same = dtype != jnp.float64 or jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     with in_precision(dtype):
-        shapes = jax.eval_shape(lambda *a: as_dtype(a, dtype), params, x)
-        try:
-            closed = jax.make_jaxpr(fn)(*shapes)
-        except Exception:  # whoever calls fn next says what is wrong with it
-            return fn
-        if not _any_draws(closed.jaxpr):
-            return fn
-        with_own_bits(closed)
+        w, inputs = jax.eval_shape(lambda *a: as_dtype(a, dtype), params, leading(x, batch_axis))
+        network = traced_network(fn, w, inputs, batch_axis)
+        programs = [p for p in (network.one, network.whole) if p is not None]
+        if same or not any(_any_draws(p.trace.jaxpr) for p in programs):
+            return network
+        one, whole = (
+            p and Program(p.trace._replace(jaxpr=with_own_bits(p.trace.jaxpr)))
+            for p in (network.one, network.whole)
+        )
 
     def drawn(params: Params, x: PyTree) -> PyTree:
-        closed, out = jax.make_jaxpr(fn, return_shape=True)(params, x)
+        closed, out = jax.make_jaxpr(network.fn, return_shape=True)(params, x)
         leaves = [*jax.tree.leaves(params), *jax.tree.leaves(x)]
         flat = jex.jaxpr_as_fun(with_own_bits(closed))(*leaves)
         return jax.tree.unflatten(jax.tree.structure(out), flat)
 
-    return drawn
+    return TracedNetwork(drawn, one, whole, network.error)
 
 
 def with_own_bits(closed: Any) -> Any:

@@ -29,7 +29,7 @@ def working_dtype(leaves: Sequence[Any]) -> Any:
     """float64 if a leaf is, else float32: half precision has neither the range nor the digits."""
     # NumPy arrays of float64 are float32 to jax unless 64-bit types are on.
     dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in leaves]
-    double = any(dtype == jnp.float64 for dtype in dtypes)
+    double = any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
@@ -208,7 +208,7 @@ def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
 
 @partial(jax.jit, static_argnames=("p", "dtype", "sample"))
 def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
-    x = abs(value.astype(dtype))
+    x = _size(value, dtype)
     k = jnp.zeros((1,) * x.ndim, jnp.int32)
     if not x.ndim:
         unit = _even_unit(lax.stop_gradient(x))
@@ -228,16 +228,23 @@ def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
     return Scaled(x ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
+def _size(value: Any, dtype: Any) -> Any:
+    """|value|, also of complex numbers."""
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        value = abs(value)
+    return abs(value.astype(dtype))
+
+
 def power_along(value: Any, p: float, dtype: Any) -> Scaled:
     """|value|^p with an exponent for each index of all axes but the first."""
-    x = abs(value.astype(dtype))
+    x = _size(value, dtype)
     unit = _even_unit(_tops(lax.stop_gradient(x), (1, *x.shape[1:])))
     exponent, fraction = times(_exponent_of(unit), p, x.dtype)
     return Scaled((x * (1 / unit)) ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
 def _power_of_constant(value: Any, p: float, dtype: Any) -> Scaled:
-    x = np.abs(np.asarray(value, np.float64))
+    x = np.abs(np.asarray(value)).astype(np.float64)
     top, least = x.max(initial=0.0), x.min(initial=np.inf, where=x > 0)
     k: Any = np.frexp(top)[1] - 1 if 0 < top < np.inf else np.int64(0)
     if least < top * 2.0 ** (-100 / p):

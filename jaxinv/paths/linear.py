@@ -121,7 +121,7 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
         return of_signs(eqn, [value])
     target = eqn.params["new_dtype"]
     # Numbers may change precision; becoming an integer or a truth value is rounding or a test.
-    if not jnp.issubdtype(target, jnp.floating):
+    if not jnp.issubdtype(target, jnp.inexact):
         if isinstance(value, Weight):
             return derived(eqn, [value])
         raise not_homogeneous(eqn, f"conversion to {target} rounds; ")
@@ -332,6 +332,8 @@ def _streamed(domain: Any, eqn: Equation, part: Any, weight: Any, weight_is_righ
     (data_axis, *_), (axis, *more) = contracting if weight_is_right else contracting[::-1]
     one_row = part.data.size == part.data.shape[data_axis]
     matrix = weight.value if isinstance(weight, Weight) else None
+    if matrix is not None and jnp.iscomplexobj(matrix):
+        return None
     if matrix is None or not part.separate or not one_row or batch[0] or more:
         return None
     if matrix.ndim != 2 or matrix.size < stream.SMALLEST:

@@ -65,7 +65,7 @@ def _prepare(
     sample: bool = False,
 ) -> _Problem:
     check_exponent(p)
-    _checks.check_params(params)
+    _checks.check_params(params, complex_numbers=True)
     leaves = jax.tree.leaves(params)
     dtype = scaled.working_dtype(leaves)
     network = traced_network(fn, params, leading(x, batch_axis), batch_axis, whole=False)
@@ -174,7 +174,7 @@ def path_norm(
     Args:
         fn: network `fn(params, x) -> y`, made of operations that are positively homogeneous of
             degree one along a path.
-        params: pytree of float arrays.
+        params: pytree of float arrays. The length of a complex weight is its absolute value.
         x: inputs with a batch axis, or `jax.ShapeDtypeStruct`s: only shapes are used.
         p: exponent, any real p >= 1.
         batch_axis: the axis of every input that counts examples, 0 by default; None if x is one

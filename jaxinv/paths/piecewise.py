@@ -20,6 +20,7 @@ from jaxinv.paths.values import (
     Paths,
     Sign,
     Weight,
+    as_paths,
     derived,
     indexed,
     is_zero,
@@ -78,6 +79,32 @@ def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
     if isinstance(value, Weight) and value.length is not None:
         return Weight(abs(value.value), value.length, value.leaves, value.axes)
     return domain.default(eqn, value)
+
+
+@rule("conj")
+def _conjugate(domain: Any, eqn: Equation, value: Any) -> Any:
+    if isinstance(value, Paths):
+        return Paths(value.rows, runs=value.runs)
+    if isinstance(value, Weight) and value.length is not None:
+        return Weight(eqn.bind(value.value), value.length, value.leaves, value.axes)
+    return domain.default(eqn, value)
+
+
+@rule("real", "imag")
+def _part(domain: Any, eqn: Equation, value: Any) -> Any:
+    """As long as the number itself at some phase, and never longer: a gate of slope one."""
+    if isinstance(value, Paths):
+        return Paths(value.rows, runs=value.runs)
+    return domain.default(eqn, value)
+
+
+@rule("complex")
+def _complex(domain: Any, eqn: Equation, real: Any, imaginary: Any) -> Any:
+    """The sum of one part and i times the other, with |i| = 1."""
+    if not isinstance(real, Paths) and not isinstance(imaginary, Paths):
+        return domain.default(eqn, real, imaginary)
+    parts = [as_paths(domain, eqn, v).sums for v in (real, imaginary) if not is_zero(v)]
+    return Paths(scaled.add(parts)) if len(parts) > 1 else Paths(parts[0])
 
 
 @rule("sign")

@@ -15,14 +15,15 @@ import numpy as np
 from jax import lax
 
 from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names
-from jaxinv._interpreter.batch import leading, with_leading_inputs
-from jaxinv._interpreter.draws import own_draws
+from jaxinv._interpreter.batch import TracedNetwork, leading
+from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics.precision import call_in
 from jaxinv._numerics.varying import varying_like
 from jaxinv.errors import InvalidInput, UnsupportedOperation
-from jaxinv.jacobians.jacobians import jacobian, problem_of, unflatten
+from jaxinv.jacobians.jacobians import jacobian, unflatten
 from jaxinv.ranks.evidence import known_ambiguities, noise, sizes_of
-from jaxinv.ranks.rank import Method, Rank, jacobian_rank
+from jaxinv.ranks.rank import Method, check_values, checked_options, jacobian_rank, rank_of
+from jaxinv.ranks.record import Rank
 from jaxinv.rescaling.group import rescaling_group
 from jaxinv.typing import Array, Inputs, Network, Params
 
@@ -146,17 +147,12 @@ def degrees_of_freedom(
         >>> print(degrees_of_freedom(networks.mlp, w, x))
         26 parameters = 22 degrees of freedom + 4 rescalings + 0 dead + 0 hidden (certain)
     """
-    options: dict[str, Any] = {"method": method, "rtol": rtol, "dtype": dtype, "chunk": chunk}
-    evidence = jacobian_rank(fn, params, x, batch_axis=batch_axis, **options)
-    dtype = jnp.dtype(dtype)
-    fn = own_draws(fn, params, x, dtype)
-    if batch_axis != 0:
-        fn, x = with_leading_inputs(fn, batch_axis), leading(x, batch_axis)
-
-    def split(params: Params, x: Inputs) -> tuple[Array, Array, Array]:
-        return _split(params, x, problem_of(fn, params, x).fn, dtype, chunk)
-
-    zero, count, _ = call_in(dtype, split, params, x)
+    dtype, rtol = checked_options(method, dtype, rtol)
+    x = leading(x, batch_axis)
+    check_values(params, x, dtype, chunk)
+    network = traced_in(dtype, fn, params, x, batch_axis)
+    look = partial(_look, network, params, method=method, rtol=rtol, dtype=dtype, chunk=chunk)
+    evidence, zero, count, _ = look(x)
     mask = unflatten(zero, jax.tree.map(lambda a: jnp.zeros(jnp.shape(a), bool), params))
     found = None
     if basis:
@@ -164,16 +160,12 @@ def degrees_of_freedom(
             raise InvalidInput(
                 f"basis=True needs the rank, which method={method!r} did not find; use 'svd'."
             )
-
-        def hidden_basis(params: Params, x: Inputs) -> Array:
-            network = problem_of(fn, params, x).fn
-            return _hidden_basis(params, x, network, dtype, int(evidence.rank))
-
+        hidden_basis = partial(_hidden_basis, fn=network, dtype=dtype, rank=int(evidence.rank))
         found = call_in(dtype, hidden_basis, params, x)
     d = jnp.asarray(zero.size, jnp.int32)
     num_dead = zero.sum(dtype=jnp.int32)
     rest = jnp.where(evidence.rank < 0, -1, d - num_dead - count - evidence.rank)
-    others = _elsewhere(fn, params, x, evidence, rest, options)
+    others = _elsewhere(look, x, evidence, rest, network.apart)
     unknown, compared = rest < 0, others.rest >= 0
     hidden = jnp.where(compared & ~unknown, jnp.minimum(rest, others.rest), rest)
     unseen = jnp.where(unknown, -1, rest - hidden)
@@ -183,38 +175,56 @@ def degrees_of_freedom(
     )
 
 
+def _look(
+    network: TracedNetwork,
+    params: Params,
+    x: Inputs,
+    *,
+    method: str,
+    rtol: float | None,
+    dtype: Any,
+    chunk: int | None,
+) -> tuple[Rank, Array, Array, Array]:
+    """The rank, the columns of zeros, the number of other rescalings; are the zeros proven?"""
+
+    def split(params: Params, x: Inputs) -> tuple[Array, Array, Array]:
+        return _split(params, x, network, dtype, chunk)
+
+    found = rank_of(network, params, x, method, rtol, dtype, chunk)
+    return found, *call_in(dtype, split, params, x)
+
+
 class _Elsewhere(NamedTuple):
     rest: Array  # int32: what no symmetry explains on more inputs; -1: not known
     certain: Array
 
 
 def _elsewhere(
-    fn: Network, params: Params, x: Inputs, evidence: Rank, rest: Array, options: dict[str, Any]
+    look: Callable[[Inputs], tuple[Rank, Array, Array, Array]],
+    x: Inputs,
+    evidence: Rank,
+    rest: Array,
+    apart: bool,
 ) -> _Elsewhere:
     """What is left of the null space on some of these inputs together with others."""
     unknown = _Elsewhere(jnp.asarray(-1, jnp.int32), jnp.zeros((), bool))
     floats = all(jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in jax.tree.leaves(x))
-    if not floats or not problem_of(fn, params, x).apart:
+    if not floats or not apart:
         return unknown
 
-    def look() -> _Elsewhere:
+    def others() -> _Elsewhere:
         enough = evidence.about.enough
-        more = with_others(jax.tree.map(lambda a: a[:enough], x), enough)
-        found = jacobian_rank(fn, params, more, **options)
-        dtype, chunk = jnp.dtype(options["dtype"]), options["chunk"]
-
-        def split(params: Params, x: Inputs) -> tuple[Array, Array, Array]:
-            return _split(params, x, problem_of(fn, params, x).fn, dtype, chunk)
-
-        zero, count, proven = call_in(dtype, split, params, more)
+        found, zero, count, proven = look(
+            with_others(jax.tree.map(lambda a: a[:enough], x), enough)
+        )
         left = zero.size - zero.sum(dtype=jnp.int32) - count - found.rank
         return _Elsewhere(
             jnp.where(found.rank < 0, -1, left).astype(jnp.int32), found.certain & proven
         )
 
     if isinstance(rest, jax.core.Tracer):
-        return lax.cond(rest > 0, look, lambda: varying_like(unknown, rest))
-    return look() if rest > 0 else unknown
+        return lax.cond(rest > 0, others, lambda: varying_like(unknown, rest))
+    return others() if rest > 0 else unknown
 
 
 def with_others(x: Inputs, count: int) -> Inputs:

@@ -29,7 +29,8 @@ import numpy as np
 from jax import lax
 
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
-from jaxinv._interpreter.draws import own_draws
+from jaxinv._interpreter.batch import TracedNetwork, leading
+from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.lapack import cholesky, eigenvalues, singular_values, triangle
 from jaxinv._numerics.precision import call_in, in_precision
@@ -58,7 +59,8 @@ _MOST_ELIMINATIONS = 1 << 27
 # --- precision and options ---------------------------------------------------------
 
 
-def _checked(method: str, dtype: Any) -> Any:
+def checked_options(method: str, dtype: Any, rtol: float | None) -> tuple[Any, float | None]:
+    """dtype and rtol as they are used; `InvalidInput` for options that make no sense."""
     one_of("method", method, (*METHODS, "exact"))
     try:
         dtype = jnp.dtype(dtype)
@@ -66,10 +68,14 @@ def _checked(method: str, dtype: Any) -> Any:
         raise InvalidInput(f"dtype must be float32 or float64, not {dtype!r}.") from error
     if dtype not in (jnp.float32, jnp.float64):
         raise InvalidInput(f"dtype must be float32 or float64, not {dtype}.")
-    return dtype
+    if rtol is not None:
+        rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
+        if method == "exact":
+            raise InvalidInput("method='exact' compares nothing with a tolerance: leave rtol out.")
+    return dtype, rtol
 
 
-def _check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
+def check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
     """In the scope that will compute: a float64 array may hold more than float32 can."""
     if chunk is not None:
         integer("chunk", chunk, 1)
@@ -161,15 +167,16 @@ def jacobian_spectrum(
         >>> print(s.round(4))  # rows (3, 2), four times
         [7.2111 0.    ]
     """
-    dtype = _checked(method, dtype)
+    dtype, _ = checked_options(method, dtype, None)
     if method not in ("svd", "tsqr", "gram"):
         raise InvalidInput(f"{method!r} gives a rank, not a spectrum: use svd, tsqr or gram.")
-    _check_values(params, x, dtype, chunk)
-    fn = own_draws(fn, params, x, dtype)
+    x = leading(x, batch_axis)
+    check_values(params, x, dtype, chunk)
+    network = traced_in(dtype, fn, params, x, batch_axis)
 
     def spectrum(params: Params, x: Inputs) -> Array:
-        problem = problem_of(fn, params, x, batch_axis)
-        return _spectrum(params, problem.x, problem.fn, method, dtype, chunk)
+        problem_of(network, params, x)
+        return _spectrum(params, x, network, method, dtype, chunk)
 
     return call_in(dtype, spectrum, params, x)
 
@@ -412,12 +419,13 @@ def jacobian_rank(
     """The rank of J = ∂fn(params, x)/∂params: the degrees of freedom of the function on x.
 
     Args:
-        fn, params, x: as for `jaxinv.jacobian`. `fn` is run in the precision `dtype`, so it must
-            not cast to less (if it does, the measured error shows it).
+        fn, params, x: as for `jaxinv.jacobian`. `fn` is run in the precision `dtype`. If it casts
+            to less itself, no rank is certain, and the line is named.
         method: "svd", "tsqr", "gram" as for `jacobian_spectrum`. "certificate" proves the rank
             d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
-            and gives -1 where it cannot. "auto" tries the certificate, then the SVD, and,
-            where that is not certain of a small network outside `jit`, "exact": see below.
+            and gives -1 where it cannot. "exact" counts in exact arithmetic, outside `jit`, where
+            fn is piecewise polynomial and small. "auto" tries the certificate, then the SVD, and
+            "exact" where that is not certain of a small network.
         rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
         dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
             equals a bound known from theory.
@@ -439,23 +447,33 @@ def jacobian_rank(
         >>> int(found.rank), bool(found.certain)
         (6, True)
     """
-    dtype = _checked(method, dtype)
-    if rtol is not None:
-        rtol = real("rtol", rtol, lambda r: r >= 0, "a fixed number >= 0")
-    _check_values(params, x, dtype, chunk)
-    fn = own_draws(fn, params, x, dtype)
+    dtype, rtol = checked_options(method, dtype, rtol)
+    x = leading(x, batch_axis)
+    check_values(params, x, dtype, chunk)
+    network = traced_in(dtype, fn, params, x, batch_axis)
+    return rank_of(network, params, x, method, rtol, dtype, chunk)
+
+
+def rank_of(
+    network: TracedNetwork,
+    params: Params,
+    x: Inputs,
+    method: str,
+    rtol: float | None,
+    dtype: Any,
+    chunk: int | None,
+) -> Rank:
+    """`jacobian_rank` of checked arguments and a network that has been traced."""
     if method == "exact":
-        if rtol is not None:
-            raise InvalidInput("method='exact' compares nothing with a tolerance: leave rtol out.")
-        return _of_what_was_given(exact_rank(fn, params, x, dtype, batch_axis), (params, x), dtype)
+        return _of_what_was_given(exact_rank(network, params, x, dtype), (params, x), dtype)
 
     def rank(params: Params, x: Inputs) -> Rank:
-        problem = problem_of(fn, params, x, batch_axis)
-        return METHODS[method](params, problem.x, problem.fn, dtype, chunk, rtol)
+        problem_of(network, params, x)
+        return METHODS[method](params, x, network, dtype, chunk, rtol)
 
     found = call_in(dtype, rank, params, x)
     if method == "auto" and rtol is None:
-        found = settled(found, fn, params, x, dtype, batch_axis)
+        found = settled(found, network, params, x, dtype)
     return _of_what_was_given(found, (params, x), dtype)
 
 

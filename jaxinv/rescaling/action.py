@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxinv._checks import calling, check_floats
@@ -116,7 +117,13 @@ def checked_leaves(
         )
     leaves = jax.tree.leaves(tree)
     for name, shape, leaf in zip(s.leaf_names, s.leaf_shapes, leaves, strict=True):
-        check_floats(f"{what}: {name}", leaf, what=f"{what} to rescale", finite=finite)
+        check_floats(
+            f"{what}: {name}",
+            leaf,
+            what=f"{what} to rescale",
+            finite=finite,
+            complex_numbers=True,
+        )
         if jnp.shape(leaf) != shape:
             raise InvalidInput(
                 f"{what}: {name} has shape {jnp.shape(leaf)}, but the group was found for {shape}."
@@ -195,18 +202,26 @@ def times_exp(
     moved: list[Array] = []
     scales = leaf_log_scales(group, u if exact else u * log_base)
     for i, leaf in zip(touched, leaves, strict=True):
-        scale = scales[i]
-        wide = leaf.astype(scaled.working_dtype([leaf]))
-        if exact:
-            wide = scaled.shift(wide, jnp.broadcast_to(scale, wide.shape))
+        if jnp.iscomplexobj(leaf):
+            parts = [_times(part, scales[i], exact) for part in (leaf.real, leaf.imag)]
+            moved.append(lax.complex(*parts))
         else:
-            # Two halves: a factor beyond the range of floats may well meet a weight that it suits.
-            # Elsewhere one factor, which is rounded once, and exact where u·log(base) is meant so.
-            far = abs(scale) > _FAR
-            half = jnp.exp(jnp.where(far, scale / 2, scale)).astype(wide.dtype)
-            wide = wide * half * jnp.where(far, half, 1)
-        moved.append(wide.astype(leaf.dtype))
+            moved.append(_times(leaf, scales[i], exact))
     return moved
+
+
+def _times(leaf: Array, scale: Array, exact: bool) -> Array:
+    """leaf · e^scale, or leaf · 2^scale by a shift of its exponents."""
+    wide = leaf.astype(scaled.working_dtype([leaf]))
+    if exact:
+        wide = scaled.shift(wide, jnp.broadcast_to(scale, wide.shape))
+    else:
+        # Two halves: a factor beyond the range of floats may well meet a weight that it suits.
+        # Elsewhere one factor, which is rounded once, and exact where u·log(base) is meant so.
+        far = abs(scale) > _FAR
+        half = jnp.exp(jnp.where(far, scale / 2, scale)).astype(wide.dtype)
+        wide = wide * half * jnp.where(far, half, 1)
+    return wide.astype(leaf.dtype)
 
 
 @jax.jit

@@ -114,7 +114,7 @@ def rescaling_group(
         >>> print(group.names[2])
         in out 2 → mid in 2
     """
-    _checks.check_params(params, values=False)
+    _checks.check_params(params, values=False, complex_numbers=True)
     network = traced_network(fn, params, leading(x, batch_axis), batch_axis, least=3)
     program = network.program
     domain = ScalingDomain(ignore_epsilon, trust_zeros)

@@ -15,7 +15,8 @@ from jaxinv import (
     path_norm,
     rescaling_group,
 )
-from jaxinv._interpreter.draws import own_draws
+from jaxinv._interpreter.batch import traced_network
+from jaxinv._interpreter.draws import traced_in
 
 KEY = jax.random.key(7)
 OLD_KEY = jax.random.PRNGKey(1)
@@ -140,15 +141,21 @@ def test_draws_of_32_bits_are_left_alone():
         i = jax.random.randint(KEY, (4,), 0, 3, jnp.int32)
         return jax.nn.relu(x @ w["a"]) * i.astype(x.dtype) @ w["b"]
 
-    assert own_draws(fn, W, X, jnp.float64) is fn
-    assert own_draws(dropout, W, X, jnp.float32) is dropout
-    assert own_draws(dropout, W, X, jnp.float64) is not dropout
+    def left_alone(fn, dtype):
+        with jax.enable_x64(dtype == jnp.float64):
+            w, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), (W, X))
+            plain = traced_network(fn, w, x)
+        return traced_in(dtype, fn, W, X) == plain
+
+    assert left_alone(fn, jnp.float64)
+    assert left_alone(dropout, jnp.float32)
+    assert not left_alone(dropout, jnp.float64)
     true = np.linalg.matrix_rank(true_jacobian(fn), tol=1e-4)
     assert jacobian_rank(fn, W, X).rank == true
 
 
 def test_in_the_users_own_float64_draws_are_what_they_are(x64):
     w, x = jax.tree.map(lambda a: a.astype(np.float64), (W, X))
-    assert own_draws(dropout, w, x, jnp.float64) is dropout
+    assert traced_in(jnp.float64, dropout, w, x) == traced_network(dropout, w, x)
     kept = int(mask_of(KEY).sum())
     assert jacobian_rank(dropout, w, x).rank == 4 * kept

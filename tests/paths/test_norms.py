@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from jaxinv import log_path_kappa, log_path_norm, networks, path_kappa, path_norm, unit_path_norms
+from jaxinv import (
+    log_path_kappa,
+    log_path_norm,
+    networks,
+    path_kappa,
+    path_norm,
+    rescale,
+    rescaling_group,
+    unit_path_norms,
+)
 from tests.ground_truth import exact
 from tests.ground_truth.layers import Dense, Network
 from tests.ground_truth.strategies import (
@@ -483,3 +492,47 @@ def test_a_kappa_that_float32_has_lost_is_nan_and_not_zero():
     with jax.enable_x64(True):
         double = jax.tree.map(lambda a: a.astype(jnp.float64), params)
         np.testing.assert_allclose(path_kappa(fn, double, X)["bias"], 1e-24, rtol=1e-5)
+
+
+# --- complex weights ----------------------------------------------------------------------------
+
+
+def complex_network():
+    """Split ReLU between complex layers, with a real scale."""
+    draw = np.random.default_rng(0).normal(size=(2, 3, 4))
+    other = np.random.default_rng(1).normal(size=(2, 4, 2))
+    w = {
+        "a": jnp.asarray(draw[0] + 1j * draw[1], jnp.complex64),
+        "b": jnp.asarray(other[0] + 1j * other[1], jnp.complex64),
+        "c": jnp.asarray([1.0, -2.0, 0.5, 3.0], jnp.float32),
+    }
+
+    def net(w, x):
+        h = x.astype(jnp.complex64) @ w["a"]
+        return jax.lax.complex(jax.nn.relu(h.real), jax.nn.relu(h.imag)) * w["c"] @ w["b"]
+
+    return net, w
+
+
+def test_the_length_of_a_complex_weight_is_its_absolute_value(standard_dtype_promotion):
+    net, w = complex_network()
+    a, b, c = (np.abs(np.asarray(w[name], np.complex128)) ** 2 for name in "abc")
+    linear = lambda w, x: x.astype(jnp.complex64) @ w["a"] @ w["b"]  # noqa: E731
+    x = jnp.zeros((5, 3), jnp.float32)
+    np.testing.assert_allclose(path_norm(linear, w, x) ** 2, (a @ b).sum(), rtol=1e-5)
+    kappa = path_kappa(linear, {"a": w["a"], "b": w["b"]}, x)
+    np.testing.assert_allclose(kappa["a"], np.tile(b.sum(1), (3, 1)), rtol=1e-5)
+    # Two paths lead through each unit, by its real and by its imaginary part.
+    np.testing.assert_allclose(path_norm(net, w, x) ** 2, 2 * (a * c @ b).sum(), rtol=1e-5)
+
+
+def test_complex_units_are_rescaled_by_real_factors(standard_dtype_promotion):
+    net, w = complex_network()
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    group = rescaling_group(net, w, x)
+    assert group.dim == 8  # a unit before and after its real scale
+    moved = rescale(group, w, jnp.arange(8) - 3, base=2)
+    np.testing.assert_array_equal(net(moved, x), net(w, x))
+    np.testing.assert_array_equal(path_norm(net, moved, x), path_norm(net, w, x))
+    near = rescale(group, w, jnp.arange(8) / 7.0)
+    np.testing.assert_allclose(net(near, x), net(w, x), rtol=1e-4)

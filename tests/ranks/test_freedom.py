@@ -1,5 +1,6 @@
 """Where every parameter goes: the sum, the names of the dead, the hidden directions."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from jaxinv import (
     InvalidInput,
     degrees_of_freedom,
     jacobian,
+    jacobian_rank,
     networks,
     rescaling_group,
     saturating_inputs,
@@ -205,3 +207,14 @@ def test_the_number_of_saturating_inputs_cannot_be_decided_inside_jit():
     for transformed in (jax.jit(found), jax.vmap(lambda w: found(w[:, None]))):
         with pytest.raises(InvalidInput, match="decides by the ranks .* call it outside"):
             transformed(jnp.ones((2, 1)))
+
+
+@pytest.mark.parametrize("question", [jacobian_rank, degrees_of_freedom])
+@pytest.mark.parametrize("method", ["auto", "svd", "certificate"])
+def test_a_network_is_traced_twice_at_most(question, method):
+    """On one example and on some, to see that they are apart; all else reads those two programs."""
+    params = networks.init_mlp(jax.random.key(0), (3, 4, 2))
+    x = jax.random.normal(jax.random.key(1), (40, 3))
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(lambda w, x: networks.mlp(w, x), n=2)
+    assert int(question(traced, params, x, method=method).rank) == 22
