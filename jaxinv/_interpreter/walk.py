@@ -1,6 +1,7 @@
 """Trace a function once and interpret its jaxpr in another domain.
 
-Everything in jaxinv that touches jaxpr internals is in this file. A *domain* gives each value of
+Everything in jaxinv that touches jaxpr internals is in this folder, and here is the one walk over
+them. A *domain* gives each value of
 the program another meaning (for instance "sum over the paths into this element"). It supplies
 
 * `rules`: a table primitive -> function, one small function per operation;
