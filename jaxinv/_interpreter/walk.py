@@ -6,7 +6,7 @@ the program another meaning (for instance "sum over the paths into this element"
 
 * `rules`: a table primitive -> function, one small function per operation;
 * `default`: what happens to a primitive without a rule (usually: refuse, by name);
-* `join_branches` and `scan`: how values meet at a non-constant `cond` and go round a loop.
+* `switch` and `scan`: how values meet at a non-constant `cond` and go round a loop.
 
 The walker owns what all domains share: constant folding, dead code, identity of values, and the
 structural primitives (`jit`, `remat`, `custom_jvp`, `custom_vjp`, `cond`, `while`).
