@@ -104,6 +104,19 @@ def test_the_import_check_sees_every_form_of_import(tmp_path):
     assert _imported(tmp_path / "module.py") == {"cli", "paths", "errors"}
 
 
+def test_only_the_interpreter_knows_the_form_of_programs():
+    """What changes between versions of jax is in one place."""
+    knowing = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if any(f"{name}.".startswith("jax.extend.") for name in names):
+                knowing.add(path.parent.relative_to(PACKAGE).as_posix())
+    assert knowing == {"_interpreter"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_have_at_most_500_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,15 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, Trace, equation, open_jaxpr, sub_jaxprs, trace
+from jaxinv._interpreter.walk import (
+    Equation,
+    Trace,
+    equation,
+    live_equations,
+    open_jaxpr,
+    sub_jaxprs,
+    trace,
+)
 from jaxinv.typing import Params, PyTree
 
 
@@ -91,6 +99,32 @@ def find_equation(closed: Any, name: str, callers: tuple[Any, ...] = ()) -> Equa
             if found is not None:
                 return found
     return None
+
+
+def dependent_equations(closed: Any) -> Iterator[Equation]:
+    """The operations on values of a program's arguments, those of the functions that it calls too.
+
+    Only those on which an output depends. Loops and branches are entered, not listed.
+    """
+    jaxpr, _ = open_jaxpr(closed)
+    return _dependent(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), ())
+
+
+def _dependent(
+    jaxpr: Any, depends: Sequence[bool], needed: Sequence[bool], callers: tuple[Any, ...]
+) -> Iterator[Equation]:
+    dependent = {v for v, d in zip(jaxpr.invars, depends, strict=True) if d}
+    for raw, wanted in live_equations(jaxpr, needed):
+        flags = [not isinstance(v, jex.Literal) and v in dependent for v in raw.invars]
+        if not any(flags):
+            continue
+        dependent.update(raw.outvars)
+        called = sub_jaxprs(raw, wanted)
+        if called is None:
+            yield equation(raw, callers)
+        for body, skipped, needed_inside in called or ():
+            inside = [True] * (len(flags) - skipped)
+            yield from _dependent(open_jaxpr(body)[0], inside, needed_inside, (raw, *callers))
 
 
 # --- equality -------------------------------------------------------------------------

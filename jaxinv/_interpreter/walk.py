@@ -1,11 +1,12 @@
 """Trace a function once and interpret its jaxpr in another domain.
 
-Everything in jaxinv that touches jaxpr internals is in this file. A *domain* gives each value of
+Everything in jaxinv that touches jaxpr internals is in this folder, and here is the one walk over
+them. A *domain* gives each value of
 the program another meaning (for instance "sum over the paths into this element"). It supplies
 
 * `rules`: a table primitive -> function, one small function per operation;
 * `default`: what happens to a primitive without a rule (usually: refuse, by name);
-* `join_branches` and `scan`: how values meet at a non-constant `cond` and go round a loop.
+* `switch` and `scan`: how values meet at a non-constant `cond` and go round a loop.
 
 The walker owns what all domains share: constant folding, dead code, identity of values, and the
 structural primitives (`jit`, `remat`, `custom_jvp`, `custom_vjp`, `cond`, `while`).
@@ -14,9 +15,8 @@ structural primitives (`jit`, `remat`, `custom_jvp`, `custom_vjp`, `cond`, `whil
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import jax
 import jax.extend.core as jex
@@ -25,6 +25,7 @@ import numpy as np
 from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
+from jaxinv._interpreter.source import source_line
 from jaxinv._numerics.varying import together
 from jaxinv.errors import UnsupportedOperation
 
@@ -53,12 +54,20 @@ class Opaque(Value):
 Rule = Callable[..., Any]
 
 
-class Domain(Protocol):
-    """What an interpretation must supply (see the module docstring)."""
+class Reader(Protocol):
+    """A domain that may read a program as it is written.
+
+    With `as_written` no loop or branch is entered and no operation taken for the identity: each is
+    an operation like others. Calls are entered, unless a hook `called` does without.
+    """
 
     rules: dict[Any, Rule]
 
     def default(self, eqn: Equation, *inputs: Any) -> Any: ...
+
+
+class Domain(Reader, Protocol):
+    """What any other interpretation must supply (see the module docstring)."""
 
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list: ...
 
@@ -146,41 +155,6 @@ def sub_jaxprs(eqn: Any, wanted: list[bool]) -> list[tuple[Any, int, list[bool]]
 
 
 # --- equations and where they come from -----------------------------------------------
-
-_JAX_DIRECTORIES = tuple(
-    os.path.dirname(os.path.abspath(str(module.__file__))) for module in (jax, jax.extend)
-)
-_OWN_FILES = tuple(
-    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
-    for name in ("_interpreter/walk.py", "paths/linear.py", "paths/piecewise.py", "paths/values.py")
-    + ("paths/loops.py", "paths/norms.py", "optimizers/path_kappa.py", "rescaling/group.py")
-)
-
-
-def source_line(eqns: Sequence[Any]) -> str:
-    """`file:line (function)` of the code that wrote an equation, and of the user code above it.
-
-    `eqns` is the equation and those that called the jaxpr it is in, innermost first: jax keeps no
-    user frame inside its own jitted functions. Where a library (flax, optax, ...) wrote the
-    operation, the nearest line outside `site-packages` follows: the one that the user can change.
-    """
-    frames = []
-    for eqn in eqns:
-        traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
-        frames += [
-            f
-            for f in ([] if traceback is None else traceback.frames)
-            if not os.path.abspath(f.file_name).startswith((*_JAX_DIRECTORIES, *_OWN_FILES))
-        ]
-        if any("site-packages" not in f.file_name for f in frames):
-            break
-    if not frames:
-        return "unknown source line"
-    show = [frames[0]]
-    outside = [f for f in frames if "site-packages" not in f.file_name]
-    if outside and outside[0] is not frames[0]:
-        show.append(outside[0])
-    return ", called from ".join(f"{f.file_name}:{f.line_num} ({f.function_name})" for f in show)
 
 
 class Equation(NamedTuple):
@@ -281,7 +255,7 @@ class _Return:
 class Body:
     """A jaxpr ready to be interpreted on values of a domain, as often as needed."""
 
-    def __init__(self, closed: Any, domain: Domain, keys: _Keys, needed: Any = None):
+    def __init__(self, closed: Any, domain: Reader, keys: _Keys, needed: Any = None):
         self.jaxpr, self.consts = open_jaxpr(closed)
         self.domain, self.keys, self.needed = domain, keys, needed
 
@@ -320,7 +294,7 @@ def interpret(
     trace_: Trace,
     params: Sequence[Value],
     inputs: Sequence[Value],
-    domain: Domain,
+    domain: Reader,
     *,
     constant: Callable[[Any], Any] = lambda value: value,
 ) -> list[Any]:
@@ -356,7 +330,7 @@ def live_equations(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[b
 
 
 def _walk(
-    jaxpr: Any, consts: Sequence, args: Sequence, domain: Domain, keys: _Keys, needed: Any = None
+    jaxpr: Any, consts: Sequence, args: Sequence, domain: Reader, keys: _Keys, needed: Any = None
 ) -> list[Any]:
     consts = getattr(domain, "captured", list)(consts)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -374,7 +348,7 @@ def _walk(
 
 
 def _evaluate(
-    raw: Any, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
+    raw: Any, inputs: list[Any], wanted: list[bool], domain: Reader, keys: _Keys
 ) -> list[Any]:
     if raw.primitive in _CALLS:
         return _call(raw, inputs, wanted, domain, keys)
@@ -383,7 +357,7 @@ def _evaluate(
         getattr(domain, "folded", lambda *_: None)(inputs, outputs)
         return outputs
     identity = raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES
-    if identity and raw.primitive not in domain.rules:
+    if identity and raw.primitive not in domain.rules and _enters(domain):
         return inputs
     eqn = equation(raw, keys.callers[::-1])
     control = _CONTROL_FLOW.get(raw.primitive)
@@ -391,7 +365,7 @@ def _evaluate(
         for value in inputs:
             if isinstance(value, Opaque):
                 raise value.error
-    if control is not None:
+    if control is not None and _enters(domain):
         keys.callers.append(raw)
         outputs = control(eqn, inputs, wanted, domain, keys)
         keys.callers.pop()
@@ -406,7 +380,11 @@ def _evaluate(
     return list(outputs)
 
 
-def _call(raw: Any, inputs: list, wanted: list[bool], domain: Domain, keys: _Keys) -> list[Any]:
+def _enters(domain: Reader) -> TypeGuard[Domain]:
+    return not getattr(domain, "as_written", False)
+
+
+def _call(raw: Any, inputs: list, wanted: list[bool], domain: Reader, keys: _Keys) -> list[Any]:
     def walk() -> list[Any]:
         keys.callers.append(raw)
         outputs = Body(_sub_jaxpr(raw), domain, keys, wanted)(*inputs)
@@ -425,6 +403,24 @@ def fold(raw: Any, inputs: list[Any]) -> list[Any]:
     else:
         outputs = raw.primitive.bind(*inputs, **raw.params)
     return list(outputs) if raw.primitive.multiple_results else [outputs]
+
+
+def evaluate_alone(raw: Any, inputs: Sequence[Any], debug_info: Any) -> list[Any]:
+    """An equation on other values, as a program of its own, so that custom derivatives stay.
+
+    `debug_info` is that of the program that the equation is in.
+    """
+    given = {
+        v: value
+        for v, value in zip(raw.invars, inputs, strict=True)
+        if not isinstance(v, jex.Literal)
+    }
+    dropped = [type(v).__name__ == "DropVar" for v in raw.outvars]
+    kept = [v for v, drop in zip(raw.outvars, dropped, strict=True) if not drop]
+    info = debug_info._replace(arg_names=tuple(map(str, given)), result_paths=tuple(map(str, kept)))
+    alone = jex.Jaxpr([], list(given), kept, [raw], raw.effects, debug_info=info)
+    results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, []))(*given.values()))
+    return [None if drop else next(results) for drop in dropped]
 
 
 def _cond(

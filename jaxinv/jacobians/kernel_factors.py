@@ -2,22 +2,29 @@
 
 For z = h·W, used nowhere else, ∂y/∂W = Σ_p h_p ⊗ δ_p over positions p, with δ = ∂y/∂z. The inner
 product of two such rows is Σ_pq ⟨h_p, h'_q⟩⟨δ_p, δ'_q⟩, whatever the order of W's elements. δ is
-found by differentiating in a zero that is added to z. The jaxpr of one example is read for such
-products; calls of `jit` are looked into, everything else runs as it is.
+found by differentiating in a perturbation of z, at 0. The program of one example is read for such
+products; calls of `jit` are entered, everything else runs as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import primitive
+from jaxinv._interpreter.walk import (
+    Equation,
+    Trace,
+    Value,
+    evaluate_alone,
+    interpret,
+    open_jaxpr,
+    primitive,
+)
 from jaxinv.typing import Array, Inputs, Params
 
 _EXACT = lax.Precision.HIGHEST
@@ -31,12 +38,17 @@ _MOST_NUMBERS = 1 << 25
 class _Product(NamedTuple):
     """An equation z = h·W (or W·h) where W is a leaf of the parameters."""
 
-    path: tuple[int, ...]  # indices of the equation and of the jit calls around it
+    eqn: Equation
     leaf: int
     operand: int  # which operand is W
     positions: int
     inputs: int  # length of h_p
     outputs: int  # length of δ_p
+
+
+def _place(eqn: Equation) -> tuple[int, ...]:
+    """Where in the program: two calls of one function have their equations in common."""
+    return tuple(map(id, eqn.raws))
 
 
 class Factors(NamedTuple):
@@ -47,63 +59,76 @@ class Factors(NamedTuple):
     most_examples: int  # in a chunk, so that a block fits in memory
 
 
-# --- reading the jaxpr ----------------------------------------------------------------
+# --- reading the program --------------------------------------------------------------
 
 
-def _inner(eqn: Any) -> Any:
-    return eqn.params["jaxpr"]
+class _Whole:
+    """A reading of the program where all but calls of `jit` are single operations."""
+
+    as_written = True
+    rules: dict[Any, Callable[..., Any]] = {}
+
+    def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
+        """What an operation gives if any of its inputs depends on parameters or on x."""
+        raise NotImplementedError
+
+    def default(self, eqn: Equation, *inputs: Any) -> Any:
+        results = self.results(eqn, inputs)
+        return results if eqn.primitive.multiple_results else results[0]
+
+    def called(self, eqn: Equation, inputs: list[Any], walk: Callable[[], list]) -> list[Any]:
+        plain = eqn.primitive not in _JIT and any(isinstance(v, Value) for v in inputs)
+        return self.results(eqn, inputs) if plain else walk()
 
 
-def _find_products(closed: Any, num_leaves: int) -> list[_Product]:
+class _Origin(Value):
+    """Which leaf of the parameters a value is, elements moved; else whether it depends on x."""
+
+    __slots__ = ("leaf", "data")
+
+    def __init__(self, leaf: int | None, data: bool):
+        self.key, self.leaf, self.data = object(), leaf, data
+
+
+def _leaf_of(value: Any) -> int | None:
+    return value.leaf if isinstance(value, _Origin) else None
+
+
+class _Uses(_Whole):
+    """The uses of every leaf: a product with something that depends on x, or None."""
+
+    def __init__(self, num_leaves: int):
+        self.of: list[list[_Product | None]] = [[] for _ in range(num_leaves)]
+
+    def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
+        inputs = list(inputs)
+        if (leaf := _leaf_of(inputs[0])) is not None and _only_moves(eqn):
+            return [_Origin(leaf, False)]
+        depends = [isinstance(v, _Origin) and v.data for v in inputs]
+        for operand, leaf in enumerate(map(_leaf_of, inputs)):
+            if leaf is not None:
+                other = len(inputs) == 2 and depends[1 - operand]
+                self.of[leaf].append(_product(eqn, leaf, operand) if other else None)
+        return [_Origin(None, any(depends)) for _ in eqn.outputs]
+
+
+def _only_moves(eqn: Equation) -> bool:
+    return eqn.name in _MOVES and eqn.outputs[0].size == eqn.inputs[0].size
+
+
+def _find_products(traced: Trace) -> list[_Product]:
     """Leaves with one use in all, which is a product with something that depends on x."""
-    uses: dict[int, list[_Product | None]] = {i: [] for i in range(num_leaves)}
-
-    def walk(jaxpr: Any, origin: dict, data: set, path: tuple[int, ...]) -> None:
-        for number, eqn in enumerate(jaxpr.eqns):
-            at = (*path, number)
-            found = [None if isinstance(v, jex.Literal) else origin.get(v) for v in eqn.invars]
-            depends = [not isinstance(v, jex.Literal) and v in data for v in eqn.invars]
-            if eqn.primitive in _JIT:
-                inner = _inner(eqn).jaxpr
-                names = list(zip(inner.invars, found, depends, strict=True))
-                inside = {v: o for v, o, _ in names if o is not None}
-                within = {v for v, _, d in names if d}
-                walk(inner, inside, within, at)
-                for outer, v in zip(eqn.outvars, inner.outvars, strict=True):
-                    if not isinstance(v, jex.Literal):
-                        if v in within:
-                            data.add(outer)
-                        if v in inside:
-                            origin[outer] = inside[v]
-                continue
-            size = [v.aval.size for v in eqn.outvars]
-            if (
-                eqn.primitive.name in _MOVES
-                and found[0] is not None
-                and size == [eqn.invars[0].aval.size]
-            ):
-                origin[eqn.outvars[0]] = found[0]
-                continue
-            for operand, leaf in enumerate(found):
-                if leaf is not None:
-                    other = len(found) == 2 and depends[1 - operand]
-                    uses[leaf].append(_product(eqn, at, leaf, operand) if other else None)
-            if any(depends):
-                data.update(eqn.outvars)
-        if not path:
-            for v in jaxpr.outvars:
-                leaf = None if isinstance(v, jex.Literal) else origin.get(v)
-                if leaf is not None:
-                    uses[leaf].append(None)
-
-    jaxpr = closed.jaxpr
-    origin = dict(zip(jaxpr.invars[:num_leaves], range(num_leaves), strict=True))
-    walk(jaxpr, origin, set(jaxpr.invars[num_leaves:]), ())
-    return [used[0] for used in uses.values() if len(used) == 1 and used[0] is not None]
+    uses = _Uses(traced.num_params)
+    leaves = [_Origin(i, False) for i in range(traced.num_params)]
+    given = open_jaxpr(traced.jaxpr)[0].invars[traced.num_params :]
+    for output in interpret(traced, leaves, [_Origin(None, True) for _ in given], uses):
+        if (leaf := _leaf_of(output)) is not None:
+            uses.of[leaf].append(None)
+    return [used[0] for used in uses.of if len(used) == 1 and used[0] is not None]
 
 
-def _product(eqn: Any, path: tuple[int, ...], leaf: int, operand: int) -> _Product | None:
-    weight, result = eqn.invars[operand].aval, eqn.outvars[0].aval
+def _product(eqn: Equation, leaf: int, operand: int) -> _Product | None:
+    weight, result = eqn.inputs[operand], eqn.outputs[0]
     if eqn.primitive is lax.dot_general_p:
         contracting, batch = eqn.params["dimension_numbers"]
         if batch[0]:
@@ -119,7 +144,7 @@ def _product(eqn: Any, path: tuple[int, ...], leaf: int, operand: int) -> _Produ
         return None
     if not weight.size:
         return None
-    return _Product(path, leaf, operand, result.size // outputs, inputs, outputs)
+    return _Product(eqn, leaf, operand, result.size // outputs, inputs, outputs)
 
 
 def _saves(product: _Product, out: int) -> bool:
@@ -131,57 +156,60 @@ def _saves(product: _Product, out: int) -> bool:
 # --- running it -----------------------------------------------------------------------
 
 
-def _run(closed: Any, arguments: list[Any], taps: dict, added: list[Array], seen: list) -> list:
-    """Evaluate, adding `added` to the results of the products and noting their other operands."""
+class _Traced(Value):
+    """An array that depends on parameters or on x."""
 
-    def evaluate(jaxpr: Any, consts: Any, arguments: Any, path: tuple[int, ...]) -> list:
-        values = dict(zip(jaxpr.constvars, consts, strict=True))
-        values.update(zip(jaxpr.invars, arguments, strict=True))
+    __slots__ = ("array",)
 
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, jex.Literal) else values[v]
-
-        for number, eqn in enumerate(jaxpr.eqns):
-            at = (*path, number)
-            inputs = [read(v) for v in eqn.invars]
-            if eqn.primitive in _JIT:
-                inner = _inner(eqn)
-                results = evaluate(inner.jaxpr, inner.consts, inputs, at)
-            else:
-                results = _bind(eqn, inputs, closed.jaxpr.debug_info)
-            if at in taps:
-                index, product = taps[at]
-                results = [results[0] + added[index]]
-                seen[index] = _operand(eqn, product, inputs[1 - product.operand])
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in jaxpr.outvars]
-
-    return evaluate(closed.jaxpr, closed.consts, arguments, ())
+    def __init__(self, array: Array):
+        self.key, self.array = object(), array
 
 
-def _bind(eqn: Any, inputs: list[Any], debug_info: Any) -> list[Any]:
-    """The equation on other values, as a program of its own, so that custom derivatives stay."""
-    given = {
-        v: value
-        for v, value in zip(eqn.invars, inputs, strict=True)
-        if not isinstance(v, jex.Literal)
-    }
-    dropped = [type(v).__name__ == "DropVar" for v in eqn.outvars]
-    kept = [v for v, drop in zip(eqn.outvars, dropped, strict=True) if not drop]
-    info = debug_info._replace(arg_names=tuple(map(str, given)), result_paths=tuple(map(str, kept)))
-    alone = jex.Jaxpr([], list(given), kept, [eqn], eqn.effects, debug_info=info)
-    results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, []))(*given.values()))
-    return [None if drop else next(results) for drop in dropped]
+def _array(value: Any) -> Any:
+    return value.array if isinstance(value, _Traced) else value
 
 
-def _operand(eqn: Any, product: _Product, h: Array) -> Array:
+class _Perturbed(_Whole):
+    """The program itself, with something added to the result of every product.
+
+    The other operands of the products are noted.
+    """
+
+    def __init__(self, traced: Trace, products: list[_Product], perturbations: list[Array]):
+        self.debug_info = open_jaxpr(traced.jaxpr)[0].debug_info
+        self.index = {_place(product.eqn): i for i, product in enumerate(products)}
+        self.products, self.perturbations = products, perturbations
+        self.operands: list[Any] = [None] * len(products)
+
+    def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
+        arrays = [_array(v) for v in inputs]
+        results = evaluate_alone(eqn.raws[0], arrays, self.debug_info)
+        i = self.index.get(_place(eqn))
+        if i is not None:
+            product = self.products[i]
+            self.operands[i] = _operand(product, arrays[1 - product.operand])
+            results = [results[0] + self.perturbations[i]]
+        return [_Traced(result) for result in results]
+
+
+def _run(
+    traced: Trace, weights: list[Array], inputs: list[Array], domain: _Perturbed
+) -> tuple[Array, list[Array]]:
+    """(the output, the operand of every product)."""
+    given = [[_Traced(a) for a in arrays] for arrays in (weights, inputs)]
+    (output,) = interpret(traced, given[0], given[1], domain)
+    return _array(output), domain.operands
+
+
+def _operand(product: _Product, h: Array) -> Array:
     """h as (positions, inputs)."""
+    eqn = product.eqn
     if eqn.primitive is lax.dot_general_p:
         axes = list(eqn.params["dimension_numbers"][0][1 - product.operand])
         free = [a for a in range(h.ndim) if a not in axes]
         return h.transpose(*free, *axes).reshape(product.positions, product.inputs)
     spec = eqn.params["dimension_numbers"]
-    kernel = eqn.invars[1].aval.shape
+    kernel = eqn.inputs[1].shape
     patches = lax.conv_general_dilated_patches(
         h.transpose(spec.lhs_spec),
         [kernel[a] for a in spec.rhs_spec[2:]],
@@ -194,21 +222,15 @@ def _operand(eqn: Any, product: _Product, h: Array) -> Array:
     return jnp.moveaxis(patches, 1, -1).reshape(product.positions, product.inputs)
 
 
-def _gradient(eqn: Any, product: _Product, delta: Array) -> Array:
+def _gradient(product: _Product, delta: Array) -> Array:
     """δ as (positions, outputs)."""
+    eqn = product.eqn
     if eqn.primitive is lax.dot_general_p:
         if product.operand == 0:
             return delta.reshape(product.outputs, product.positions).T
         return delta.reshape(product.positions, product.outputs)
     moved = delta.transpose(eqn.params["dimension_numbers"].out_spec)
     return jnp.moveaxis(moved, 1, -1).reshape(product.positions, product.outputs)
-
-
-def _equation_at(closed: Any, path: tuple[int, ...]) -> Any:
-    jaxpr = closed.jaxpr
-    for number in path[:-1]:
-        jaxpr = _inner(jaxpr.eqns[number]).jaxpr
-    return jaxpr.eqns[path[-1]]
 
 
 def factors_of(
@@ -222,34 +244,32 @@ def factors_of(
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), params)
     closed, result = jax.make_jaxpr(one, return_shape=True)(shapes, example)
     out, leaves = result.size, jax.tree.leaves(shapes)
-    products = [p for p in _find_products(closed, len(leaves)) if factored and _saves(p, out)]
-    taps = {product.path: (i, product) for i, product in enumerate(products)}
-    equations = [_equation_at(closed, product.path) for product in products]
+    traced = Trace(closed, len(leaves), [], jax.tree.structure(result))
+    products = [p for p in _find_products(traced) if factored and _saves(p, out)]
+    perturbed = [product.eqn.outputs[0] for product in products]
     rest = [i for i in range(len(leaves)) if i not in {p.leaf for p in products}]
 
     def features(params: Params, example: Inputs) -> tuple[list[Array], list[Array], Array]:
         """(h of every product, δ of every product for every output, rows of the other leaves)."""
         weights, inputs = jax.tree.leaves(params), jax.tree.leaves(example)
 
-        def f(added: list[Array], others: list[Array]) -> tuple[Array, list]:
+        def f(perturbations: list[Array], others: list[Array]) -> tuple[Array, list[Array]]:
             whole = list(weights)
             for i, leaf in zip(rest, others, strict=True):
                 whole[i] = leaf
-            seen: list[Any] = [None] * len(products)
-            (y,) = _run(closed, [*whole, *inputs], taps, added, seen)
-            return y, seen
+            return _run(traced, whole, inputs, _Perturbed(traced, products, perturbations))
 
-        zeros = [jnp.zeros(e.outvars[0].aval.shape, e.outvars[0].aval.dtype) for e in equations]
+        zeros = [jnp.zeros(aval.shape, aval.dtype) for aval in perturbed]
         others = [weights[i] for i in rest]
-        _, pull, seen = jax.vjp(f, zeros, others, has_aux=True)
+        _, pull, operands = jax.vjp(f, zeros, others, has_aux=True)
         deltas, rows = jax.vmap(pull)(jnp.eye(out, dtype=dtype))
         shaped = [
-            jax.vmap(lambda d, e=e, p=p: _gradient(e, p, d))(delta).astype(dtype)
-            for e, p, delta in zip(equations, products, deltas, strict=True)
+            jax.vmap(lambda d, p=p: _gradient(p, d))(delta).astype(dtype)
+            for p, delta in zip(products, deltas, strict=True)
         ]
         flat = [row.reshape(out, -1).astype(dtype) for row in rows]
         flat.append(jnp.zeros((out, 0), dtype))
-        return [h.astype(dtype) for h in seen], shaped, jnp.concatenate(flat, 1)
+        return [h.astype(dtype) for h in operands], shaped, jnp.concatenate(flat, 1)
 
     def block(a: Any, b: Any) -> Array:
         rows_a, rows_b = (

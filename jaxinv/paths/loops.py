@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,37 @@ def _unpack(packed: Any, kind: str, leaves: frozenset[str]) -> Any:
     return unpacked
 
 
+class _Form(NamedTuple):
+    """How several values are packed into arrays."""
+
+    kinds: list[str]
+    leaves: list[frozenset[str]]  # of which parameters a weight is made
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> _Form:
+        return cls([_kind(v) for v in values], [_leaves(v) for v in values])
+
+    def packed(self, domain: Any, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+        return [_pack(domain, eqn, v, kind) for v, kind in zip(values, self.kinds, strict=True)]
+
+    def unpacked(self, arrays: Sequence[Any]) -> list[Any]:
+        given = zip(arrays, self.kinds, self.leaves, strict=True)
+        return [_unpack(array, kind, leaves) for array, kind, leaves in given]
+
+    def joined(self, other: _Form) -> _Form:
+        """A form that holds the values of either."""
+        kinds = [_join(a, b) for a, b in zip(self.kinds, other.kinds, strict=True)]
+        return _Form(kinds, [a | b for a, b in zip(self.leaves, other.leaves, strict=True)])
+
+    def of_a_carry(self) -> _Form:
+        """A weight that changes from step to step is no longer one parameter to a power."""
+        return self._replace(kinds=[DERIVED if k == WEIGHT else k for k in self.kinds])
+
+
+# (form of the carry, carry, slices, domain) -> (carry, what is stacked), of one step
+_Step = Callable[[_Form, list, list, Any], tuple[list, list]]
+
+
 def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
     """`lax.scan` over sums of paths; the kind of each carry is found by fixpoint."""
     length, reverse = eqn.params["length"], eqn.params["reverse"]
@@ -96,71 +129,65 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         return init + [np.zeros(a.shape, a.dtype) for a in eqn.outputs[len(init) :]]
     # A carry that the body hands on untouched (shared weights, often) is a constant of the loop.
     fixed = [body.jaxpr.outvars[i] is body.jaxpr.invars[len(consts) + i] for i in range(len(init))]
-    kinds = [_kind(v) for v in init]
-    leaves = [_leaves(v) for v in init]
-    x_kinds, x_leaves = [_kind(v) for v in xs], [_leaves(v) for v in xs]
-    x_arrays = [_pack(domain, eqn, v, k) for v, k in zip(xs, x_kinds, strict=True)]
+    moving = [v for v, f in zip(init, fixed, strict=True) if not f]
+    slices_form = _Form.of(xs)
+    arrays = slices_form.packed(domain, eqn, xs)
 
-    def run(carry: list, slices: list, domain: Any = domain) -> list[Any]:
-        state = [
-            v if f else _unpack(c, k, names)
-            for v, f, c, k, names in zip(init, fixed, carry, kinds, leaves, strict=True)
-        ]
-        scanned = [
-            _unpack(s, k, names) for s, k, names in zip(slices, x_kinds, x_leaves, strict=True)
-        ]
-        return body(*consts, *state, *scanned, domain=domain)
+    def whole(moved: list) -> list:
+        """All carries, from those that change."""
+        rest = iter(moved)
+        return [v if f else next(rest) for v, f in zip(init, fixed, strict=True)]
 
-    out_kinds: list[str] = []
-    out_leaves: list[frozenset[str]] = []
+    def run(form: _Form, carry: list, slices: list, domain: Any) -> tuple[list, list]:
+        state = whole(form.unpacked(carry))
+        outs = body(*consts, *state, *slices_form.unpacked(slices), domain=domain)
+        after = [v for v, f in zip(outs, fixed, strict=False) if not f]
+        return after, outs[len(init) :]
 
-    def start() -> list:
-        return [
-            0 if f else _pack(domain, eqn, v, k) for v, f, k in zip(init, fixed, kinds, strict=True)
-        ]
+    first = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), arrays
+    )
+    form, stacked_form = _settled(run, domain, eqn, moving, first)
+
+    def step(carry: list, slices: list) -> tuple[list, list]:
+        after, stacked = run(form, carry, slices, domain)
+        return form.packed(domain, eqn, after), stacked_form.packed(domain, eqn, stacked)
+
+    start = form.packed(domain, eqn, moving)
+    types = jax.eval_shape(step, start, first)[0]
+    start = jax.tree.map(lambda a, t: jnp.asarray(a, t.dtype), start, types)
+    carry, ys = lax.scan(step, start, arrays, length=length, reverse=reverse)
+    return whole(form.unpacked(carry)) + stacked_form.unpacked(ys)
+
+
+def _settled(
+    run: _Step, domain: Any, eqn: Equation, init: list, first: list
+) -> tuple[_Form, _Form]:
+    """The forms of the carry and of what is stacked, when going round no longer widens them."""
+    form = _Form.of(init)
+    while True:
+        after, stacked = _forms_after(run, domain, form, form.packed(domain, eqn, init), first)
+        wider = form.joined(after).of_a_carry()
+        if wider == form:
+            return form, stacked
+        form = wider
+
+
+def _forms_after(
+    run: _Step, domain: Any, form: _Form, start: list, first: list
+) -> tuple[_Form, _Form]:
+    """The forms of the carry and of what is stacked, after one step."""
+    found: list[_Form] = []
 
     def record(carry: list, slices: list) -> int:
         # A carry that starts as zeros looks like a constant until it has gone round once, and its
         # product with a weight like a weight that is no edge: judge only the final kinds.
-        outs = run(carry, slices, domain.lenient())
-        out_kinds[:] = [_kind(v) for v in outs]
-        out_leaves[:] = [_leaves(v) for v in outs]
+        found[:] = map(_Form.of, run(form, carry, slices, domain.lenient()))
         return 0
 
-    first = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), x_arrays
-    )
-    while True:
-        jax.eval_shape(record, start(), first)
-        wider = [_join(a, b) for a, b in zip(kinds, out_kinds, strict=False)]
-        # A weight that changes from step to step is no longer one parameter to a power.
-        wider = [DERIVED if k == WEIGHT and not f else k for k, f in zip(wider, fixed, strict=True)]
-        joined = [a | b for a, b in zip(leaves, out_leaves, strict=False)]
-        if wider == kinds and joined == leaves:
-            break
-        kinds[:], leaves[:] = wider, joined
-
-    def step(carry: list, slices: list) -> tuple[list, list]:
-        outs = run(carry, slices)
-        after = [
-            0 if f else _pack(domain, eqn, v, k)
-            for v, f, k in zip(outs, fixed, kinds, strict=False)
-        ]
-        rest, rest_kinds = outs[len(init) :], out_kinds[len(init) :]
-        return after, [_pack(domain, eqn, v, k) for v, k in zip(rest, rest_kinds, strict=True)]
-
-    step_types = jax.eval_shape(step, start(), first)[0]
-    initial = jax.tree.map(lambda a, t: jnp.asarray(a, t.dtype), start(), step_types)
-    carry, ys = lax.scan(step, initial, x_arrays, length=length, reverse=reverse)
-    final = [
-        v if f else _unpack(c, k, names)
-        for v, f, c, k, names in zip(init, fixed, carry, kinds, leaves, strict=True)
-    ]
-    stacked = [
-        _unpack(y, k, names)
-        for y, k, names in zip(ys, out_kinds[len(init) :], out_leaves[len(init) :], strict=True)
-    ]
-    return final + stacked
+    jax.eval_shape(record, start, first)
+    after, stacked = found
+    return after, stacked
 
 
 def switch(domain: Any, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
@@ -172,23 +199,16 @@ def switch(domain: Any, eqn: Equation, index: Any, branches: list[Body], inputs:
             "branch on constants, or ask for each branch separately.",
             what="`cond` on a value that depends on x or on the parameters",
         )
-    outs: list[list[Any]] = []
+    forms: list[_Form] = []
 
     def record() -> int:
-        outs[:] = [branch(*inputs) for branch in branches]
+        forms[:] = [_Form.of(branch(*inputs)) for branch in branches]
         return 0
 
     jax.eval_shape(record)
-    kinds = [_kind(v) for v in outs[0]]
-    leaves = [_leaves(v) for v in outs[0]]
-    for other in outs[1:]:
-        kinds = [_join(k, _kind(v)) for k, v in zip(kinds, other, strict=True)]
-        leaves = [a | _leaves(v) for a, v in zip(leaves, other, strict=True)]
+    form = reduce(_Form.joined, forms)
 
-    def packed(branch: Body) -> Any:
-        return lambda: [
-            _pack(domain, eqn, v, k) for v, k in zip(branch(*inputs), kinds, strict=True)
-        ]
+    def packed(branch: Body) -> Callable[[], list]:
+        return lambda: form.packed(domain, eqn, branch(*inputs))
 
-    results = lax.switch(index, [packed(branch) for branch in branches])
-    return [_unpack(r, k, names) for r, k, names in zip(results, kinds, leaves, strict=True)]
+    return form.unpacked(lax.switch(index, [packed(branch) for branch in branches]))

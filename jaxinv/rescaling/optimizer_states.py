@@ -35,6 +35,7 @@ def _none(power: Any) -> int:
 
 
 _FIRST_AND_SECOND = _Kind({"mu": 1, "nu": 2, "nu_max": 2}, {}, _none)
+_UNKNOWN = _Kind({}, {}, _same)
 _KINDS = {
     "TraceState": _Kind({"trace": 1}, {}, _same),
     "EmaState": _Kind({"ema": 1}, {}, _same),
@@ -66,51 +67,79 @@ def transport(
     power: Any,
 ) -> tuple[Any, Any]:
     """(the state with every params-like field multiplied by its power of d, power passed on)."""
-    if isinstance(state, dict):
-        moved = {k: transport(v, act, is_params, powers, power) for k, v in state.items()}
-        outs = {out for _, out in moved.values()}
-        return {k: v for k, (v, _) in moved.items()}, outs.pop() if len(outs) == 1 else None
-    if isinstance(state, tuple) and not hasattr(state, "_fields"):  # a chain
-        parts = []
-        for part in state:
-            part, power = transport(part, act, is_params, powers, power)
-            parts.append(part)
-        return tuple(parts), power
-    if not hasattr(state, "_fields"):
-        if is_params(state):
+    return _Transport(act, is_params, powers).of(state, power)
+
+
+class _Transport(NamedTuple):
+    act: Callable[[Any, int], Any]
+    is_params: Callable[[Any], bool]
+    powers: Mapping[str, int]  # those that the caller says
+
+    def of(self, state: Any, power: Any) -> tuple[Any, Any]:
+        if isinstance(state, dict):
+            return self.of_mapping(state, power)
+        if hasattr(state, "_fields"):
+            return self.of_fields(state, power)
+        if isinstance(state, tuple):
+            return self.of_chain(state, power)
+        if self.is_params(state):
             raise InvalidInput(
                 "The optimizer state holds an array or pytree like params outside any NamedTuple, "
                 "so its meaning cannot be told. Rescale it by hand with jaxinv.rescale."
             )
         return state, power
-    name = type(state).__name__
-    kind = _KINDS.get(name, _Kind({}, {}, _same))
-    fields, out = {}, kind.out(power) if power is not None else None
-    for field in state._fields:
-        value, key = getattr(state, field), f"{name}.{field}"
-        if key in powers:
-            value = act(value, powers[key])
-        elif field in _INNER:
-            value, out = transport(value, act, is_params, powers, power)
-        elif field in kind.fixed:
-            value = act(value, kind.fixed[field]) if is_params(value) else value
-        elif field in kind.multiples:
-            if power is None:
-                raise InvalidInput(
-                    f"{key}: the updates that it accumulates come from transformations with "
-                    f"different powers of the rescaling. Pass powers={{'{key}': ...}}."
-                )
-            value = act(value, kind.multiples[field] * power)
-        elif is_params(value):
+
+    def of_mapping(self, states: dict[Any, Any], power: Any) -> tuple[Any, Any]:
+        """States side by side, each of some of the parameters."""
+        moved = {key: self.of(state, power) for key, state in states.items()}
+        outs = {out for _, out in moved.values()}
+        passed_on = outs.pop() if len(outs) == 1 else None
+        return {key: state for key, (state, _) in moved.items()}, passed_on
+
+    def of_chain(self, states: tuple[Any, ...], power: Any) -> tuple[Any, Any]:
+        """States one after another: what one passes on is what the next sees."""
+        moved = []
+        for state in states:
+            state, power = self.of(state, power)
+            moved.append(state)
+        return tuple(moved), power
+
+    def of_fields(self, state: Any, power: Any) -> tuple[Any, Any]:
+        """The state of one transformation, maybe with the state of another in a field."""
+        name = type(state).__name__
+        kind = _KINDS.get(name, _UNKNOWN)
+        fields, out = {}, kind.out(power) if power is not None else None
+        for field in state._fields:
+            value, key = getattr(state, field), f"{name}.{field}"
+            if field in _INNER and key not in self.powers:
+                fields[field], out = self.of(value, power)
+            elif self.is_moved(kind, field, key, value):
+                fields[field] = self.act(value, self.power_of(kind, field, key, power))
+            else:
+                fields[field] = value
+        return state._replace(**fields), self.powers.get(name, out)
+
+    def is_moved(self, kind: _Kind, field: str, key: str, value: Any) -> bool:
+        return key in self.powers or field in kind.multiples or self.is_params(value)
+
+    def power_of(self, kind: _Kind, field: str, key: str, power: Any) -> Any:
+        """The power that a field carries where the incoming updates carry `power`."""
+        if key in self.powers:
+            return self.powers[key]
+        if field in kind.fixed:
+            return kind.fixed[field]
+        if field not in kind.multiples:
             raise InvalidInput(
                 f"The power of the rescaling that {key} carries is not known. Pass "
                 f"powers={{'{key}': k}}: the field is multiplied by d^k for parameters multiplied "
                 "by d (a gradient has k = -1, its square -2, an update of the parameters 1)."
             )
-        fields[field] = value
-    if name in powers:
-        out = powers[name]
-    return state._replace(**fields), out
+        if power is None:
+            raise InvalidInput(
+                f"{key}: the updates that it accumulates come from transformations with "
+                f"different powers of the rescaling. Pass powers={{'{key}': ...}}."
+            )
+        return kind.multiples[field] * power
 
 
 def like(tree: Any, shapes: tuple[tuple[int, ...], ...]) -> Callable[[Any], bool]:

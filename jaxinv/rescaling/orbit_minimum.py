@@ -155,6 +155,17 @@ def _stacked(group: RescalingGroup, weights: Weights) -> tuple[RescalingGroup, W
     return group._replace(indices=indices), Weights(logs)
 
 
+class _State(NamedTuple):
+    """Where the search is. Forces go round the loops with their point: else the program is twice
+    as large, and compiles twice as long."""
+
+    point: _Point
+    forces: tuple[Array, Array]
+    steps: Array
+    error: Array
+    stuck: Array
+
+
 @jax.jit  # else every call would compile its loops anew
 def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
     problem = together(problem)[0]
@@ -162,67 +173,92 @@ def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
         (jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype), jnp.zeros((), jnp.int32)),
         problem,
     )
-    start = problem.start(zero)
-    # Forces go round the loops with their point: a program twice as large compiles twice as long.
-    forces = up, down = problem.forces(start)
-    c = problem.linear
-    # A generator whose sum has no minimum along it (a unit without incoming or without outgoing
-    # weights) stays where it is.
-    active = ((up > -jnp.inf) | (c < 0)) & ((down > -jnp.inf) | (c > 0))
+    point = problem.start(zero)
+    forces = problem.forces(point)
+    search = _Search(problem, _active(forces, problem.linear))
+    start = _State(point, forces, count, search.error(*forces), count > 0)
 
-    def relative(up: Array, down: Array) -> tuple[Array, Array, Array]:
-        """Both forces and c, over the largest of the three."""
-        top = jnp.maximum(jnp.maximum(up, down), jnp.log(abs(c)))
-        top = jnp.where(active, top, 0)
-        return jnp.exp(up - top), jnp.exp(down - top), c * jnp.exp(-top)
+    def far(state: _State) -> Array:
+        return (state.error > _NEWTON_BELOW) & (state.steps < _MOST_SWEEPS)
 
-    def error_of(up: Array, down: Array) -> Array:
-        up, down, c = relative(up, down)
-        size = jnp.where(active, up + down + abs(c), 1)
-        return jnp.max(jnp.where(active, abs(up - down - c) / size, 0), initial=0.0)
+    near = lax.while_loop(far, search.sweep, start)
 
-    def sweep(state: tuple) -> tuple:
+    def unfinished(state: _State) -> Array:
+        steps_left = state.steps < near.steps + _MOST_NEWTON_STEPS
+        return (state.error > tol) & ~state.stuck & steps_left
+
+    point, _, steps, error, _ = lax.while_loop(unfinished, search.newton, near)
+    return point.u, problem.value(point.u, point.log_sum), steps, error
+
+
+def _active(forces: tuple[Array, Array], c: Array) -> Array:
+    """Which generators move.
+
+    One whose sum has no minimum along it (a unit without incoming or without outgoing weights)
+    stays where it is.
+    """
+    up, down = forces
+    return ((up > -jnp.inf) | (c < 0)) & ((down > -jnp.inf) | (c > 0))
+
+
+class _Search(NamedTuple):
+    """The two kinds of steps, and how far from the minimum a point is."""
+
+    problem: Problem
+    active: Array
+
+    def error(self, log_up: Array, log_down: Array) -> Array:
+        """|up − down − c| / (up + down + |c|), the largest over generators."""
+        c = self.problem.linear
+        top = jnp.maximum(jnp.maximum(log_up, log_down), jnp.log(abs(c)))
+        top = jnp.where(self.active, top, 0)
+        up, down, c = jnp.exp(log_up - top), jnp.exp(log_down - top), c * jnp.exp(-top)
+        size = jnp.where(self.active, up + down + abs(c), 1)
+        return jnp.max(jnp.where(self.active, abs(up - down - c) / size, 0), initial=0.0)
+
+    def sweep(self, state: _State) -> _State:
         """Every unit at its minimum of an upper bound that separates the units.
 
         exp(Σ_j B_j δ_j) <= Σ_j (|B_j|/s) exp(s·sign(B_j)·δ_j) + 1 − Σ_j|B_j|/s for Σ|B_j| <= s, so
         up·exp(sδ) − down·exp(−sδ) = c: no step size, and never uphill.
         """
-        point, (log_up, log_down), steps, _ = state
-        # With z = exp(sδ)·√(up/down) it reads √(up·down)·(z − 1/z) = c. As forces may differ by
-        # more than floats hold, all of it is solved in logarithms.
-        middle, half = (log_up + log_down) / 2, (log_down - log_up) / 2
-        both = (log_up > -jnp.inf) & (log_down > -jnp.inf)
-        log_c = jnp.log(abs(c))
-        far = log_c - jnp.where(both, middle, 0)
-        turn = jnp.where(far > 30, far, jnp.arcsinh(jnp.exp(jnp.minimum(far, 30)) / 2))
-        alone = jnp.where(c > 0, log_c - log_up, log_down - log_c)
-        delta = jnp.where(both, half + jnp.sign(c) * turn, alone)
-        delta = jnp.where(active, delta, 0) / problem.terms
-        point, _ = problem.point(point.u + delta, point.log_sum)
-        forces = problem.forces(point)
-        return point, forces, steps + 1, error_of(*forces)
+        delta = _balancing(*state.forces, self.problem.linear)
+        delta = jnp.where(self.active, delta, 0) / self.problem.terms
+        point, _ = self.problem.point(state.point.u + delta, state.point.log_sum)
+        forces = self.problem.forces(point)
+        return _State(point, forces, state.steps + 1, self.error(*forces), state.stuck)
 
-    def far(state: tuple) -> Array:
-        _, _, steps, error = state
-        return (error > _NEWTON_BELOW) & (steps < _MOST_SWEEPS)
-
-    point, forces, sweeps, error = lax.while_loop(
-        far, sweep, (start, forces, count, error_of(up, down))
-    )
-
-    def newton(state: tuple) -> tuple:
-        point, forces, steps, error, _ = state
-        up, down = map(jnp.exp, forces)
-        gradient = jnp.where(active, up - down - c, 0)
-        preconditioner = jnp.where(active & (up + down > 0), up + down, 1)
-        direction = _conjugate_gradients(
-            lambda v: jnp.where(active, problem.curvature(point, v), 0),
-            -gradient,
-            preconditioner,
-            jnp.minimum(error, 0.1),
-        )
-        value = problem.value(point.u, point.log_sum)
+    def newton(self, state: _State) -> _State:
+        """A step of Newton's method, if one is found that does good."""
+        gradient, direction = self.direction(state)
+        value = self.problem.value(state.point.u, state.point.log_sum)
         slope = jnp.vdot(gradient, direction)
+        after, new = self.downhill(state.point, value, direction, slope)
+        forces = self.problem.forces(after)
+        error = self.error(*forces)
+        better = jnp.isfinite(new) & ((error < state.error) | (new < value))
+        point, forces, error = jax.tree.map(
+            lambda a, b: jnp.where(better, a, b),
+            (after, forces, error),
+            (state.point, state.forces, state.error),
+        )
+        return _State(point, forces, state.steps + 1, error, ~better)
+
+    def direction(self, state: _State) -> tuple[Array, Array]:
+        """The gradient, and the direction that Newton's method takes, about."""
+        up, down = map(jnp.exp, state.forces)
+        gradient = jnp.where(self.active, up - down - self.problem.linear, 0)
+        return gradient, _conjugate_gradients(
+            lambda v: jnp.where(self.active, self.problem.curvature(state.point, v), 0),
+            -gradient,
+            jnp.where(self.active & (up + down > 0), up + down, 1),
+            jnp.minimum(state.error, 0.1),
+        )
+
+    def downhill(
+        self, point: _Point, value: Array, direction: Array, slope: Array
+    ) -> tuple[_Point, Array]:
+        """The first of the steps 1, ½, ¼, … that lowers the value enough, and its value."""
 
         def uphill(state: tuple) -> Array:
             size, _, new = state
@@ -232,29 +268,28 @@ def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
 
         def halve(state: tuple) -> tuple:
             size = state[0] / 2
-            return (size, *problem.point(point.u + size * direction, point.log_sum))
+            return (size, *self.problem.point(point.u + size * direction, point.log_sum))
 
         # From a step of 2 that has no value, so that the first one tried is 1.
         size, none = jnp.full((), 2, value.dtype), jnp.full((), jnp.nan, value.dtype)
         first = (varying_like(size, value), point, varying_like(none, value))
         _, after, new = lax.while_loop(uphill, halve, first)
-        after_forces = problem.forces(after)
-        after_error = error_of(*after_forces)
-        better = jnp.isfinite(new) & ((after_error < error) | (new < value))
-        chosen = jax.tree.map(
-            lambda a, b: jnp.where(better, a, b), (after, after_forces), (point, forces)
-        )
-        return *chosen, steps + 1, jnp.where(better, after_error, error), ~better
+        return after, new
 
-    def unfinished(state: tuple) -> Array:
-        _, _, steps, error, stuck = state
-        return (error > tol) & ~stuck & (steps < sweeps + _MOST_NEWTON_STEPS)
 
-    point, _, steps, error, _ = lax.while_loop(
-        unfinished, newton, (point, forces, sweeps, error, count > 0)
-    )
-    value = problem.value(point.u, point.log_sum)
-    return point.u, value, steps, error
+def _balancing(log_up: Array, log_down: Array, c: Array) -> Array:
+    """x with up·exp(x) − down·exp(−x) = c.
+
+    With z = exp(x)·√(up/down) it reads √(up·down)·(z − 1/z) = c. As forces may differ by more than
+    floats hold, all of it is solved in logarithms.
+    """
+    middle, half = (log_up + log_down) / 2, (log_down - log_up) / 2
+    both = (log_up > -jnp.inf) & (log_down > -jnp.inf)
+    log_c = jnp.log(abs(c))
+    far = log_c - jnp.where(both, middle, 0)
+    turn = jnp.where(far > 30, far, jnp.arcsinh(jnp.exp(jnp.minimum(far, 30)) / 2))
+    alone = jnp.where(c > 0, log_c - log_up, log_down - log_c)
+    return jnp.where(both, half + jnp.sign(c) * turn, alone)
 
 
 def _conjugate_gradients(product: Any, b: Array, diagonal: Array, tol: Array) -> Array:

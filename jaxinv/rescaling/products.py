@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,25 +109,68 @@ def _turned(value: Any) -> Any:
     return Scale(shape, *_turned_parts(value))
 
 
+class _Blocks(NamedTuple):
+    """Which rows and terms of an operand are tied by numbers that are not structurally zero."""
+
+    edges: np.ndarray  # (rows, terms), or (1, 1) for all
+    of_row: np.ndarray  # −1 for none
+    of_term: np.ndarray
+    number: int
+
+    @classmethod
+    def of(cls, a: Scale) -> _Blocks:
+        if a.wild is not None and a.wild.shape[0] == 1:
+            edges = np.broadcast_to(~a.wild[0], a.shape[1:])
+        else:  # zeros that differ over the batch: counted as pinned, exact if not complete
+            edges = np.ones((1, 1), bool)
+        return cls(edges, *components(edges))
+
+    def spread(self, r: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Unknowns (batch, block, columns) for every row, or every term."""
+        return r if self.number == 1 else np.take(r, np.maximum(labels, 0), axis=1)
+
+
 def _contract(domain: Any, a: Any, w: Any) -> Scale:
     """s(Y)[b,m,n] from s(A)[b,m,k], and s(W)[b,k,n] by way of new unknowns."""
     system: System = domain.system
-    (batch, rows, terms), columns = a.shape, w.shape[2]
+    (batch, rows, _), columns = a.shape, w.shape[2]
     out = (batch, rows, columns)
     if any(v.wild is not None and bool(v.wild.all()) for v in (a, w)):
         return Scale(out, (), np.ones((1, 1, 1), bool))
-    if isinstance(a, Fresh):  # both are undecided parameters
-        first = system.new((batch, 1, terms))
-        first[:, :, 0] = 0
-        a.assign((*variables(system.new((batch, rows, 1))), *variables(first)))
-        a = domain.scale(a)
-        w = domain.refresh(w)
-    if a.wild is not None and a.wild.shape[0] == 1:
-        edges = np.broadcast_to(~a.wild[0], (rows, terms))
-    else:  # zeros that differ over the batch: counted as pinned, which is exact if not complete
-        edges = np.ones((1, 1), bool)
-    of_row, of_term, count = components(edges)
+    if isinstance(a, Fresh):
+        a, w = _first_assigned(domain, a), domain.refresh(w)
+    blocks = _Blocks.of(a)
     form = scaling.tidy(system, a.form)
+    p, q = _separated(system, form, a.shape, blocks)
+    # The kernel: r[n] − q[k], where r and p share what depends on neither m nor k.
+    undecided = isinstance(w, Fresh)
+    varied = undecided or any(t.ids.shape[2] > 1 for t in w.form)
+    over = batch if undecided else _batch(form, w.form)
+    r = system.new((over, blocks.number, columns if varied else 1))
+    if not undecided:
+        domain.seen((*form, *w.form))  # they may cancel, as in Σ_k h_k / h_k
+    kernel = minus(variables(blocks.spread(r, blocks.of_term)), relaid(q, _swap))
+    _require(domain, w, kernel, (blocks.of_term < 0)[None, :, None])
+    wild = np.broadcast_to((blocks.of_row < 0)[None, :, None], (1, len(blocks.of_row), 1))
+    if w.wild is not None:
+        wild = wild | w.wild.all(axis=1, keepdims=True)
+    result = scaling.tidy(system, (*p, *variables(blocks.spread(r, blocks.of_row))))
+    return Scale(out, result, wild)
+
+
+def _first_assigned(domain: Any, a: Any) -> Any:
+    """The first of two undecided operands, at scales p[m] + q[k]."""
+    batch, rows, terms = a.shape
+    first = domain.system.new((batch, 1, terms))
+    first[:, :, 0] = 0
+    a.assign((*variables(domain.system.new((batch, rows, 1))), *variables(first)))
+    return domain.scale(a)
+
+
+def _separated(
+    system: System, form: Form, shape: tuple[int, ...], blocks: _Blocks
+) -> tuple[Form, Form]:
+    """p[m] and q[k] whose sum is s(A)[m,k]; terms of both indices are required to be such a sum."""
     p: list[Term] = []
     q: list[Term] = []
     coupled: list[Term] = []
@@ -136,44 +179,27 @@ def _contract(domain: Any, a: Any, w: Any) -> Scale:
         (coupled if varies[1] and varies[2] else q if varies[2] else p).append(term)
     if coupled:
         full = np.broadcast_shapes(*(t.ids.shape for t in coupled))
-        first_row = np.array([np.argmax(of_row == c) for c in range(count)])
-        in_row = system.new((full[0], rows, 1))
+        first_row = np.array([np.argmax(blocks.of_row == c) for c in range(blocks.number)])
+        in_row = system.new((full[0], shape[1], 1))
         in_row[:, first_row] = 0
-        in_term = system.new((full[0], 1, terms))
+        in_term = system.new((full[0], 1, shape[2]))
         separable = (*variables(in_row), *variables(in_term))
-        scaling.vanish(system, minus(tuple(coupled), separable), edges[None])
+        scaling.vanish(system, minus(tuple(coupled), separable), blocks.edges[None])
         p += variables(in_row)
         q += variables(in_term)
-    # The kernel: r[n] − q[k], where r and p share what depends on neither m nor k.
-    undecided = isinstance(w, Fresh)
-    if undecided or any(t.ids.shape[2] > 1 for t in w.form):
-        width = columns
-    else:
-        width = 1
-    r = system.new((batch if undecided else _batch(form, w.form), count, width))
+    return tuple(p), tuple(q)
 
-    def spread(labels: np.ndarray) -> np.ndarray:
-        if count == 1:
-            return r
-        return np.take(r, np.maximum(labels, 0), axis=1)
 
-    kernel = minus(variables(spread(of_term)), relaid(tuple(q), _swap))
-    dead = (of_term < 0)[None, :, None]
-    if undecided:
+def _require(domain: Any, kernel: Any, form: Form, dead: np.ndarray) -> None:
+    """The kernel has these scales; what it is at `dead` places meets nothing but zeros."""
+    if isinstance(kernel, Fresh):
         if dead.any():
-            kernel = domain.with_dead(np.broadcast_to(dead, w.shape), kernel)
-        w.assign(kernel)
+            form = domain.with_dead(np.broadcast_to(dead, kernel.shape), form)
+        kernel.assign(form)
     else:
-        domain.seen((*form, *w.form))  # they may cancel, as in Σ_k h_k / h_k
-        keep = None
-        if dead.any() or w.wild is not None:
-            keep = ~(dead | (False if w.wild is None else w.wild))
-        scaling.vanish(system, minus(w.form, kernel), keep)
-    wild = np.broadcast_to((of_row < 0)[None, :, None], (1, len(of_row), 1))
-    if w.wild is not None:
-        wild = wild | w.wild.all(axis=1, keepdims=True)
-    result = scaling.tidy(system, (*p, *variables(spread(of_row))))
-    return Scale(out, result, wild)
+        absent = dead if kernel.wild is None else dead | kernel.wild
+        keep = ~absent if absent.any() else None
+        scaling.vanish(domain.system, minus(kernel.form, form), keep)
 
 
 def _batch(*forms: Form) -> int:
@@ -224,80 +250,87 @@ class _Geometry:
         return np.where(ok, joint, -1)
 
 
+class _Channels(NamedTuple):
+    """Numbers of channels: of a group of the image, and of the outputs."""
+
+    groups: int
+    ins: int
+    outs: int
+
+    def per_output(self, ids: np.ndarray) -> np.ndarray:
+        """(taps, channels) → (taps, channels in a group, outputs)."""
+        if ids.shape[-1] == 1 or self.groups == 1:
+            return ids[..., None]
+        grouped = ids.reshape(*ids.shape[:-1], self.groups, self.ins).swapaxes(-1, -2)
+        return self.repeated(grouped)
+
+    def repeated(self, ids: np.ndarray) -> np.ndarray:
+        """(..., groups) → (..., outputs)."""
+        return np.repeat(ids, self.outs // self.groups, axis=-1)
+
+
 @rule("conv_general_dilated")
 def _conv(domain: Any, eqn: Equation, image: Any, kernel: Any) -> Any:
     if eqn.params["batch_group_count"] != 1:
         return domain.default(eqn, image, kernel)
-    system: System = domain.system
-    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    image = domain.scale(image)
-    kernel = domain.undecided_or_scale(kernel)
-    shapes = [aval.shape for aval in eqn.inputs]
+    image, kernel = domain.scale(image), domain.undecided_or_scale(kernel)
     # (batch and positions, channels), (taps, channels in a group, outputs), (positions, outputs)
     lhs, rhs, out = (
         _order(spec, channels_last)
-        for spec, channels_last in zip(numbers, ((1,), (1, 0), (1,)), strict=True)
+        for spec, channels_last in zip(
+            eqn.params["dimension_numbers"], ((1,), (1, 0), (1,)), strict=True
+        )
     )
-    positions = [shapes[0][a] for a in lhs[:-1]]
-    channels, (ins, outs) = shapes[0][lhs[-1]], (shapes[1][a] for a in rhs[-2:])
-    form = scaling.tidy(system, relaid(image.form, lambda a: a.transpose(lhs)))
-    present, lost = _present(image, lhs, len(positions))
+    shape, (image_shape, kernel_shape) = eqn.outputs[0].shape, (a.shape for a in eqn.inputs)
+    present, lost = _present(image, lhs, len(lhs) - 1)
     if present is None:
-        return Scale(eqn.outputs[0].shape, (), np.ones((1,) * len(out), bool))
+        return Scale(shape, (), np.ones((1,) * len(out), bool))
     geometry = _Geometry(eqn, present)
-    at, taps = geometry.component(0), geometry.component(1)
-    out_positions = [eqn.outputs[0].shape[a] for a in out[:-1]]
-    tap_shape = [1, *(shapes[1][a] for a in rhs[:-2])]
-    r = system.new((geometry.count, outs))
-    output = variables(r[np.maximum(at, 0)] if geometry.count > 1 else r)
-    weight = variables((r[np.maximum(taps, 0)] if geometry.count > 1 else r)[:, None, :])
+    groups = eqn.params["feature_group_count"]
+    channels = _Channels(groups, *(kernel_shape[a] for a in rhs[-2:]))
+    form = scaling.tidy(domain.system, relaid(image.form, lambda a: a.transpose(lhs)))
+    positions = [image_shape[a] for a in lhs[:-1]]
+    output, weight = _filter(domain.system, form, positions, geometry, channels)
+    dead = (geometry.component(1) < 0)[:, None, None]
+    if lost is not None:  # channels that are zero
+        dead = dead | (channels.per_output(lost[None].astype(np.int64)) > 0)
+    taps = [1, *(kernel_shape[a] for a in rhs[:-2])]
+    weight = relaid(weight, lambda ids: _unflat(ids, taps, rhs))
+    _require(domain, kernel, weight, _unflat(dead, taps, rhs))
+    out_positions = [shape[a] for a in out[:-1]]
+    wild = _unflat((geometry.component(0) < 0)[:, None], out_positions, out)
+    result = relaid(output, lambda ids: _unflat(ids, out_positions, out))
+    along = [n if m > 1 else 1 for n, m in zip(shape, wild.shape, strict=True)]
+    return Scale(shape, scaling.tidy(domain.system, result), np.broadcast_to(wild, along))
 
-    def per_output(ids: np.ndarray) -> np.ndarray:
-        """(taps, channels) → (taps, channels in a group, outputs)."""
-        if ids.shape[-1] == 1 or groups == 1:
-            return ids[..., None]
-        grouped = ids.reshape(*ids.shape[:-1], groups, ins).swapaxes(-1, -2)
-        return np.repeat(grouped, outs // groups, axis=-1)
 
+def _filter(
+    system: System, form: Form, positions: list[int], geometry: _Geometry, channels: _Channels
+) -> tuple[Form, Form]:
+    """Scales of the result (positions, outputs), and of the kernel (taps, channels, outputs)."""
+    r = system.new((geometry.count, channels.outs))
+
+    def spread(side: int) -> np.ndarray:
+        return r[np.maximum(geometry.component(side), 0)] if geometry.count > 1 else r
+
+    output, weight = variables(spread(0)), variables(spread(1)[:, None, :])
     if all(max(ids.shape[:-1]) == 1 for _, ids in form):
         q = relaid(form, lambda ids: ids.reshape(1, -1))
-        weight = minus(weight, relaid(q, per_output))
-    else:
-        flat = relaid(
-            form,
-            lambda ids: np.broadcast_to(ids, (*positions, ids.shape[-1])).reshape(
-                -1, ids.shape[-1]
-            ),
-        )
-        drift, read = _positional(system, flat, geometry, groups, channels)
-        grouped = relaid(drift, lambda e: np.repeat(e, outs // groups, axis=-1))
-        output = (*output, *grouped)
-        first = np.argmax(geometry.source() >= 0, axis=0)
-        weight = (
-            *weight,
-            *relaid(grouped, lambda e: e[first][:, None, :]),
-            *scaling.times(relaid(flat, lambda ids: per_output(ids[read])), -1),
-        )
-    dead = (taps < 0)[:, None, None]
-    if lost is not None:  # channels that are zero
-        per_channel = per_output(lost[None].astype(np.int64)) > 0
-        dead = dead | per_channel
-    weight = relaid(weight, lambda ids: _unflat(ids, tap_shape, rhs))
-    gone = _unflat(dead, tap_shape, rhs)
-    if isinstance(kernel, Fresh):
-        if gone.any():
-            weight = domain.with_dead(np.broadcast_to(gone, kernel.shape), weight)
-        kernel.assign(weight)
-    else:
-        absent = gone if kernel.wild is None else gone | kernel.wild
-        scaling.vanish(system, minus(kernel.form, weight), ~absent if absent.any() else None)
-    wild = _unflat((at < 0)[:, None], out_positions, out)
-    shape = eqn.outputs[0].shape
-    return Scale(
-        shape,
-        scaling.tidy(system, relaid(output, lambda ids: _unflat(ids, out_positions, out))),
-        np.broadcast_to(wild, [n if m > 1 else 1 for n, m in zip(shape, wild.shape, strict=True)]),
+        return output, minus(weight, relaid(q, channels.per_output))
+
+    def flat(ids: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(ids, (*positions, ids.shape[-1])).reshape(-1, ids.shape[-1])
+
+    form = relaid(form, flat)
+    drift, read = _positional(system, form, geometry, channels)
+    grouped = relaid(drift, channels.repeated)
+    first = np.argmax(geometry.source() >= 0, axis=0)
+    weight = (
+        *weight,
+        *relaid(grouped, lambda e: e[first][:, None, :]),
+        *scaling.times(relaid(form, lambda ids: channels.per_output(ids[read])), -1),
     )
+    return (*output, *grouped), weight
 
 
 def _order(spec: Sequence[int], last: Sequence[int]) -> list[int]:
@@ -344,7 +377,7 @@ def _present(
 
 
 def _positional(
-    system: System, form: Form, geometry: _Geometry, groups: int, channels: int
+    system: System, form: Form, geometry: _Geometry, channels: _Channels
 ) -> tuple[Form, np.ndarray]:
     """A convolution of an image X[s, c] whose scales vary over positions s.
 
@@ -363,19 +396,19 @@ def _positional(
     reads[source[valid], tap] = True
     of_input, _, count = components(reads)
     base = np.array([np.argmax(of_input == c) for c in range(count)])
-    d = system.new((num_inputs, groups))
+    d = system.new((num_inputs, channels.groups))
     d[base] = 0
     live = (of_input >= 0)[:, None]
 
     def rebased(ids: np.ndarray) -> np.ndarray:
         return ids[base][np.maximum(of_input, 0)]
 
-    grown = relaid(variables(d), lambda v: np.repeat(v, channels // groups, axis=1))
+    grown = relaid(variables(d), lambda v: np.repeat(v, channels.ins, axis=1))
     scaling.vanish(
         system, (*form, *scaling.times(relaid(form, rebased), -1), *scaling.times(grown, -1)), live
     )
     of_output, _, count = components(valid)
-    e = system.new((source.shape[0], groups))
+    e = system.new((source.shape[0], channels.groups))
     e[[np.argmax(of_output == c) for c in range(count)]] = 0
     here, there = (out_p, tap), (first[tap], tap)
     coefficients = [Fraction(1), Fraction(-1), Fraction(-1), Fraction(1)]

@@ -31,6 +31,24 @@ class Structure:
     relies_on: tuple[tuple[str, str, str], ...]
 
 
+class _Matrix(NamedTuple):
+    """Classes in terms of free unknowns: entries numerator/denominator at (row, free)."""
+
+    row: np.ndarray
+    free: np.ndarray
+    numerator: np.ndarray
+    denominator: np.ndarray
+
+
+class _Classes(NamedTuple):
+    """Distinct terms coefficient·v over all leaves, numbered; class 0 is scale 0."""
+
+    roots: dict[Any, np.ndarray]  # coefficient: the variables v, sorted
+    starts: dict[Any, int]  # coefficient: the class of the first of them
+    total: int
+    indices: list[tuple[np.ndarray, ...]]  # per leaf and term: the class of every element
+
+
 def assembled(
     domain: ScalingDomain, leaves: list[scaling.Leaf], tree: Any
 ) -> tuple[Any, Any, Any, tuple[tuple[Any, ...], ...], Structure]:
@@ -41,58 +59,21 @@ def assembled(
         if leaf.form is None and leaf.parts is not None:
             gather_parts(domain, leaf)
     solution = system.solve()
-    # Distinct terms coefficient·v over all leaves: the classes. Class 0 is scale 0.
-    forms = [scaling.tidy(system, leaf.form or ()) for leaf in leaves]
-    pairs: dict[Any, list[np.ndarray]] = {}
-    for form in forms:
-        for c, ids in form:
-            pairs.setdefault(c, []).append(ids.ravel())
-    roots = {c: np.setdiff1d(np.concatenate(parts), [0]) for c, parts in pairs.items()}
-    starts, total = {}, 1
-    for c, ids in roots.items():
-        starts[c] = total
-        total += len(ids)
-    entries = []
-    for c, ids in roots.items():
-        which, free, numerator, denominator = solution.of(ids)
-        check_exact([c.numerator, c.denominator])
-        entries.append(
-            (starts[c] + which, free, numerator * c.numerator, denominator * c.denominator)
-        )
-    empty = np.zeros(0, np.int64)
-    rows, free, numerator, denominator = (
-        np.concatenate([e[i] for e in entries] + [empty]) for i in range(4)
-    )
-    indices = [
-        tuple(np.where(ids == 0, 0, starts[c] + np.searchsorted(roots[c], ids)) for c, ids in form)
-        for form in forms
-    ]
+    classes = _classes([scaling.tidy(system, leaf.form or ()) for leaf in leaves])
+    matrix = _matrix(classes, solution)
     _, seen, _, _ = solution.of(system.read())
     inverse = [leaf.inverse for leaf in leaves]
-    matrix = _Matrix(rows, free, numerator, denominator)
-    columns, dead = _generators(indices, inverse, matrix, total, seen)
-    for leaf, mask in zip(leaves, dead, strict=True):
-        if mask is not None:
-            size = int(np.prod(leaf.shape))
-            count = int(mask.sum()) * size // mask.size
-            unused.append(leaf.name + (f" ({count} of {size} elements)" if count < size else ""))
-    keep = np.isin(free, columns)
-    rows, free, numerator, denominator = (v[keep] for v in (rows, free, numerator, denominator))
-    generator = np.searchsorted(columns, free)
-    # Integer exponents without common factor: 2^(Bk) is then a power of two for integer k.
-    multiple = np.ones(len(columns), np.int64)
-    np.lcm.at(multiple, generator, denominator)
-    exponents = numerator * (multiple[generator] // denominator)
-    divisor = np.zeros(len(columns), np.int64)
-    np.gcd.at(divisor, generator, exponents)
-    exponents = check_exact(exponents // divisor[generator])
+    columns, dead = _generators(classes.indices, inverse, matrix, classes.total, seen)
+    pairs = zip(leaves, dead, strict=True)
+    unused += [_share(leaf, mask) for leaf, mask in pairs if mask is not None]
+    rows, generator, exponents = _integers(matrix, columns)
     structure = Structure(
         dim=len(columns),
-        num_classes=total,
+        num_classes=classes.total,
         tree=tree,
         leaf_names=tuple(leaf.name for leaf in leaves),
         leaf_shapes=tuple(leaf.shape for leaf in leaves),
-        layers=layers_of(indices, rows, generator, exponents, total, len(columns)),
+        layers=layers_of(classes.indices, rows, generator, exponents, classes.total, len(columns)),
         unused=tuple(unused),
         pinned_by=tuple(domain.pinned_by),
         ignored=tuple(domain.ignored),
@@ -102,18 +83,61 @@ def assembled(
         rows.astype(np.int32),
         generator.astype(np.int32),
         exponents.astype(np.int32),
-        tuple(tuple(ids.astype(np.int32) for ids in terms) for terms in indices),
+        tuple(tuple(ids.astype(np.int32) for ids in terms) for terms in classes.indices),
         structure,
     )
 
 
-class _Matrix(NamedTuple):
-    """Classes in terms of free unknowns: entries numerator/denominator at (row, free)."""
+def _classes(forms: list[scaling.Form]) -> _Classes:
+    variables: dict[Any, list[np.ndarray]] = {}
+    for form in forms:
+        for c, ids in form:
+            variables.setdefault(c, []).append(ids.ravel())
+    roots = {c: np.setdiff1d(np.concatenate(parts), [0]) for c, parts in variables.items()}
+    starts, total = {}, 1
+    for c, ids in roots.items():
+        starts[c] = total
+        total += len(ids)
+    indices = [
+        tuple(np.where(ids == 0, 0, starts[c] + np.searchsorted(roots[c], ids)) for c, ids in form)
+        for form in forms
+    ]
+    return _Classes(roots, starts, total, indices)
 
-    row: np.ndarray
-    free: np.ndarray
-    numerator: np.ndarray
-    denominator: np.ndarray
+
+def _matrix(classes: _Classes, solution: Any) -> _Matrix:
+    """Every class in terms of the unknowns that the equations leave free."""
+    entries = []
+    for c, ids in classes.roots.items():
+        which, free, numerator, denominator = solution.of(ids)
+        check_exact([c.numerator, c.denominator])
+        row = classes.starts[c] + which
+        entries.append((row, free, numerator * c.numerator, denominator * c.denominator))
+    empty = np.zeros(0, np.int64)
+    return _Matrix(*(np.concatenate([e[i] for e in entries] + [empty]) for i in range(4)))
+
+
+def _share(leaf: scaling.Leaf, dead: np.ndarray) -> str:
+    """A leaf by name, and how many of its elements are dead unless all are."""
+    size = int(np.prod(leaf.shape))
+    count = int(dead.sum()) * size // dead.size
+    return leaf.name + (f" ({count} of {size} elements)" if count < size else "")
+
+
+def _integers(matrix: _Matrix, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, generator, exponent) of the entries in the columns: integers without common factor.
+
+    2^(Bk) is then a power of two for integer k.
+    """
+    keep = np.isin(matrix.free, columns)
+    rows, free, numerator, denominator = (v[keep] for v in matrix)
+    generator = np.searchsorted(columns, free)
+    multiple = np.ones(len(columns), np.int64)
+    np.lcm.at(multiple, generator, denominator)
+    exponents = numerator * (multiple[generator] // denominator)
+    divisor = np.zeros(len(columns), np.int64)
+    np.gcd.at(divisor, generator, exponents)
+    return rows, generator, check_exact(exponents // divisor[generator])
 
 
 def _generators(

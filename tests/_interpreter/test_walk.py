@@ -1,5 +1,6 @@
 """Walking jaxprs: whatever form jax gives a program, its paths are those of the function."""
 
+import os
 from functools import partial
 
 import jax
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jaxinv
 from jaxinv import UnsupportedOperation, log_path_norm, path_kappa, path_norm, unit_path_norms
 from jaxinv._interpreter import walk
+from jaxinv._interpreter.program import dependent_equations
+from jaxinv.networks import init_mlp, mlp
 
 RNG = np.random.default_rng(0)
 W1, W2, W3 = (RNG.standard_normal((3, 3)).astype(np.float32) for _ in range(3))
@@ -454,3 +458,35 @@ def test_a_call_whose_function_jax_keeps_elsewhere_is_refused_by_name():
     assert len(walk.sub_jaxprs(call, [True])) == 1
     with pytest.raises(UnsupportedOperation, match=r"`\w+`, a call .*\n(.*\n)+.*under none of"):
         walk.sub_jaxprs(call.replace(params={}), [True])
+
+
+def _where(fn, params, x):
+    """The line that a refusal of the path norm names."""
+    with pytest.raises(UnsupportedOperation) as refusal:
+        path_norm(fn, params, x, p=2)
+    (where,) = (line for line in str(refusal.value).splitlines() if "where:" in line)
+    return where
+
+
+def test_a_refusal_names_the_line_of_a_network_of_the_package():
+    params = init_mlp(jax.random.key(0), (3, 4, 2))
+    where = _where(partial(mlp, activation=lambda h: h * h), params, jnp.ones((1, 3)))
+    assert f"{__file__}:" in where  # the activation is the user's
+    where = _where(partial(mlp, activation=jnp.sin), params, jnp.ones((1, 3)))
+    assert "networks.py:" in where and "(mlp)" in where
+
+
+def test_no_operation_is_said_to_be_written_by_the_package_itself():
+    """Where fn calls the package, the line of fn that does is the one to look at."""
+
+    def fn(w, x):
+        return jaxinv.jacobian(lambda w, x: x @ w["kernel"], w, x) * log_path_norm(
+            mlp, {"Dense_0": w}, x
+        )
+
+    traced = walk.trace(fn, {"kernel": jnp.ones((3, 2))}, jnp.ones((1, 3)))
+    lines = {eqn.source for eqn in dependent_equations(traced.jaxpr)}
+    own = os.path.dirname(jaxinv.__file__)
+    assert len(lines) > 1
+    assert all(f"{__file__}:" in line for line in lines if "networks.py" not in line)
+    assert not [line for line in lines if own in line and "networks.py" not in line]

@@ -16,6 +16,7 @@ from jaxinv import (
     networks,
     tangent_kernel,
 )
+from jaxinv._interpreter.walk import trace
 from jaxinv.jacobians import kernel_factors
 
 relu = jax.nn.relu
@@ -146,9 +147,7 @@ def plan(fn, params, x):
     def one(w, example):
         return fn(w, example[None])[0]
 
-    example = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    closed = jax.make_jaxpr(one)(params, example)
-    found = kernel_factors._find_products(closed, len(jax.tree.leaves(params)))
+    found = kernel_factors._find_products(trace(one, params, x[0]))
     names = [path[0].key for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     return {names[p.leaf]: (p.positions, p.inputs, p.outputs) for p in found}
 
@@ -166,6 +165,22 @@ def test_which_kernels_are_factored(x64):
     for name, want in shapes.items():
         fn, leaves, x_shape = NETWORKS[name]
         assert plan(fn, draw(leaves), draw({"x": (1, *x_shape)})["x"]) == want, name
+
+
+def test_the_kernel_of_loops_branches_and_stopped_gradients(x64):
+    """They are differentiated as they are written, and none of their weights is factored."""
+
+    def fn(w, x):
+        _, power = jax.lax.while_loop(
+            lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ s[1]), (0, jnp.full((3, 3), 0.5))
+        )
+        h = x @ power @ w["a"] + x @ jax.lax.stop_gradient(w["b"])
+        return jax.lax.cond(True, lambda h: h @ w["o"], lambda h: h[:, :2], h)
+
+    params, x = draw({"a": (3, 3), "b": (3, 3), "o": (3, 2)}), draw({"x": (4, 3)}, 1)["x"]
+    J = reference(fn, params, x)
+    assert set(plan(fn, params, x)) == {"a"}
+    np.testing.assert_allclose(tangent_kernel(fn, params, x), J @ J.T, rtol=1e-11)
 
 
 def test_every_factored_form_is_exact_also_where_it_saves_nothing(x64, monkeypatch):
