@@ -169,7 +169,7 @@ def train(config: Config, data: datasets.Dataset, width: int, key: Any) -> _Stat
             error,
             loss,
             jnp.where(new, s.epoch + 1, s.first),
-            jax.tree.map(lambda now, then: jnp.where(new, now, then), params, s.at_first),
+            optax.tree.where(new, params, s.at_first),
         )
 
     def unfinished(s: _State) -> jax.Array:

@@ -127,7 +127,7 @@ def teacher(activation: str, sizes: tuple[int, ...]) -> tuple[Network, Params, j
     (104, 2)
     """
     w = init_mlp(jax.random.key(1), sizes, bias_std=0.5)
-    count = 8 * sum(leaf.size for leaf in jax.tree.leaves(w))
+    count = 8 * optax.tree.size(w)
     x = jax.random.normal(jax.random.key(2), (count, sizes[0]))
     return functools.partial(mlp, activation=_ACTIVATIONS[activation]), w, x
 
