@@ -412,12 +412,14 @@ def equivariance_error(
             w, dw, w_state, loss_w = step(in_w, loss, w, w_state)
             theta, dtheta, theta_state, loss_theta = step(in_theta, pulled_back, theta, theta_state)
             # Kept in the carry, so that a step is compiled once and not once more for the first.
-            first = jax.tree.map(lambda new, old: jnp.where(t == 0, new, old), (dw, dtheta), first)
+            first = optax.tree.where(t == 0, (dw, dtheta), first)
             other = reparam(theta)
             f, f_other = outputs(w), outputs(other)
             moved = _difference(f_start, f).absolute, _difference(f_start, f_other).absolute
-            apart = _norm(_minus(w, other))
-            distance = jnp.maximum(_norm(_minus(w, start)), _norm(_minus(other, start)))
+            apart = _norm(optax.tree.sub(w, other))
+            distance = jnp.maximum(
+                _norm(optax.tree.sub(w, start)), _norm(optax.tree.sub(other, start))
+            )
             row = (
                 _quotient(apart, distance),
                 _quotient(_difference(f, f_other).absolute, jnp.maximum(*moved)),
@@ -468,14 +470,10 @@ def by_rescaling(
     return reparam
 
 
-def _minus(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: a - b, a, b)
-
-
 def _norm(tree: PyTree) -> Array:
     return scaled.norm(jax.tree.leaves(tree))
 
 
 def _apart(a: PyTree, b: PyTree) -> Array:
     """‖a − b‖ / max(‖a‖, ‖b‖)."""
-    return _quotient(_norm(_minus(a, b)), jnp.maximum(_norm(a), _norm(b)))
+    return _quotient(_norm(optax.tree.sub(a, b)), jnp.maximum(_norm(a), _norm(b)))

@@ -25,7 +25,7 @@ LEVELS = [
     ("interpreter", {"_interpreter"}),
     ("numerics", {"_numerics"}),
     ("networks", {"networks"}),
-    ("arguments", {"_checks", "_extras", "_text"}),
+    ("arguments", {"_checks", "_extras", "_files", "_text"}),
     ("errors", {"errors", "typing"}),
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

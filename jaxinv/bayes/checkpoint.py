@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinv._files import replacing
 from jaxinv.errors import InvalidInput
 
 _HEADER = "__header__"
@@ -36,21 +35,9 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
 def save(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping[str, Any]) -> None:
     """Write the arrays in one step: a reader sees the old file, or all of the new one."""
     header = json.dumps({"identity": identity, "digest": digest(arrays)}, sort_keys=True)
-    buffer = io.BytesIO()
     text = np.frombuffer(header.encode(), np.uint8)
-    np.savez(buffer, allow_pickle=False, **{_HEADER: text}, **arrays)
-    # Next to the target, because a rename is atomic only within one file system.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 is meant for secrets
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as new, new.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{_HEADER: text}, **arrays)
 
 
 def _check_unpacked(content: bytes) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
 from jaxinv import _checks
@@ -192,7 +193,7 @@ def _mala(
         accept_rate = jnp.where(jnp.isfinite(log_ratio), jnp.exp(jnp.minimum(log_ratio, 0)), 0)
         accepted = jax.random.uniform(accept_key, (), dtype) < accept_rate
         new = (moved, (new_energy, new_found), new_gradient)
-        return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state), accept_rate
+        return optax.tree.where(accepted, new, state), accept_rate
 
     def chain(key: Array) -> tuple[Array, Array, Array]:
         warm_key, run_key = jax.random.split(key)
@@ -343,5 +344,5 @@ def learning_coefficient_bounds(
         0 <= λ <= 1 (rank 0 of 2, certain)
     """
     found = jacobian_rank(whitened(fn, likelihood), params, x, method="svd")
-    count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+    count = optax.tree.size(params)
     return LearningCoefficientBounds(found.rank, count, found.lower == found.rank)

@@ -4,8 +4,9 @@ A module ``jaxinv/experiments/NAME.py`` has these names, and one row in
 :data:`EXPERIMENTS` makes it a command, ``jaxinv reproduce NAME``:
 
 - ``Config``: a dataclass; each field is a flag (see :mod:`jaxinv.experiments.options`);
-- ``run(config, progress, store) -> Result``: the computation, cut into cells: ``store(study,
-  cell, compute)`` returns the cell from ``results.json`` if an earlier run left it there, and else
+- ``run(config, progress, store) -> Result``: made by :func:`jaxinv.experiments.training.driver` of
+  ``run(config, running)``, the computation, cut into cells: ``running.store(study, cell, compute)``
+  returns the cell from ``results.json`` if an earlier run left it there, and else
   computes and writes it; :func:`jaxinv.experiments.resuming.compute` does this for a table of
   cells. A cell is what may be lost when a run is killed, so it should take a minute or two at
   most, and it depends on the ``Config`` and on nothing else. It holds numbers, texts, arrays and
@@ -14,6 +15,9 @@ A module ``jaxinv/experiments/NAME.py`` has these names, and one row in
 - ``table(result) -> Table``: what is printed;
 - ``record(result) -> dict``: what ``results.json`` says next to the cells, such as verdicts;
 - ``plot(result, path)``: the figure, and ``FIGURE``, the name of its file.
+
+What is trained on minibatches of images is loaded, checked, trained and evaluated by
+:mod:`jaxinv.experiments.training`.
 
 The command opens the store, with its lock, checksum and messages, and writes the record and the
 figure; the fields ``out`` and ``jobs`` of a ``Config`` play no part in whose results are whose. A
@@ -74,6 +78,7 @@ EXPERIMENTS = {
 if not TYPE_CHECKING:  # a type checker would take any name for a module
     _ON_DEMAND = {
         "datasets", "ensembles", "files", "options", "report", "resuming", "starts",
+        "training",
         *(experiment.module.rpartition(".")[2] for experiment in EXPERIMENTS.values()),
     }  # fmt: skip
 

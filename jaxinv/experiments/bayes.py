@@ -28,10 +28,11 @@ from jaxinv.bayes import (
     posterior_predictive,
     sample_nuts,
 )
-from jaxinv.experiments import resuming
-from jaxinv.experiments.options import option, out_option, positive_float, positive_int
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Cells, Store
+from jaxinv.experiments import resuming, training
+from jaxinv.experiments.options import count_option, option, out_option, positive_float
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.resuming import Cell, Cells
+from jaxinv.experiments.training import Running
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.reparam import weight_normalize
 from jaxinv.rescaling import RescalingGroup, rescaling_group
@@ -53,16 +54,16 @@ class Config:
     """The network, the data, the chains."""
 
     out: Path = out_option("bayes", FIGURE)
-    hidden: int = option(2, "hidden units", parse=positive_int, metavar="N")
-    examples: int = option(30, "training examples", parse=positive_int, metavar="N")
+    hidden: int = count_option(2, "hidden units")
+    examples: int = count_option(30, "training examples")
     noise: float = option(0.5, "standard deviation of the noise", parse=positive_float)
     prior_scale: float = option(
         1.0, "standard deviation of parameters under the Gaussian prior", parse=positive_float
     )
-    chains: int = option(4, "chains, side by side", parse=positive_int, metavar="N")
-    warmup: int = option(2000, "steps of adaptation", parse=positive_int, metavar="N")
-    draws: int = option(6000, "draws of each chain", parse=positive_int, metavar="N")
-    seed: int = option(1, "of the chains, not of the data", parse=positive_int, metavar="N")
+    chains: int = count_option(4, "chains, side by side")
+    warmup: int = count_option(2000, "steps of adaptation")
+    draws: int = count_option(6000, "draws of each chain")
+    seed: int = count_option(1, "of the chains, not of the data")
 
 
 class Difference(NamedTuple):
@@ -99,13 +100,9 @@ def _fit(x: Any, y: Any, hidden: int) -> Params:
         return ((mlp(w, x) - y) ** 2).mean()
 
     def one(key: Any) -> tuple[Params, Any]:
-        def step(carry: Any, _: Any) -> Any:
-            w, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(w), state, w)
-            return (optax.apply_updates(w, updates), state), None
-
         w = init_mlp(key, (2, hidden, 1), bias=False, dtype=x.dtype)
-        (w, _), _ = jax.lax.scan(step, (w, optimizer.init(w)), None, length=2000)
+        state = optimizer.init(w)
+        w, *_ = training.descend(lambda w, _: loss(w), optimizer, w, state, None, length=2000)
         return w, loss(w)
 
     fits, losses = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), _FITS))
@@ -161,20 +158,9 @@ def _cell(prior: str, kind: str, config: Config) -> Cell:
         }
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Sample all four posteriors.
-
-    Args:
-        config: what to sample.
-        progress: called before each.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     Raises:
         JaxinvError: without the extra ``bayes``.
@@ -183,7 +169,7 @@ def run(
         prior: {kind: partial(_cell, prior, kind, config) for kind in PARAMETRIZATIONS}
         for prior in PRIORS
     }
-    return Result(config, resuming.compute(studies, progress, store))
+    return Result(config, resuming.compute(studies, *running))
 
 
 def difference(cells: Cells) -> Difference:

@@ -23,10 +23,11 @@ import numpy as np
 
 from jaxinv._checks import leaf_names
 from jaxinv._extras import require
-from jaxinv.experiments import datasets, resuming
-from jaxinv.experiments.options import data_option, hidden_option, option, out_option, positive_int
+from jaxinv.experiments import datasets, resuming, training
+from jaxinv.experiments.options import count_option, data_option, hidden_option, option, out_option
 from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Store, Thunks
+from jaxinv.experiments.resuming import Cell, Thunks
+from jaxinv.experiments.training import Running
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.ranks import dead_names, degrees_of_freedom, jacobian_spectrum
 from jaxinv.rescaling import rescaling_group
@@ -59,17 +60,13 @@ class Config:
     data: Path | None = data_option()
     out: Path = out_option("degrees-of-freedom", FIGURE)
     hidden: tuple[int, ...] = hidden_option(32, 32)
-    examples: int = option(
+    examples: int = count_option(
         1000,
         "standard normal inputs, and images of --data (of the digits all 1437 are taken); memory "
         "and time grow with it and with the square of the number of parameters",
-        parse=positive_int,
-        metavar="N",
     )
     bias_std: float = option(0.0, "standard deviation of the biases", parse=spread, metavar="STD")
-    seeds: int = option(
-        1, "networks: those of the seeds 0, ..., K - 1", parse=positive_int, metavar="K"
-    )
+    seeds: int = count_option(1, "networks: those of the seeds 0, ..., K - 1", metavar="K")
 
 
 class Split(NamedTuple):
@@ -103,20 +100,9 @@ class Result(NamedTuple):
     splits: list[Split]
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Split the parameters, d = rank + rescaling + dead + hidden + unseen, and compute the spectra.
-
-    Args:
-        config: which network, on which inputs.
-        progress: called before each spectrum and each split.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`, a :class:`Split` for every network and kind of inputs.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
@@ -141,11 +127,11 @@ def run(
         for i, (name, x) in enumerate(inputs.items()):
 
             def report(part: float, what: str, done: int = seed * len(inputs) + i) -> None:
-                progress((done + part) / total, what)
+                running.progress((done + part) / total, what)
 
             splits[name] = functools.partial(_split, params, x, name, seed, report)
         studies[f"seed {seed}"] = splits
-    cells = resuming.compute(studies, progress, store)
+    cells = resuming.compute(studies, *running)
     return Result(config, sizes, [_read(cell) for row in cells.values() for cell in row.values()])
 
 

@@ -31,9 +31,17 @@ import optax
 from jaxinv._extras import require
 from jaxinv.experiments import datasets, resuming
 from jaxinv.experiments.ensembles import draw, first, parts, ranks
-from jaxinv.experiments.options import data_option, option, out_option, positive_float, positive_int
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
+from jaxinv.experiments.options import (
+    count_option,
+    data_option,
+    option,
+    out_option,
+    positive_float,
+    positive_int,
+)
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.resuming import Cell, Cells, Thunks
+from jaxinv.experiments.training import Running, cross_entropy, descend, driver, shuffled
 from jaxinv.networks import mlp
 from jaxinv.typing import Params
 
@@ -52,7 +60,6 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 _numbers = functools.partial(option, parse=whole_numbers, metavar="N,N,...")
-_number = functools.partial(option, parse=positive_int, metavar="N")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +71,11 @@ class Config:
         "(28×28 images are averaged to 7×7); the digits of scikit-learn are always used",
     )
     out: Path = out_option("discussion", FIGURE)
-    width: int = _number(8, "width of both hidden layers on images")
-    networks: int = _number(3, "networks on images")
-    examples: int = _number(360, "inputs of the networks on images, at most")
-    epochs: int = _number(50, "passes over the training set")
-    draws: int = _number(100, "random networks per cell of the studies draws and depth")
+    width: int = count_option(8, "width of both hidden layers on images")
+    networks: int = count_option(3, "networks on images")
+    examples: int = count_option(360, "inputs of the networks on images, at most")
+    epochs: int = count_option(50, "passes over the training set")
+    draws: int = count_option(100, "random networks per cell of the studies draws and depth")
     parameters: tuple[int, ...] = _numbers(
         (250, 500, 1000), "numbers of parameters, about, of the study shape"
     )
@@ -190,24 +197,22 @@ def _train(
     x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
     sgd = optax.sgd(_RATE)
 
-    def loss(w: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(mlp(w, x), y).mean()
+    def loss(w: Params, rows: jax.Array) -> jax.Array:
+        return cross_entropy(mlp, w, x[rows], y[rows])
 
     @jax.jit
     def epoch(params: Params, order: jax.Array) -> Params:
-        def step(params: Params, rows: jax.Array) -> tuple[Params, None]:
-            gradient = jax.vmap(jax.grad(loss), (0, None, None))(params, x[rows], y[rows])
-            updates, _ = sgd.update(gradient, sgd.init(params))  # plain SGD has no state
-            return optax.apply_updates(params, updates), None
+        # Plain SGD has no state to hand on.
+        one = lambda w: descend(loss, sgd, w, sgd.init(w), order)[0]  # noqa: E731
+        return jax.vmap(one)(params)
 
-        return jax.lax.scan(step, params, order)[0]
-
-    found, steps = {}, len(x) // _BATCH
+    found = {}
     for i in range(epochs[-1] + 1):
         if i in epochs:
-            found[i] = params, jax.vmap(loss, (0, None, None))(params, x, y)
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(4), i), len(x))
-        params = epoch(params, order[: steps * _BATCH].reshape(steps, _BATCH))
+            losses = jax.vmap(lambda w: cross_entropy(mlp, w, x, y))(params)
+            found[i] = params, losses
+        key = jax.random.fold_in(jax.random.key(4), i)
+        params = epoch(params, shuffled(key, len(x), _BATCH))
     return found
 
 
@@ -262,20 +267,9 @@ STUDIES: dict[str, Callable[[Config], Thunks]] = {
 }
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@driver
+def run(config: Config, running: Running) -> Result:
     """Compute every cell that ``store`` does not hold yet.
-
-    Args:
-        config: sizes of the studies.
-        progress: called before each cell.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
@@ -288,7 +282,7 @@ def run(
     (9, 2, 4, True)
     """
     studies = {name: study(config) for name, study in STUDIES.items()}
-    return Result(config, resuming.compute(studies, progress, store))
+    return Result(config, resuming.compute(studies, *running))
 
 
 # --- what is shown --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written in one step, checked when read, locked meanwhile.
+"""JSON files that are whole or not there: written in one step, checked when read, locked meanwhile.
 
 JSON has no NaN and no infinities: they are written as the texts ``"NaN"``, ``"Infinity"`` and
 ``"-Infinity"``, which ``float`` and NumPy read, and :func:`read_json` gives the numbers back. Every
@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,11 +19,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinv._files import WriteFailed, remove_leftovers, replacing
 from jaxinv._text import printable_json
 from jaxinv.errors import InvalidInput, JaxinvError
 
+__all__ = [
+    "FORMAT",
+    "DamagedFile",
+    "InUse",
+    "WriteFailed",
+    "locked",
+    "plain",
+    "read_json",
+    "remove_leftovers",
+    "replacing",
+    "write_json",
+]
+
 FORMAT = 1  # of the JSON files; another number for another meaning of what is in them
-_PART = ".jaxinv-part-"  # in the names of files that are being written
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -32,81 +44,8 @@ class DamagedFile(JaxinvError, ValueError):
     """A file is not what was written, or not of a kind that can be checked."""
 
 
-class WriteFailed(JaxinvError, OSError):
-    """A file could not be written, for instance because the disk is full; the old one is intact."""
-
-
 class InUse(JaxinvError, RuntimeError):
     """Another process is writing to the same directory."""
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file in one step: whenever the process is killed, ``path`` is the old or the new one.
-
-    The body writes to the path it is given, which is next to ``path`` because a rename is atomic
-    only within one file system, and ends as ``path`` does.
-
-    Args:
-        path: the file to make or to replace.
-
-    Yields:
-        the path to write to; after an error it is removed and ``path`` is as it was.
-
-    Raises:
-        WriteFailed: if the operating system refuses, naming ``path`` and why.
-
-    >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
-    >>> with replacing(path) as new:
-    ...     _ = new.write_text("done")
-    >>> path.read_text(), len(list(path.parent.iterdir()))
-    ('done', 1)
-    """
-    try:
-        descriptor, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f"{path.stem}{_PART}", suffix=path.suffix
-        )
-        temporary = Path(name)
-        try:
-            os.close(descriptor)
-            yield temporary
-            # Data before name: else a power cut may leave the new name with nothing in it.
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)  # mkstemp's 0600 is meant for secrets
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise WriteFailed(
-            f"{path}: cannot be written ({error.strerror or error}); what was there before is "
-            "intact. Make room, then run the same command again"
-        ) from error
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    # Not every file system lets a directory be synced, and Windows does not let it be opened.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove what killed processes had begun to write; only for the holder of the lock.
-
-    >>> directory = Path(tempfile.mkdtemp())
-    >>> (directory / "results.jaxinv-part-x1y2.json").touch()
-    >>> remove_leftovers(directory)
-    >>> list(directory.iterdir())
-    []
-    """
-    for path in directory.glob(f"*{_PART}*"):
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -121,6 +60,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         InUse: if another process holds it, or this one does elsewhere.
 
+    >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "lock"
     >>> with locked(path):
     ...     try:
@@ -221,6 +161,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         WriteFailed: if the operating system refuses.
         InvalidInput: if a text is the name of a number that is not finite.
 
+    >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "results.json"
     >>> write_json(path, {"loss": np.array([1.0, np.nan])})
     >>> read_json(path)["loss"], json.loads(path.read_text())["loss"]
@@ -246,6 +187,7 @@ def read_json(path: Path, remedy: str = "remove the file") -> dict[str, Any]:
     Raises:
         DamagedFile: if the file is truncated or changed, without checksum, or of another format.
 
+    >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "results.json"
     >>> write_json(path, {"rank": 3402})
     >>> _ = path.write_text(path.read_text().replace("3402", "3401"))

@@ -16,8 +16,8 @@ import itertools
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +27,20 @@ import numpy as np
 import optax
 
 from jaxinv._extras import require
-from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets
-from jaxinv.experiments.options import data_option, hidden_option, option, out_option, positive_int
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Cells, Store
+from jaxinv.experiments import training
+from jaxinv.experiments.options import (
+    count_option,
+    data_option,
+    hidden_option,
+    option,
+    out_option,
+    positive_int,
+    seeds_option,
+)
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.resuming import Cell, Cells
 from jaxinv.experiments.starts import STARTS, unbalance
+from jaxinv.experiments.training import Running
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.optimizers import data_dependent_path_sgd, natural_gradient, path_metric_sgd, path_sgd
 from jaxinv.reparam import batch_norm_as_reparam, weight_normalize
@@ -96,10 +104,10 @@ class Config:
     data: Path | None = data_option()
     out: Path = out_option("geometry", FIGURE)
     hidden: tuple[int, ...] = hidden_option(64, 64)
-    examples: int = option(6000, "training examples, at most", parse=positive_int, metavar="N")
-    epochs: int = option(10, "passes over them", parse=positive_int, metavar="N")
-    batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
-    seeds: int = option(3, "repetitions, trained side by side", parse=positive_int, metavar="K")
+    examples: int = count_option(6000, "training examples, at most")
+    epochs: int = count_option(10, "passes over them")
+    batch_size: int = count_option(100, "examples per step")
+    seeds: int = seeds_option(3)
     jobs: int = option(1, "methods trained at a time, each in a process", parse=positive_int)
 
 
@@ -114,26 +122,13 @@ class Result(NamedTuple):
 # --- training -------------------------------------------------------------------------
 
 
-def _load(config: Config) -> datasets.Dataset:
-    data = datasets.load(config.data)
-    n = min(config.examples, len(data.x_train))
-    if config.batch_size > n:
-        raise InvalidInput(
-            f"a batch of {config.batch_size} is larger than the training set of {n} examples; "
-            "choose a smaller --batch-size"
-        )
-    return data._replace(
-        x_train=jnp.asarray(data.x_train[:n]), y_train=jnp.asarray(data.y_train[:n])
-    )
-
-
 def _cells(
     name: str, start: str, config: Config, wanted: frozenset[str]
 ) -> Iterator[tuple[str, Cell]]:
     """Train one method from one start at the rates wanted; yields (key, cell) as they come."""
-    method, data = METHODS[name], _load(config)
+    method = METHODS[name]
+    data = training.load(config.data, config.batch_size, config.examples)
     x, y, n = data.x_train, data.y_train, len(data.x_train)
-    steps = n // config.batch_size
     spec = jax.ShapeDtypeStruct((config.batch_size, x.shape[1]), x.dtype)
     sizes = (x.shape[1], *config.hidden, data.num_classes)
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
@@ -148,26 +143,20 @@ def _cells(
     starts = [method.network(mlp, params, spec)[1] for params in starts]
     params = jax.tree.map(lambda *a: jnp.stack(a), *starts)
 
-    def loss(params: Params, x: Any, y: Any) -> Any:
-        return optax.softmax_cross_entropy_with_integer_labels(fn(params, x), y).mean()
-
     def epoch(rate: Any, params: Params, state: Any, order: Any) -> Any:
-        optimizer = optax.with_extra_args_support(method.make(rate, spec))
-
-        def step(carry: Any, rows: Any) -> Any:
-            params, state = carry
-            gradient = jax.grad(loss)(params, x[rows], y[rows])
-            updates, state = optimizer.update(gradient, state, params, batch=x[rows])
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, state), order)[0]
+        return training.descend(
+            lambda params, rows: training.cross_entropy(fn, params, x[rows], y[rows]),
+            optax.with_extra_args_support(method.make(rate, spec)),
+            params,
+            state,
+            order,
+            extra=lambda rows: {"batch": x[rows]},
+        )
 
     def measure(params: Params) -> Any:
         # Batch norm uses the statistics of what it is evaluated on: the whole set.
-        logits = fn(params, data.x_test)
-        wrong = (logits.argmax(axis=-1) != data.y_test).astype(logits.dtype)
-        wrong = jnp.where(jnp.isfinite(logits).all(axis=-1), wrong, jnp.nan)
-        return loss(params, x, y), 100 * wrong.mean()
+        error = training.evaluate(fn, params, data.x_test, data.y_test)[1]
+        return training.cross_entropy(fn, params, x, y), 100 * error
 
     run_epoch = jax.jit(jax.vmap(epoch, in_axes=(None, 0, 0, 0)))
     begin = jax.jit(lambda rate, params: jax.vmap(method.make(rate, spec).init)(params))
@@ -175,35 +164,29 @@ def _cells(
 
     @jax.jit
     def rows_of(i: Any) -> Any:
-        order = jax.vmap(lambda key: jax.random.permutation(jax.random.fold_in(key, i), n))(keys)
-        order = order[:, : steps * config.batch_size]
-        return order.reshape(config.seeds, steps, config.batch_size)
+        shuffled = partial(training.shuffled, examples=n, batch_size=config.batch_size)
+        return jax.vmap(lambda key: shuffled(jax.random.fold_in(key, i)))(keys)
 
-    compiled = False
-    for rate in RATES:
-        key = _key(start, rate)
-        if key not in wanted:
-            continue
-        w, r = params, jnp.asarray(rate, x.dtype)
-        state, seconds = begin(r, w), []
-        curve = [evaluate(w)]
-        if not compiled:
-            jax.block_until_ready(run_epoch(r, w, state, rows_of(0)))  # outside the timing
-            compiled = True
-        for i in range(config.epochs):
-            order = jax.block_until_ready(rows_of(i))
-            then = time.perf_counter()
-            w, state = jax.block_until_ready(run_epoch(r, w, state, order))
-            seconds.append(time.perf_counter() - then)
-            curve.append(evaluate(w))
-        losses, errors = (np.stack(c, axis=1) for c in zip(*curve, strict=True))
+    rates = {_key(start, rate): rate for rate in RATES}
+    chosen = {key: rate for key, rate in rates.items() if key in wanted}
+    for i, (key, rate) in enumerate(chosen.items()):
+        r = jnp.asarray(rate, x.dtype)
+        found = training.train(
+            partial(run_epoch, r),
+            evaluate,
+            params,
+            begin(r, params),
+            map(rows_of, range(config.epochs)),
+            warm_up=i == 0,
+        )
+        losses, errors = (np.stack(c, axis=1) for c in zip(*found.measured, strict=True))
         yield (
             key,
             {
                 "rate": rate,
                 "loss": losses.tolist(),  # (seeds, epochs + 1), of the training set
                 "error": errors.tolist(),  # ditto, of the test set, in percent
-                "seconds": float(np.median(seconds)),  # per epoch, all seeds together
+                "seconds": float(np.median(found.seconds)),  # per epoch, all seeds together
             },
         )
 
@@ -216,20 +199,9 @@ def _task(name: str, start: str, config: Config, wanted: frozenset[str]) -> Cell
     return dict(_cells(name, start, config, wanted))
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Train every method from both starts at every rate that ``store`` does not hold yet.
-
-    Args:
-        config: what to train.
-        progress: called as cells are done.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
@@ -243,8 +215,8 @@ def run(
     >>> key, np.shape(cell["loss"])
     ('balanced, 10', (3, 2))
     """
-    store = Store() if store is None else store
-    data = _load(config)
+    store = running.store
+    data = training.load(config.data, config.batch_size, config.examples)
     total = len(METHODS) * len(STARTS) * len(RATES)
     keys = {start: [_key(start, rate) for rate in RATES] for start in STARTS}
     missing = {
@@ -256,7 +228,7 @@ def run(
 
     def keep(name: str, key: str, cell: Cell) -> None:
         store.keep(name, key, cell)
-        progress(next(done) / total, METHODS[name].label)
+        running.progress(next(done) / total, METHODS[name].label)
 
     tasks = [(*task, frozenset(keys)) for task, keys in missing.items() if keys]
     if config.jobs == 1:

@@ -28,19 +28,20 @@ from jaxinv.capacity import (
     log_spectral_product,
     margins,
 )
-from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets, resuming
+from jaxinv.experiments import datasets, resuming, training
 from jaxinv.experiments.discussion import whole_numbers
 from jaxinv.experiments.options import (
+    count_option,
     data_option,
     option,
     out_option,
     positive_float,
-    positive_int,
     probability,
+    seeds_option,
 )
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Cells, Store
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.resuming import Cell, Cells
+from jaxinv.experiments.training import Running
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.paths import log_path_norm
 from jaxinv.typing import Params
@@ -93,18 +94,18 @@ class Config:
         parse=whole_numbers,
         metavar="N,N,...",
     )
-    examples: int = option(1000, "training examples, at most", parse=positive_int, metavar="N")
-    epochs: int = option(300, "passes over them, at most", parse=positive_int, metavar="N")
+    examples: int = count_option(1000, "training examples, at most")
+    epochs: int = count_option(300, "passes over them, at most")
     loss: float = option(
         0.01,
         "mean cross-entropy on the training set at which to stop, its error being zero",
         parse=positive_float,
         metavar="L",
     )
-    batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
+    batch_size: int = count_option(100, "examples per step")
     lr: float = option(0.05, "learning rate", parse=positive_float, metavar="R")
     momentum: float = option(0.9, "of SGD", parse=probability, metavar="M")
-    seeds: int = option(3, "repetitions, trained side by side", parse=positive_int, metavar="K")
+    seeds: int = seeds_option(3)
 
 
 class Result(NamedTuple):
@@ -149,23 +150,16 @@ def train(config: Config, data: datasets.Dataset, width: int, key: Any) -> _Stat
         the last state.
     """
     x, y, n = jnp.asarray(data.x_train), jnp.asarray(data.y_train), len(data.x_train)
-    steps = n // config.batch_size
     init_key, order_key = jax.random.split(key)
     sgd = optax.sgd(config.lr, momentum=config.momentum)
 
-    def loss(params: Params, x: Any, y: Any) -> Any:
-        return optax.softmax_cross_entropy_with_integer_labels(mlp(params, x), y).mean()
-
-    def step(carry: Any, rows: Any) -> Any:
-        params, momentum = carry
-        gradient = jax.grad(loss)(params, x[rows], y[rows])
-        updates, momentum = sgd.update(gradient, momentum)
-        return (optax.apply_updates(params, updates), momentum), None
+    def batch_loss(params: Params, rows: Any) -> Any:
+        return training.cross_entropy(mlp, params, x[rows], y[rows])
 
     def epoch(s: _State) -> _State:
-        order = jax.random.permutation(jax.random.fold_in(order_key, s.epoch), n)
-        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
-        (params, momentum), _ = jax.lax.scan(step, (s.params, s.momentum), order)
+        key = jax.random.fold_in(order_key, s.epoch)
+        order = training.shuffled(key, n, config.batch_size)
+        params, momentum, _ = training.descend(batch_loss, sgd, s.params, s.momentum, order)
         error, loss = _measure(params, x, y)
         new = (error == 0) & (s.first < 0)
         return _State(
@@ -175,7 +169,7 @@ def train(config: Config, data: datasets.Dataset, width: int, key: Any) -> _Stat
             error,
             loss,
             jnp.where(new, s.epoch + 1, s.first),
-            jax.tree.map(lambda now, then: jnp.where(new, now, then), params, s.at_first),
+            optax.tree.where(new, params, s.at_first),
         )
 
     def unfinished(s: _State) -> jax.Array:
@@ -208,7 +202,7 @@ def cell(config: Config, data: datasets.Dataset, width: int) -> Cell:
     s = jax.jit(jax.vmap(functools.partial(train, config, data, width)))(keys)
 
     def share(params: Params) -> Any:
-        return _measure(params, jnp.asarray(data.x_test), jnp.asarray(data.y_test))[0]
+        return _measure(params, data.x_test, data.y_test)[0]
 
     def measures(params: Params) -> Any:
         x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
@@ -238,30 +232,12 @@ def cell(config: Config, data: datasets.Dataset, width: int) -> Cell:
 
 
 def _load(config: Config) -> datasets.Dataset:
-    data = datasets.load(config.data)
-    n = min(config.examples, len(data.x_train))
-    if config.batch_size > n:
-        raise InvalidInput(
-            f"a batch of {config.batch_size} is larger than the training set of {n} examples; "
-            "choose a smaller --batch-size"
-        )
-    return data._replace(x_train=data.x_train[:n], y_train=data.y_train[:n])
+    return training.load(config.data, config.batch_size, config.examples)
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Train every width that ``store`` does not hold yet.
-
-    Args:
-        config: what to train.
-        progress: called before each width.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
@@ -269,7 +245,7 @@ def run(
     """
     data = _load(config)
     thunks = {str(width): functools.partial(cell, config, data, width) for width in config.hidden}
-    return Result(config, data.name, resuming.compute({STUDY: thunks}, progress, store))
+    return Result(config, data.name, resuming.compute({STUDY: thunks}, *running))
 
 
 # --- what is shown --------------------------------------------------------------------

@@ -25,18 +25,17 @@ import numpy as np
 import optax
 
 from jaxinv._extras import require
-from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets, resuming
+from jaxinv.experiments import resuming, training
 from jaxinv.experiments.options import (
+    count_option,
     data_option,
     hidden_option,
     option,
     out_option,
     positive_float,
-    positive_int,
 )
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Store
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.training import Running
 from jaxinv.invariance import by_rescaling, equivariance_error
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.optimizers import path_sgd
@@ -117,8 +116,8 @@ class Config:
     data: Path | None = data_option()
     out: Path = out_option("invariance", FIGURE)
     hidden: tuple[int, ...] = hidden_option(32, 32)
-    batch_size: int = option(100, "examples that define the loss", parse=positive_int, metavar="N")
-    steps: int = option(10, "length of the compared trajectories", parse=positive_int, metavar="N")
+    batch_size: int = count_option(100, "examples that define the loss")
+    steps: int = count_option(10, "length of the compared trajectories")
     lr: float = option(
         0.001, "learning rate of every optimizer", parse=positive_float, metavar="RATE"
     )
@@ -150,31 +149,15 @@ def general(theta: Params) -> Params:
     return jax.tree.map(lambda t: t + _CURVATURE * jnp.sinh(t), theta)
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Measure every optimizer under both reparametrisations.
-
-    Args:
-        config: which network, on what.
-        progress: called before each measurement.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
         InvalidInput: if the batch is larger than the training set.
     """
-    data = datasets.load(config.data)
-    if config.batch_size > len(data.x_train):
-        raise InvalidInput(
-            f"a batch of {config.batch_size} is larger than the training set "
-            f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
-        )
+    data = training.load(config.data, config.batch_size)
     # Optax itself mixes dtypes: its counters are integers.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         x = jnp.asarray(data.x_train[: config.batch_size], jnp.float64)
@@ -191,7 +174,7 @@ def run(
             }
             for name, make in optimizers().items()
         }
-        cells = resuming.compute(thunks, progress, store)
+        cells = resuming.compute(thunks, *running)
     errors = {
         name: {kind: Errors(**cell) for kind, cell in kinds.items()}
         for name, kinds in cells.items()
@@ -215,7 +198,7 @@ def _measure(
     config: Config,
 ) -> dict[str, float]:
     def loss(params: Params) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(mlp(params, x), y).mean()
+        return training.cross_entropy(mlp, params, x, y)
 
     def optimizer(network: Network) -> Any:
         # A rescaled network is the network itself: the algorithm runs on it from another point.

@@ -35,10 +35,11 @@ from jaxinv.bayes import (
     local_learning_coefficient,
     rlct,
 )
-from jaxinv.experiments import datasets, resuming
-from jaxinv.experiments.options import option, out_option, positive_int
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Cells, Store, Thunks
+from jaxinv.experiments import datasets, resuming, training
+from jaxinv.experiments.options import count_option, out_option
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.resuming import Cell, Cells, Thunks
+from jaxinv.experiments.training import Running
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.typing import Network, Params
 
@@ -68,17 +69,13 @@ class Config:
     """How long to sample."""
 
     out: Path = out_option("learning-coefficient", FIGURE)
-    chains: int = option(16, "chains of each estimate", parse=positive_int, metavar="N")
-    steps: int = option(
+    chains: int = count_option(16, "chains of each estimate")
+    steps: int = count_option(
         20000,
         "steps of a chain; deep and growing models take three times, crossings ten times as many",
-        parse=positive_int,
-        metavar="N",
     )
-    hidden: int = option(
-        8, "hidden units of the network trained on digits", parse=positive_int, metavar="N"
-    )
-    epochs: int = option(500, "passes of its training", parse=positive_int, metavar="N")
+    hidden: int = count_option(8, "hidden units of the network trained on digits")
+    epochs: int = count_option(500, "passes of its training")
 
 
 class Result(NamedTuple):
@@ -130,7 +127,7 @@ def teacher(activation: str, sizes: tuple[int, ...]) -> tuple[Network, Params, j
     (104, 2)
     """
     w = init_mlp(jax.random.key(1), sizes, bias_std=0.5)
-    count = 8 * sum(leaf.size for leaf in jax.tree.leaves(w))
+    count = 8 * optax.tree.size(w)
     x = jax.random.normal(jax.random.key(2), (count, sizes[0]))
     return functools.partial(mlp, activation=_ACTIVATIONS[activation]), w, x
 
@@ -187,17 +184,12 @@ def _trained(config: Config) -> Cell:
     adam = optax.adam(0.01)
 
     def loss(w: Params, batch: Any) -> jax.Array:
-        x, y = batch
-        return optax.softmax_cross_entropy_with_integer_labels(mlp(w, x), y).mean()
+        return training.cross_entropy(mlp, w, *batch)
 
     @jax.jit
     def train(w: Params) -> Params:
-        def step(carry: Any, _: None) -> Any:
-            w, state = carry
-            updates, state = adam.update(jax.grad(loss)(w, (x, y)), state, w)
-            return (optax.apply_updates(w, updates), state), None
-
-        return jax.lax.scan(step, (w, adam.init(w)), None, length=config.epochs)[0][0]
+        whole = lambda w, _: loss(w, (x, y))  # noqa: E731
+        return training.descend(whole, adam, w, adam.init(w), None, length=config.epochs)[0]
 
     w = train(w)
     found = local_learning_coefficient(
@@ -255,20 +247,9 @@ def cells(config: Config) -> dict[str, Thunks]:
     }  # fmt: skip
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Compute every cell that ``store`` does not hold yet.
-
-    Args:
-        config: how long to sample.
-        progress: called before each cell.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     All of it takes minutes; one cell alone:
 
@@ -276,7 +257,7 @@ def run(
     >>> cell["exact"], cell["rank"], cell["parameters"], 0 < cell["value"] < 1
     ('1/2', 0, 8, True)
     """
-    return Result(config, resuming.compute(cells(config), progress, store))
+    return Result(config, resuming.compute(cells(config), *running))
 
 
 # --- what is shown --------------------------------------------------------------------

@@ -55,6 +55,16 @@ def out_option(experiment: str, figure: str) -> Any:
     return option(default, help, parse=directory, metavar="DIR")
 
 
+def count_option(default: int, help: str, *, metavar: str = "N") -> Any:
+    """Declare a field that holds a whole number of 1 or more."""
+    return option(default, help, parse=positive_int, metavar=metavar)
+
+
+def seeds_option(default: int) -> Any:
+    """Declare the field ``seeds``: how many times all of it is done, side by side."""
+    return count_option(default, "repetitions, trained side by side", metavar="K")
+
+
 def hidden_option(*default: int) -> Any:
     """Declare the field ``hidden``: the widths of the hidden layers."""
     return option(default, "widths of the hidden layers", parse=widths, metavar="N,N,...")

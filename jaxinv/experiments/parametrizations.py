@@ -19,23 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxinv._extras import require
-from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets, resuming
+from jaxinv.experiments import datasets, resuming, training
 from jaxinv.experiments.options import (
+    count_option,
     data_option,
     hidden_option,
     option,
     out_option,
     positive_float,
-    positive_int,
 )
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Store, Thunks
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.resuming import Cell, Thunks
+from jaxinv.experiments.training import Running
 from jaxinv.invariance import function_invariance_error
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.reparam import project_to_unit_norm, tangent_gradient, weight_normalize
@@ -56,8 +55,8 @@ class Config:
     data: Path | None = data_option()
     out: Path = out_option("parametrizations", FIGURE)
     hidden: tuple[int, ...] = hidden_option(64, 64)
-    epochs: int = option(20, "passes over the training set", parse=positive_int, metavar="N")
-    batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
+    epochs: int = count_option(20, "passes over the training set")
+    batch_size: int = count_option(100, "examples per step")
     lr: float = option(0.1, "learning rate of SGD", parse=positive_float, metavar="RATE")
 
 
@@ -94,33 +93,15 @@ class Result(NamedTuple):
     networks: dict[str, Comparison]  # [activation]
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Train every parametrisation on the same minibatches.
-
-    Args:
-        config: what to train.
-        progress: called before each training.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
         InvalidInput: if the batch is larger than the training set.
     """
-    data = datasets.load(config.data)
-    if config.batch_size > len(data.x_train):
-        raise InvalidInput(
-            f"a batch of {config.batch_size} is larger than the training set "
-            f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
-        )
-    x_train, y_train, x_test, y_test = map(jnp.asarray, data[1:5])
-    data = data._replace(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    data = training.load(config.data, config.batch_size)
     sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
     start = init_mlp(jax.random.key(0), sizes)
     # Which weights lead into which unit is the same for every activation.
@@ -135,7 +116,7 @@ def run(
             for kind, version in versions.items()
         }
     networks = {}
-    for name, cells in resuming.compute(studies, progress, store).items():
+    for name, cells in resuming.compute(studies, *running).items():
         first = cells[PARAMETRIZATIONS[0]]
         curves = {
             kind: Curves(
@@ -197,42 +178,27 @@ def _difference(
 def _train(
     fn: Network, params: Params, optimizer: Any, data: datasets.Dataset, config: Config
 ) -> tuple[Params, np.ndarray, np.ndarray]:
-    n = len(data.x_train)
-    steps = n // config.batch_size
+    x, y, n = data.x_train, data.y_train, len(data.x_train)
 
     @jax.jit
-    def epoch(params: Params, state: Any, x: jax.Array, y: jax.Array, order: jax.Array) -> Any:
-        def step(carry: Any, rows: jax.Array) -> Any:
-            params, state = carry
+    def epoch(x: Any, y: Any, params: Params, state: Any, order: Any) -> Any:
+        def loss(params: Params, rows: jax.Array) -> jax.Array:
+            return training.cross_entropy(fn, params, x[rows], y[rows])
 
-            def loss(params: Params) -> jax.Array:
-                logits = fn(params, x[rows])
-                return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
+        return training.descend(loss, optimizer, params, state, order)
 
-            value, gradient = jax.value_and_grad(loss)(params)
-            updates, state = optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), value
-
-        return jax.lax.scan(step, (params, state), order)
-
-    state, losses = optimizer.init(params), []
-    errors = [_evaluate(fn, params, data.x_test, data.y_test)[1]]
-    for i in range(config.epochs):
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(1), i), n)
-        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
-        (params, state), loss = epoch(params, state, data.x_train, data.y_train, order)
-        losses.append(loss)
-        errors.append(_evaluate(fn, params, data.x_test, data.y_test)[1])
-    return params, np.concatenate(losses), 100 * np.array(errors)
+    keys = (jax.random.fold_in(jax.random.key(1), i) for i in range(config.epochs))
+    found = training.train(
+        partial(epoch, x, y),
+        lambda params: _evaluate(fn, params, data.x_test, data.y_test)[1],
+        params,
+        optimizer.init(params),
+        (training.shuffled(key, n, config.batch_size) for key in keys),
+    )
+    return found.params, np.concatenate(found.losses), 100 * np.array(found.measured)
 
 
-@partial(jax.jit, static_argnums=0)
-def _evaluate(fn: Network, params: Params, x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
-    """Compute the mean cross-entropy and the error rate; NaN where logits are not finite."""
-    logits = fn(params, x)
-    wrong = (logits.argmax(axis=-1) != y).astype(logits.dtype)
-    wrong = jnp.where(jnp.isfinite(logits).all(axis=-1), wrong, jnp.nan)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), wrong.mean()
+_evaluate = jax.jit(training.evaluate, static_argnums=0)
 
 
 def table(result: Result) -> Table:

@@ -11,8 +11,7 @@ curve from both. Figure 3 and section 5 of Neyshabur, Salakhutdinov & Srebro,
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,22 +22,24 @@ import numpy as np
 import optax
 
 from jaxinv._extras import require
-from jaxinv.errors import InvalidInput
-from jaxinv.experiments import datasets
+from jaxinv.experiments import datasets, training
 from jaxinv.experiments.options import (
+    count_option,
     data_option,
     hidden_option,
     option,
     out_option,
     positive_float,
-    positive_int,
     probability,
+    seeds_option,
 )
-from jaxinv.experiments.report import Progress, Table
-from jaxinv.experiments.resuming import Cell, Store
-from jaxinv.experiments.starts import STARTS, Params, unbalance
+from jaxinv.experiments.report import Table
+from jaxinv.experiments.resuming import Cell
+from jaxinv.experiments.starts import STARTS, unbalance
+from jaxinv.experiments.training import Running
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.optimizers import path_sgd
+from jaxinv.typing import Params
 
 FIGURE = "curves.png"
 TUNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -78,9 +79,9 @@ class Config:
     dropout: float = option(
         0.0, "probability of dropping a hidden unit", parse=probability, metavar="P"
     )
-    epochs: int = option(20, "passes over the training set", parse=positive_int, metavar="N")
-    batch_size: int = option(100, "examples per step", parse=positive_int, metavar="N")
-    seeds: int = option(1, "repetitions, trained side by side", parse=positive_int, metavar="K")
+    epochs: int = count_option(20, "passes over the training set")
+    batch_size: int = count_option(100, "examples per step")
+    seeds: int = seeds_option(1)
     lr_sgd: float | None = _rate("learning rate of SGD")
     lr_adagrad: float | None = _rate("learning rate of AdaGrad")
     lr_adam: float | None = _rate("learning rate of Adam")
@@ -111,23 +112,12 @@ class Result(NamedTuple):
     curves: dict[str, dict[str, Curves]]  # [optimizer][start]
 
 
-def run(
-    config: Config,
-    progress: Progress = lambda fraction, what: None,
-    store: Store | None = None,
-) -> Result:
+@training.driver
+def run(config: Config, running: Running) -> Result:
     """Train every optimizer from both starts.
 
     Both starts, and all optimizers, see the same initial function, the same
     minibatches and the same dropout masks.
-
-    Args:
-        config: what to train.
-        progress: called after each epoch.
-        store: what holds the cells, by default nothing but memory.
-
-    Returns:
-        the :class:`Result`.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
@@ -137,13 +127,7 @@ def run(
     >>> result.curves["sgd"]["balanced"].step_loss.shape
     (1, 14)
     """
-    data = datasets.load(config.data)
-    if config.batch_size > len(data.x_train):
-        raise InvalidInput(
-            f"a batch of {config.batch_size} is larger than the training set "
-            f"({len(data.x_train)} images of {data.name}); choose a smaller --batch-size"
-        )
-    data = data._replace(x_train=jnp.asarray(data.x_train), y_train=jnp.asarray(data.y_train))
+    data = training.load(config.data, config.batch_size)
     starts = _starts(data, config)
     minibatches = _minibatches(data, config)
     trainers = {name: _trainer(row, data, minibatches, config) for name, row in OPTIMIZERS.items()}
@@ -152,19 +136,18 @@ def run(
     # The curve of a tuned rate from the balanced start is one of those it was chosen from.
     num_runs = len(STARTS) * len(OPTIMIZERS) + (len(TUNING_RATES) - 1) * len(to_tune)
     trained: set[tuple[str, str, float]] = set()
-    store = Store() if store is None else store
 
     def train(name: str, start: str, rate: float) -> Curves:
         what = f"{OPTIMIZERS[name].label}, {start} start, learning rate {rate:g}"
 
         def after_epoch(epochs: int) -> None:
             runs = len(trained) + epochs / config.epochs
-            progress(runs / num_runs, what)
+            running.progress(runs / num_runs, what)
 
         def compute() -> Cell:
             return trainers[name](starts[start], rate, after_epoch)._asdict()
 
-        cell = store(name, f"{start}, {rate!r}", compute)
+        cell = running.store(name, f"{start}, {rate!r}", compute)
         trained.add((name, start, rate))
         arrays = {field: np.array(cell[field]) for field in Curves._fields[:3]}
         return Curves(**arrays, seconds_per_step=cell["seconds_per_step"])
@@ -214,18 +197,11 @@ def _trainer(
     def segment(
         rate: jax.Array, x: jax.Array, y: jax.Array, params: Params, state: Any, minibatches: Any
     ) -> tuple[Params, Any, jax.Array]:
-        transform = optimizer.make(rate, spec)
-
-        def step(carry: Any, minibatch: Any) -> Any:
-            params, state = carry
+        def loss(params: Params, minibatch: Any) -> Any:
             rows, key = minibatch
-            loss_fn = partial(_loss, key=key, dropout=config.dropout)
-            loss, gradient = jax.value_and_grad(loss_fn)(params, x[rows], y[rows])
-            updates, state = transform.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), loss
+            return _loss(params, x[rows], y[rows], key=key, dropout=config.dropout)
 
-        (params, state), losses = jax.lax.scan(step, (params, state), minibatches)
-        return params, state, losses
+        return training.descend(loss, optimizer.make(rate, spec), params, state, minibatches)
 
     # The learning rate is an argument, so that tuning compiles once, not once per rate.
     run_segment = jax.jit(jax.vmap(segment, in_axes=(None, None, None, 0, 0, 0)))
@@ -233,26 +209,27 @@ def _trainer(
 
     def train(params: Params, learning_rate: float, after_epoch: Callable[[int], None]) -> Curves:
         rate = jnp.asarray(learning_rate, x.dtype)
-        state = init_state(rate, params)
-        losses, seconds = [], []
-        errors = [_evaluate_seeds(params, data.x_test, data.y_test)[1]]
-        for epoch in range(config.epochs):
-            order, dropout_keys = minibatches(epoch)
-            for i in range(order.shape[1]):
-                inputs = (rate, x, y, params, state, (order[:, i], dropout_keys[:, i]))
-                if epoch == i == 0:
-                    jax.block_until_ready(run_segment(*inputs))  # compiles, outside the timing
-                begin = time.perf_counter()
-                params, state, loss = jax.block_until_ready(run_segment(*inputs))
-                seconds.append(time.perf_counter() - begin)
-                losses.append(loss)
-                errors.append(_evaluate_seeds(params, data.x_test, data.y_test)[1])
-            after_epoch(epoch + 1)
+
+        def segments() -> Iterator[tuple[jax.Array, jax.Array]]:
+            for epoch in range(config.epochs):
+                order, dropout_keys = minibatches(epoch)
+                for i in range(order.shape[1]):
+                    yield order[:, i], dropout_keys[:, i]
+                after_epoch(epoch + 1)
+
+        found = training.train(
+            partial(run_segment, rate, x, y),
+            lambda params: _evaluate_seeds(params, data.x_test, data.y_test)[1],
+            params,
+            init_state(rate, params),
+            segments(),
+            warm_up=True,
+        )
         return Curves(
-            step_loss=np.concatenate(losses, axis=1),
-            test_error=100 * np.stack(errors, axis=1),
-            final_loss=np.asarray(_evaluate_seeds(params, x, y)[0]),
-            seconds_per_step=float(np.median(seconds)) / losses[0].shape[1],
+            step_loss=np.concatenate(found.losses, axis=1),
+            test_error=100 * np.stack(found.measured, axis=1),
+            final_loss=np.asarray(_evaluate_seeds(found.params, x, y)[0]),
+            seconds_per_step=float(np.median(found.seconds)) / found.losses[0].shape[1],
         )
 
     return train
@@ -273,7 +250,7 @@ def _minibatches(
 
     def one_seed(key: jax.Array, epoch: jax.Array) -> tuple[jax.Array, jax.Array]:
         order_key, dropout_key = jax.random.split(jax.random.fold_in(key, epoch))
-        order = jax.random.permutation(order_key, n)[: steps * config.batch_size]
+        order = training.shuffled(order_key, n, config.batch_size)
         order = order.reshape(segments, steps // segments, config.batch_size)
         return order, jax.random.split(dropout_key, order.shape[:2])
 
@@ -302,17 +279,10 @@ def _loss(params: Params, x: jax.Array, y: jax.Array, *, key: jax.Array, dropout
 
 
 def _evaluate(params: Params, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute the mean cross-entropy and the error rate, without dropout.
-
-    Logits that are not finite predict nothing, so their error rate is NaN
-    rather than that of whatever class argmax happens to return.
-    """
+    """Compute the mean cross-entropy and the error rate, without dropout."""
 
     def one(example: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = mlp(params, example[0][None])[0]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, example[1])
-        wrong = (logits.argmax() != example[1]).astype(logits.dtype)
-        return loss, jnp.where(jnp.isfinite(logits).all(), wrong, jnp.nan)
+        return training.evaluate(mlp, params, example[0][None], example[1][None])
 
     loss, wrong = jax.lax.map(one, (x, y), batch_size=_EVALUATION_CHUNK)
     return loss.mean(), wrong.mean()

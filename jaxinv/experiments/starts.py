@@ -1,7 +1,13 @@
 """Two starts of one network: the same function, near and far from balance."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxinv.networks import mlp
+from jaxinv.rescaling import random_rescaling, rescale, rescaling_group
 
 Params = dict[str, dict[str, jax.Array]]
 
@@ -16,6 +22,10 @@ def unbalance(key: jax.Array, params: Params) -> Params:
     outgoing weights divided by s, with s = 10·exp(N(0, 1)) drawn for each
     unit. ReLU(s·a)/s = ReLU(a), so the network computes what it did.
 
+    The committed results of the experiments path-sgd and geometry are of
+    another draw of the same distribution: from the same seed they began at
+    other unbalanced starts.
+
     Args:
         key: a PRNG key.
         params: the parameters of :func:`jaxinv.networks.mlp`.
@@ -26,24 +36,21 @@ def unbalance(key: jax.Array, params: Params) -> Params:
     References:
         Neyshabur et al. 2015, arXiv:1506.02617, section 5.
 
-    >>> from jaxinv.networks import init_mlp, mlp
+    >>> from jaxinv.networks import init_mlp
     >>> params = init_mlp(jax.random.key(0), (3, 8, 1))
     >>> x = jnp.ones((2, 3))
     >>> moved = unbalance(jax.random.key(1), params)
     >>> bool(jnp.allclose(mlp(moved, x), mlp(params, x), rtol=1e-5))
     True
     """
-    params = {name: dict(layer) for name, layer in params.items()}
-    for i in range(len(params) - 1):
-        key, unit_key, scale_key = jax.random.split(key, 3)
-        layer, following = params[f"Dense_{i}"], params[f"Dense_{i + 1}"]
-        width = layer["kernel"].shape[1]
-        count = max(1, min(128, width // 4))
-        units = jax.random.choice(unit_key, width, (count,), replace=False)
-        dtype = layer["kernel"].dtype
-        scales = 10 * jnp.exp(jax.random.normal(scale_key, (count,), dtype))
-        s = jnp.ones(width, dtype).at[units].set(scales)
-        for name in layer:  # kernel (in, width) and bias (width,) both end in the unit's axis
-            layer[name] = layer[name] * s
-        following["kernel"] = following["kernel"] / s[:, None]
-    return params
+    kernels = [params[f"Dense_{i}"]["kernel"] for i in range(len(params))]
+    dtype = kernels[0].dtype
+    group = rescaling_group(mlp, params, jax.ShapeDtypeStruct((1, kernels[0].shape[0]), dtype))
+    widths = collections.Counter(group.layers)
+    counts = np.array([max(1, min(128, widths[layer] // 4)) for layer in group.layers])
+    u = jnp.zeros(group.dim, dtype)
+    for units in set(counts.tolist()):
+        of_units = jax.random.fold_in(key, units)
+        drawn = random_rescaling(group, of_units, kind="unbalanced", units=units, dtype=dtype)
+        u = jnp.where(counts == units, drawn, u)
+    return rescale(group, params, u)

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from jaxinv._checks import check_like, check_params, integer, one_of, real
@@ -306,7 +307,7 @@ def natural_gradient_direction(
     dtypes = jax.tree.map(lambda a: a.dtype, gradient)
     # The solution of a linear equation is differentiated as such, not step by step.
     v, found = lax.custom_linear_solve(damped, gradient, solve, symmetric=True, has_aux=True)
-    return found._replace(v=jax.tree.map(lambda a, w: a.astype(w.dtype), v, params))
+    return found._replace(v=optax.tree.cast_like(v, params))
 
 
 def check_options(
@@ -410,7 +411,7 @@ def _conjugate_residuals(
     g, size = gradient, _norm(gradient)
     tol = jnp.asarray(tol, dtype=size.dtype)
     Ag = A(g)
-    start = jax.tree.map(jnp.zeros_like, g)
+    start = optax.tree.zeros_like(g)
     top = _quotient(_norm(Ag), size)
     carry = (jnp.zeros((), jnp.int32), start, g, g, Ag, Ag, _dot(g, Ag), top)
     k, v, *_ = lax.while_loop(open_, step, carry)
@@ -427,8 +428,7 @@ def _conjugate_residuals(
     return NaturalGradient(v, jnp.full((), -1, jnp.int32), _quotient(_norm(r), size), k)
 
 
-def _plus(a: PyTree, factor: Array | int, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: a + factor * b, a, b)
+_plus = optax.tree.add_scale  # (a, factor, b) -> a + factor·b
 
 
 def _dot(a: PyTree, b: PyTree) -> Array:

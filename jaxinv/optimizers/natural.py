@@ -128,7 +128,7 @@ def scale_by_natural_gradient(
             max_iterations=max_iterations,
             tol=tol,
         )
-        v = jax.tree.map(lambda a, u: a.astype(u.dtype), found.v, updates)
+        v = optax.tree.cast_like(found.v, updates)
         count = optax.safe_increment(state.count)
         residual = found.residual.astype(state.residual.dtype)
         return v, ScaleByNaturalGradientState(count, found.rank, residual, found.iterations)

@@ -319,7 +319,7 @@ def scale_by_path_metric(
             tol=tol,
             damping=damping,
         )
-        v = jax.tree.map(lambda a, u: a.astype(u.dtype), solved.v, updates)
+        v = optax.tree.cast_like(solved.v, updates)
         residual = solved.residual.astype(state.residual.dtype)
         return v, ScaleByPathMetricState(optax.safe_increment(state.count), residual)
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxinv._checks import real
 from jaxinv._interpreter.walk import Equation
@@ -321,4 +322,4 @@ def moving_average(
         >>> moving_average([old], [new], momentum=0.75)[0].mean.item()
         0.25
     """
-    return jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, tuple(running), tuple(new))
+    return optax.tree.update_moment(tuple(new), tuple(running), momentum, 1)

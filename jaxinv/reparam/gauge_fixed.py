@@ -212,7 +212,7 @@ def project_to_unit_norm(group: RescalingGroup) -> optax.GradientTransformationE
         checked_leaves(group, params, "params")
         checked_leaves(group, updates, "updates")
         target = normalize(group, optax.apply_updates(params, updates)).params
-        return jax.tree.map(lambda new, old: new - old, target, params), state
+        return optax.tree.sub(target, params), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 

@@ -1,7 +1,9 @@
 """Chains against known laws, and their checkpoints against an interrupted and a damaged run."""
 
+import errno
 import io
 import json
+import os
 import sys
 import tracemalloc
 import zipfile
@@ -14,7 +16,7 @@ import pytest
 from jaxinv import InvalidInput
 from jaxinv.bayes import checkpoint as _checkpoint
 from jaxinv.bayes import diagnostics, dispersed_starts, sample_nuts, sample_sgld
-from jaxinv.errors import MissingExtra
+from jaxinv.errors import JaxinvError, MissingExtra
 
 pytestmark = pytest.mark.usefixtures("standard_dtype_promotion")
 
@@ -235,3 +237,17 @@ def test_checkpoints_that_nobody_here_wrote_are_damage(tmp_path):
         _checkpoint.load(path, {})
     assert tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "start.npz"
+    _checkpoint.save(path, {"0": np.zeros(3)}, {})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JaxinvError, match=r"start.npz: cannot be written \(No space left"):
+        _checkpoint.save(path, {"0": np.ones(3)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["start.npz"]
+    assert (_checkpoint.load(path, {})["0"] == 0).all()
