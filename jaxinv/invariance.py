@@ -482,3 +482,14 @@ def _norm(tree: PyTree) -> Array:
 def _apart(a: PyTree, b: PyTree) -> Array:
     """‖a − b‖ / max(‖a‖, ‖b‖)."""
     return _quotient(_norm(_minus(a, b)), jnp.maximum(_norm(a), _norm(b)))
+
+
+__all__ = [
+    "EquivarianceError",
+    "FunctionError",
+    "GradientOrthogonality",
+    "by_rescaling",
+    "equivariance_error",
+    "function_invariance_error",
+    "gradient_orthogonality",
+]
