@@ -1,10 +1,10 @@
 """What the site needs beyond mkdocs: executed notebooks, MathML, tables from results, checks."""
 
-import ast
 import hashlib
 import json
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from html import unescape as html_unescape
@@ -29,54 +29,48 @@ CACHE = ROOT / "build" / "notebooks"
 # What the outputs of a notebook and their markdown depend on.
 SHOWN_BY = "jax jaxlib flax optax numpy matplotlib scikit-learn nbconvert".split()
 
-# Of these no name is promised to users.
-NOT_REFERENCE = {"__init__", "cli", "experiments", "pages"}
-
-
 # --- the interface --------------------------------------------------------------------
 
 
-def public_names() -> set[str]:
-    """The full names of all functions and classes that users may rely on, where they are defined.
+def public_names() -> dict[str, str]:
+    """What the tests record: every public name, and the full name where it is defined."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return import_module("tests.api").public_names()
 
-    Of a package that is what its face hands on, of a single file what is defined in it.
-    """
-    names = set()
-    for path in (ROOT / "jaxinv").iterdir():
-        if path.stem.startswith("_") or path.stem in NOT_REFERENCE:
-            continue
-        if (face := path / "__init__.py").exists():
-            imports = [n for n in ast.parse(face.read_text()).body if isinstance(n, ast.ImportFrom)]
-            names |= {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
-        elif path.suffix == ".py":
-            module = import_module(f"jaxinv.{path.stem}")
-            for name, value in vars(module).items():
-                own = getattr(value, "__module__", None) == module.__name__
-                if own and callable(value) and not name.startswith("_"):
-                    names.add(f"{module.__name__}.{name}")
-    return names
+
+def reference() -> set[str]:
+    """The full names of all that users may rely on, where they are defined."""
+    return set(public_names().values())
 
 
 def short_names() -> dict[str, str]:
     """What a name in backticks refers to, for names that belong to one thing only."""
     found: dict[str, str] = {}
-    for full in sorted(public_names()):
+    for public, full in public_names().items():
         name = full.rpartition(".")[2]
-        face = ".".join(full.split(".")[:2])  # of the package, or the file itself
-        for short in {full, full.removeprefix("jaxinv."), f"{face}.{name}", name}:
+        for short in {
+            public,
+            public.removeprefix("jaxinv."),
+            full,
+            full.removeprefix("jaxinv."),
+            name,
+        }:
             found[short] = full if found.get(short, full) == full else ""
-    for name in jaxinv.__all__:
-        value = getattr(jaxinv, name)
-        found[name] = found[f"jaxinv.{name}"] = f"{value.__module__}.{name}"
+    found |= {f"jaxinv.{name}": public_names()[f"jaxinv.{name}"] for name in jaxinv.__all__}
+    found |= {name: found[f"jaxinv.{name}"] for name in jaxinv.__all__}
     return {short: full for short, full in found.items() if full}
 
 
 def on_post_build(config: Any) -> None:
     """Fail unless every public name has a docstring and a place on a page of the reference."""
     pages = "".join(p.read_text() for p in Path(config["site_dir"], "reference").rglob("*.html"))
-    for full in sorted(public_names()):
+    for full in sorted(reference()):
         module, _, name = full.rpartition(".")
-        if not getattr(import_module(module), name).__doc__:
+        alias = (
+            module == "jaxinv.typing"
+        )  # holds no docstring; the page shows what is written below
+        if not alias and not getattr(import_module(module), name).__doc__:
             raise PluginError(f"{full} has no docstring")
         if f'id="{full}"' not in pages:
             raise PluginError(f"{full} is public, but on no page under docs/reference")
@@ -90,7 +84,7 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite every docstring of the package."""
-        links, public = short_names(), public_names()
+        links, public = short_names(), reference()
         shown = {full.rpartition(".")[0] for full in public}
         for thing in _walk(pkg):
             if thing.docstring is not None:

@@ -128,13 +128,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from jaxinv import adapters as adapters
     from jaxinv import cli as cli
     from jaxinv import experiments as experiments
     from jaxinv import inspection as inspection
     from jaxinv import networks as networks
     from jaxinv import pages as pages
 else:  # a type checker would take any name for a module
-    _ON_DEMAND = ("cli", "experiments", "inspection", "networks", "pages")
+    _ON_DEMAND = ("adapters", "cli", "experiments", "inspection", "networks", "pages")
 
     def __getattr__(name: str) -> ModuleType:
         """A module that nothing above needs, imported when it is first asked for."""

@@ -7,6 +7,7 @@ be, what an option must be, and what becomes of an exception that the user's fun
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -111,8 +112,8 @@ def _in_memory(leaf: jax.Array) -> bool:
 
 
 _ONLY_FLOATS = (
-    "Pass only the float leaves as params and close over the others "
-    "(flax nnx: nnx.split(model, nnx.Param, ...); equinox: eqx.partition)."
+    "Pass only the float leaves as params and close over the others; jaxinv.adapters does that for "
+    "models of flax, equinox, haiku and keras."
 )
 
 
@@ -239,6 +240,48 @@ def abstract_batch_of_one(x: Any) -> Any:
 
 
 # --- the user's functions -------------------------------------------------------------
+
+# Where a library defines the class of its models, and how one becomes a function.
+_MODELS = {
+    "flax.linen": ("Module", "a flax linen module", "from_linen(model, variables)"),
+    "flax.nnx": ("Module", "a flax nnx module", "from_nnx(model)"),
+    "equinox": ("Module", "an equinox module", "from_equinox(model)"),
+    "haiku": ("Module Transformed TransformedWithState", "of haiku", "from_haiku(net, params)"),
+    "keras": ("Layer", "a keras layer or model", "from_keras(model)"),
+}
+
+
+def _takes_params_and_x(fn: Any) -> bool:
+    """Whether an equinox module is called as `fn(params, x)`, which is for its class to choose."""
+    try:
+        parameters = inspect.signature(fn)
+        arguments = list(parameters.bind(None, None).arguments)
+    except (TypeError, ValueError):
+        return False
+    return arguments[1:] != ["state"]
+
+
+def check_network(fn: Any, name: str = "fn") -> Any:
+    """`fn`; raise `InvalidInput` unless it is a function, saying what makes one of a model.
+
+    Libraries are told by the names of modules, so that none has to be imported.
+    """
+    for cls in type(fn).__mro__:
+        for library, (classes, what, adapter) in _MODELS.items():
+            if (
+                not f"{cls.__module__}.".startswith(f"{library}.")
+                or cls.__name__ not in classes.split()
+            ):
+                continue
+            if library == "equinox" and _takes_params_and_x(fn):
+                return fn
+            raise InvalidInput(
+                f"{name} is {what} ({type(fn).__name__}), not a function {name}(params, x). Make "
+                f"one of it: {name}, params = jaxinv.adapters.{adapter}."
+            )
+    if not callable(fn):
+        raise InvalidInput(f"{name} must be a function {name}(params, x), not {fn!r}.")
+    return fn
 
 
 @contextlib.contextmanager

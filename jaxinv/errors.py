@@ -70,3 +70,12 @@ class ExponentOverflow(UnsupportedOperation, OverflowError):
         ...     print(str(error).split(":")[0])
         exponents of the scale classes are too large to solve for exactly
     """
+
+
+__all__ = [
+    "ExponentOverflow",
+    "InvalidInput",
+    "JaxinvError",
+    "MissingExtra",
+    "UnsupportedOperation",
+]

@@ -271,3 +271,6 @@ def _import(name: str) -> Any:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+__all__ = ["Layer", "Report", "inspect", "unit_balance"]

@@ -82,6 +82,7 @@ def function_invariance_error(
         >>> function_invariance_error(networks.mlp, w, there, x).absolute.item()
         0.0
     """
+    _checks.check_network(fn)
     for name, tree in (("params", params), ("other_params", other_params), ("x", x)):
         _checks.check_usable(tree, name)
     with _checks.calling("fn(params, x)", params, x):
@@ -377,6 +378,8 @@ def equivariance_error(
     """
     _checks.check_params(params)
     steps = _checks.integer("steps", steps, 1)
+    if fn is not None:
+        _checks.check_network(fn)
     if x is not None and fn is None:
         raise InvalidInput("x was given without fn: pass the network whose outputs to compare.")
     if callable(optimizer):
@@ -477,3 +480,14 @@ def _norm(tree: PyTree) -> Array:
 def _apart(a: PyTree, b: PyTree) -> Array:
     """‖a − b‖ / max(‖a‖, ‖b‖)."""
     return _quotient(_norm(optax.tree.sub(a, b)), jnp.maximum(_norm(a), _norm(b)))
+
+
+__all__ = [
+    "EquivarianceError",
+    "FunctionError",
+    "GradientOrthogonality",
+    "by_rescaling",
+    "equivariance_error",
+    "function_invariance_error",
+    "gradient_orthogonality",
+]

@@ -210,3 +210,6 @@ def _conv(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 def _add_bias(y: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
     return y + layer["bias"] if "bias" in layer else y
+
+
+__all__ = ["cnn", "init_cnn", "init_mlp", "mlp"]

@@ -24,3 +24,7 @@ Network = Callable[[Params, Inputs], Outputs]
 """A JAX-traceable function `fn(params, x) -> y`."""
 
 Array = jax.Array
+"""An array of jax."""
+
+
+__all__ = ["Array", "Inputs", "Network", "Outputs", "Params", "PyTree"]

@@ -15,7 +15,7 @@ def _signature(value) -> str:
     if isinstance(value, type):
         fields = getattr(value, "_fields", None)
         return f" class({', '.join(fields)})" if fields is not None else " class"
-    if not callable(value):
+    if not inspect.isfunction(value):
         return ""
     parameters = inspect.signature(value).parameters.values()
     # Names, kinds and defaults; how a version of Python prints annotations is no change of ours.
@@ -40,24 +40,33 @@ def _default(value):
     return _Named(value) if callable(value) and value is not inspect.Parameter.empty else value
 
 
-def _of_module(module) -> list[str]:
-    """A face hands on what it lists; of a single file, what is defined in it."""
-    own = getattr(module, "__all__", None) or [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
-    ]
-    return [f"{module.__name__}.{n}{_signature(getattr(module, n))}" for n in sorted(own)]
+def public_names() -> dict[str, str]:
+    """Every public name, as `jaxinv.rescale`, and where it is, `jaxinv.rescaling.group.rescale`.
+
+    What `__all__` lists: of jaxinv, of the face of each package, and of each module beside them.
+    The commands, experiments and pages promise no names.
+    """
+    import jaxinv
+
+    beside = sorted(module.name for module in pkgutil.iter_modules(jaxinv.__path__))
+    kept = [n for n in beside if not n.startswith("_") and n not in ("cli", "experiments", "pages")]
+    found = {}
+    for module in (jaxinv, *(importlib.import_module(f"jaxinv.{name}") for name in kept)):
+        for name in module.__all__:
+            home = str(getattr(getattr(module, name), "__module__", ""))
+            home = home if home.startswith("jaxinv.") else module.__name__  # an alias of a type
+            found[f"{module.__name__}.{name}"] = f"{home}.{name}"
+    return found
+
+
+def named(full: str):
+    """What a full name stands for."""
+    module, _, name = full.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def interface() -> str:
-    import jaxinv
-
-    lines = [f"jaxinv.{name}{_signature(getattr(jaxinv, name))}" for name in sorted(jaxinv.__all__)]
-    for found in sorted(pkgutil.iter_modules(jaxinv.__path__), key=lambda m: m.name):
-        if not found.name.startswith("_") and found.name not in ("cli", "experiments", "pages"):
-            lines += _of_module(importlib.import_module(f"jaxinv.{found.name}"))
-    return "\n".join(lines) + "\n"
+    return "".join(f"{name}{_signature(named(name))}\n" for name in public_names())
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Run by itself where only a wheel is installed; collecting it would run it here.
 collect_ignore = ["smoke.py"]
 
+import chex  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -57,6 +58,12 @@ def strict_dtype_promotion():
     """float32 and float64 never mix silently in the code under test."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def count_traces_from_zero():
+    """`chex.assert_max_traces` counts by source, over all cases of a parametrised test."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,6 @@
 """Any framework's model is a `fn(params, x)`: all give the numbers of one plain network."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,8 +184,7 @@ def test_any_pytree_of_arrays(pack, unpack):
     params = pack(PARAMS)
     kappa = path_kappa(fn, params, X, p=1.5)
     assert jax.tree.structure(kappa) == jax.tree.structure(params)
-    for a, b in zip(jax.tree.leaves(kappa), jax.tree.leaves(KAPPA), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    chex.assert_trees_all_close(jax.tree.leaves(kappa), jax.tree.leaves(KAPPA), rtol=1e-5)
 
 
 def test_a_single_array_may_be_the_params():

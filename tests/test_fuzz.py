@@ -7,6 +7,7 @@ import gzip
 import os
 import struct
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,7 +232,7 @@ def test_one_array_in_two_places_is_two_parameters():
     x = np.ones((1, 1), np.float32)
     for f in (jaxinv.path_kappa, jaxinv.jacobian):
         a, b = f(two, {"u": shared, "v": shared}, x), f(two, apart, x)
-        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), a, b))
+        chex.assert_trees_all_equal(a, b)
     assert jaxinv.rescaling_group(two, {"u": shared, "v": shared}, x).dim == 1
 
 

@@ -24,7 +24,7 @@ LEVELS = [
     ("theory", {"jacobians", "paths", "rescaling"}),
     ("interpreter", {"_interpreter"}),
     ("numerics", {"_numerics"}),
-    ("networks", {"networks"}),
+    ("networks", {"adapters", "networks"}),
     ("arguments", {"_checks", "_extras", "_files", "_text"}),
     ("errors", {"errors", "typing"}),
 ]

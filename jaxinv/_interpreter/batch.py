@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinv._checks import abstract_batch_of_one, check_inputs
+from jaxinv._checks import abstract_batch_of_one, check_inputs, check_network
 from jaxinv._interpreter.batch_domain import BatchDomain, RecordingDomain
 from jaxinv._interpreter.batch_values import Apart, Place, Shared, Single, refusal
 from jaxinv._interpreter.program import Program, all_lengths, program
@@ -179,6 +179,7 @@ def batch_first(fn: Network, batch_axis: int | None) -> Network:
         >>> optimizer = path_sgd(0.1, net, x[None])
     """
     _check_axis(batch_axis)
+    check_network(fn)
 
     def first(params: Params, x: Inputs) -> PyTree:
         y = fn(params, _as_given(x, batch_axis))
@@ -217,6 +218,7 @@ def traced_network(
     """
     if isinstance(fn, TracedNetwork):
         return fn
+    check_network(fn)
     check_inputs(x, values=False)
 
     canonical = with_leading_inputs(fn, batch_axis)

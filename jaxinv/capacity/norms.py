@@ -352,7 +352,7 @@ def margins(fn: Network, params: Params, x: Inputs, y: Array) -> Array:
         [3.0]
     """
     _checks.check_params(params)
-    f = fn(params, x)
+    f = _checks.check_network(fn)(params, x)
     if not isinstance(f, jax.Array):
         raise InvalidInput("margins need an fn that returns one array of class scores.")
     y = jnp.asarray(y)

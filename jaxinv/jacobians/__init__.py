@@ -6,12 +6,10 @@ from jaxinv.jacobians.fisher_information import (
     fisher,
     fisher_product,
     natural_gradient_direction,
-    root_product,
     whitened,
 )
 from jaxinv.jacobians.jacobians import (
     JacobianOperator,
-    fold_rows,
     jacobian,
     jacobian_gram,
     jacobian_operator,
@@ -23,12 +21,10 @@ __all__ = [
     "NaturalGradient",
     "fisher",
     "fisher_product",
-    "fold_rows",
     "jacobian",
     "jacobian_gram",
     "jacobian_operator",
     "natural_gradient_direction",
-    "root_product",
     "tangent_kernel",
     "whitened",
 ]

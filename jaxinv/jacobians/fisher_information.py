@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxinv._checks import check_like, check_params, integer, one_of, real
+from jaxinv._checks import check_like, check_network, check_params, integer, one_of, real
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.lapack import thin_svd, triangle
@@ -94,6 +94,7 @@ def whitened(fn: Network, likelihood: Likelihood) -> Network:
         >>> print(jacobian(net, jnp.zeros((1, 1)), jnp.ones((1, 1))))  # √(½·½)
         [[0.5]]
     """
+    check_network(fn)
     one_of("likelihood", likelihood, get_args(Likelihood))
 
     def one(y: Array) -> Array:

@@ -1,5 +1,6 @@
 """Optimizers that are invariant, as optax gradient transformations."""
 
+from jaxinv.optimizers.kappa_preconditioner import ScaleByPathKappaState
 from jaxinv.optimizers.natural import (
     ScaleByNaturalGradientState,
     natural_gradient,
@@ -24,6 +25,7 @@ from jaxinv.optimizers.path_metric import (
 __all__ = [
     "PathMetricSolution",
     "ScaleByNaturalGradientState",
+    "ScaleByPathKappaState",
     "ScaleByPathMetricState",
     "data_dependent_path_sgd",
     "natural_gradient",

@@ -6,17 +6,17 @@ from jaxinv.ranks.freedom import (
     dead_names,
     degrees_of_freedom,
     saturating_inputs,
-    with_others,
 )
 from jaxinv.ranks.rank import jacobian_rank, jacobian_spectrum
+from jaxinv.ranks.record import Rank
 
 __all__ = [
     "DegreesOfFreedom",
+    "Rank",
     "Saturation",
     "dead_names",
     "degrees_of_freedom",
     "jacobian_rank",
     "jacobian_spectrum",
     "saturating_inputs",
-    "with_others",
 ]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._checks import calling, check_inputs, check_params, integer, leaf_names
+from jaxinv._checks import calling, check_inputs, check_network, check_params, integer, leaf_names
 from jaxinv._interpreter.batch import TracedNetwork, leading
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics.precision import call_in
@@ -332,6 +332,7 @@ def saturating_inputs(
         >>> saturating_inputs(networks.mlp, w, jnp.ones((100, 2))).ranks  # one input, repeated
         (1, 1)
     """
+    check_network(fn)
     check_params(params)
     given = (params, key, *jax.tree.leaves([] if callable(x) else x))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinv._checks import check_network
 from jaxinv._numerics import scaled as _scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.gauges import Gauge, normalize
@@ -132,6 +133,7 @@ def weight_normalize(fn: Network, group: RescalingGroup) -> WeightNormalized:
         >>> bool(jnp.allclose(net.fn(v, x), networks.cnn(w, x), rtol=1e-4))
         True
     """
+    check_network(fn)
     units = units_of(group)
 
     def to_params(v: PyTree) -> Params:

@@ -1,6 +1,7 @@
 """Rescaling symmetries: the group, what it does to parameters, gradients and optimizer states,
 and gauges, which single out one member of an orbit."""
 
+from jaxinv.rescaling.action import RescalingGroup
 from jaxinv.rescaling.gauges import (
     Gauge,
     balance,
@@ -9,7 +10,6 @@ from jaxinv.rescaling.gauges import (
     path_condition,
 )
 from jaxinv.rescaling.group import (
-    RescalingGroup,
     TangentVectors,
     log_scales,
     random_rescaling,

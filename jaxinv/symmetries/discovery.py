@@ -153,6 +153,7 @@ def discover(
     """
     _checks.check_params(params)
     _checks.check_inputs(x, values=False, finite=True)
+    _checks.check_network(fn)
     for kind in kinds:
         if kind not in KINDS:
             raise InvalidInput(f"kinds must be among {', '.join(KINDS)}; {kind!r} is not.")

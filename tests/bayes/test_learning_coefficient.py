@@ -1,5 +1,6 @@
 """Estimates of learning coefficients against exact ones, closed forms and quadrature."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,4 +261,4 @@ def test_the_langevin_step_is_that_of_blackjax():
     slope = jax.tree.map(jnp.sin, w)
     theirs = blackjax.sgld(lambda w, batch: batch).step(KEY, w, slope, 0.3)
     ours = langevin_step(w, slope, standard_normal(KEY, w), 0.3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)

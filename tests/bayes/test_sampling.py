@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 import zipfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,17 +49,14 @@ def whole(tmp_path_factory):
         ), directory
 
 
-def same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 @pytest.mark.slow
 def test_a_run_with_checkpoints_gives_the_draws_of_one_without(whole):
     samples, directory = whole
     assert samples.params["a"].shape == (4, 40, 2)
     assert files_of(directory) == ["draws-00000000.npz", "draws-00000020.npz", "start.npz"]
-    same(samples, sample_nuts(normal, STARTS, KEY, num_samples=40, **OPTIONS))
+    chex.assert_trees_all_equal(
+        samples, sample_nuts(normal, STARTS, KEY, num_samples=40, **OPTIONS)
+    )
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit_and_can_be_lengthened(whole, tmp_path):
@@ -69,7 +67,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit_and_can_be_lengthened(whole, tmp
     longer = sample_nuts(normal, STARTS, KEY, num_samples=45, checkpoint=tmp_path, **OPTIONS)
     assert (tmp_path / "start.npz").stat().st_mtime_ns == before
     assert longer.log_density.shape == (4, 45)
-    same(jax.tree.map(lambda a: a[:, :40], longer[:4]), samples[:4])
+    chex.assert_trees_all_equal(jax.tree.map(lambda a: a[:, :40], longer[:4]), samples[:4])
 
 
 def test_chains_share_what_they_adapted(whole):
@@ -126,7 +124,7 @@ def test_sgld_samples_a_normal_law_and_resumes(tmp_path):
     found = sample_sgld(
         gradient, jnp.zeros((8, 4)), KEY, num_samples=380, checkpoint=tmp_path, **options
     )
-    same(first.params, found.params[:, :80])
+    chex.assert_trees_all_equal(first.params, found.params[:, :80])
     assert found.params.shape == (8, 380, 4)
     estimate = diagnostics(found.params)
     assert (np.abs(estimate.mean - 2) < 4 * estimate.standard_error).all()

@@ -2,6 +2,7 @@
 
 import copy
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +74,7 @@ def test_the_loop_is_that_of_plain_steps():
         errors.append(float((mlp(params, x).argmax(-1) != y).mean()))
     assert int(s.first) == (1 + errors.index(0) if 0 in errors else -1)
     np.testing.assert_allclose(float(s.error), errors[-1], atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), s.params, params)
+    chex.assert_trees_all_close(s.params, params, rtol=1e-7, atol=1e-3)
 
 
 def found(width, test, zero=True):

@@ -1,5 +1,6 @@
 """Jacobians and their products against jax.jacfwd, and against each other."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -237,7 +238,7 @@ def test_jit_vmap_and_grad(x64):
     np.testing.assert_allclose(kernels[1], tangent_kernel(fn, members[1], x), rtol=1e-12)
     slope = jax.grad(lambda w: jnp.trace(tangent_kernel(fn, w, x)))(members[0])
     want = jax.grad(lambda w: jnp.sum(jacobian(fn, w, x, mode="fwd") ** 2))(members[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), slope, want)
+    chex.assert_trees_all_close(slope, want, rtol=1e-9)
 
 
 def test_functions_with_a_reverse_rule_alone(x64):

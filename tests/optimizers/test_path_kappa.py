@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,13 +74,9 @@ def test_update_is_gradient_over_kappa_to_the_two_over_p(p, dtype, x64):
     kappa = jax.jit(lambda w: path_kappa(net, w, X, p=p))(params)
     u = update(scale_by_path_kappa(net, X, p=p), g, params)
     rtol = 2e-5 if dtype == jnp.float32 else 1e-12
-    for got, want in zip(
-        jax.tree.leaves(u),
-        jax.tree.leaves(jax.tree.map(lambda a, k: a / k ** (2 / p), g, kappa)),
-        strict=True,
-    ):
-        assert got.dtype == dtype
-        np.testing.assert_allclose(got, want, rtol=rtol)
+    assert {a.dtype for a in jax.tree.leaves(u)} == {jnp.dtype(dtype)}
+    want = jax.tree.map(lambda a, k: a / k ** (2 / p), g, kappa)
+    chex.assert_trees_all_close(u, want, rtol=rtol)
 
 
 def test_eps_is_added_to_the_metric():
@@ -89,7 +86,7 @@ def test_eps_is_added_to_the_metric():
     tx = scale_by_path_kappa(mlp, X, eps=0.5)
     u = update(tx, g, params)
     want = jax.tree.map(lambda a, k: a / (k + 0.5), g, kappa)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), u, want)
+    chex.assert_trees_all_close(u, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -116,8 +113,7 @@ def test_the_streamed_product_gives_the_kappa_of_the_plain_one(transposed, p, mo
     assert streamed > 0
     kappa = jax.jit(lambda w: path_kappa(fn, w, x, p=p))(w)
     assert len(calls) == streamed  # the public κ takes the other route
-    for got, k in zip(jax.tree.leaves(u), jax.tree.leaves(kappa), strict=True):
-        np.testing.assert_allclose(got, k ** (-2 / p), rtol=3e-5)
+    chex.assert_trees_all_close(u, jax.tree.map(lambda k: k ** (-2 / p), kappa), rtol=3e-5)
 
 
 def test_every_refreshes_kappa_at_its_period_only():
@@ -167,7 +163,7 @@ def test_matching_gives_the_first_update_the_norm_of_the_gradient_and_keeps_the_
     moved = jax.tree.map(lambda w: 1.5 * w, params)
     u1, _ = jax.jit(matched.update)(g, state, moved)
     raw1 = update(plain, g, moved)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, factor * b, rtol=1e-5), u1, raw1)
+    chex.assert_trees_all_close(u1, jax.tree.map(lambda b: factor * b, raw1), rtol=1e-5)
 
 
 def test_matching_keeps_a_deep_network_finite_where_kappa_overflows():
@@ -311,24 +307,17 @@ def test_extra_arguments_are_accepted(tx):
     g = gradient(params)
     want = update(tx, g, params)
     got, _ = jax.jit(tx.update)(g, tx.init(params), params, value=1.0, something_else=None)
-    jax.tree.map(np.testing.assert_array_equal, want, got)
+    chex.assert_trees_all_equal(want, got)
 
 
 @variants
 def test_the_second_call_does_not_recompile(tx):
     params = make_params()
-    traces = []
-
-    @jax.jit
-    def step(g, state, params):
-        traces.append(1)
-        return tx.update(g, state, params)
-
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
     state = tx.init(params)
     for _ in range(3):
         u, state = step(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, u)
-    assert len(traces) == 1
 
 
 @variants
@@ -350,9 +339,8 @@ def test_updates_keep_the_dtype_and_the_state_its_types(tx, dtype):
     # Types are known before anything is compiled.
     u, after = jax.eval_shape(tx.update, jax.tree.map(jnp.ones_like, params), state, params)
     assert {a.dtype for a in jax.tree.leaves(u)} == {jnp.dtype(dtype)}
-    assert jax.tree.structure(state) == jax.tree.structure(after)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    chex.assert_trees_all_equal_structs(state, after)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
 
 
 @variants
@@ -387,7 +375,7 @@ def test_inject_hyperparams_changes_the_learning_rate_alone():
     u1, state = update(g, state, params)
     state.hyperparams["learning_rate"] = jnp.asarray(0.2)
     u2, _ = update(g, state, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-6), u1, u2)
+    chex.assert_trees_all_close(jax.tree.map(lambda a: 2 * a, u1), u2, rtol=1e-6)
 
 
 def test_inject_hyperparams_works_directly_with_static_arguments():
@@ -398,7 +386,7 @@ def test_inject_hyperparams_works_directly_with_static_arguments():
     got, _ = jax.jit(tx.update)(g, tx.init(params), params)
     plain = path_sgd(0.1, mlp, X)
     want = update(plain, g, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-5)
 
 
 def test_chain_multi_steps_and_apply_if_finite():
@@ -420,7 +408,7 @@ def test_chain_multi_steps_and_apply_if_finite():
             if name == "multi":
                 assert float(optax.tree.norm(u)) == 0.0
                 u, state = jax.jit(tx.update)(g, state, params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), u, want)
+        chex.assert_trees_all_close(u, want, rtol=1e-5)
     bad = jax.tree.map(lambda a: a * jnp.nan, g)
     tx = wrapped["finite"]
     u = update(tx, bad, params)
@@ -499,7 +487,7 @@ def test_sharded_parameters_give_the_updates_of_one_device_and_stay_sharded():
     g = jax.grad(loss)(params, mlp, x, y)
     want, _ = jax.jit(tx.update)(g, tx.init(params), params)
     got, state = jax.jit(tx.update)(jax.tree.map(place, g), tx.init(sharded), sharded)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-7)
     kernel = got["Dense_1"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.shape == (128, 128)
@@ -526,7 +514,7 @@ def test_orbax_checkpoint_resumes_bitwise(tmp_path):
         checkpointer.wait_until_finished()
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, half)
         restored = checkpointer.restore(tmp_path / "half", target)
-    jax.tree.map(np.testing.assert_array_equal, run(*half), run(*restored))
+    chex.assert_trees_all_equal(run(*half), run(*restored))
 
 
 # --- clear errors ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,8 +211,8 @@ def test_large_damping_is_the_diagonal(x64):
         params, gradient
     )
     kappa = path_kappa(network.fn, params, x)
-    for v, g, k in zip(*map(jax.tree.leaves, (solved.v, gradient, kappa)), strict=True):
-        np.testing.assert_allclose(v * 1e7, g / k, rtol=1e-5)
+    scaled = jax.tree.map(lambda v: v * 1e7, solved.v)
+    chex.assert_trees_all_close(scaled, jax.tree.map(jnp.divide, gradient, kappa), rtol=1e-5)
 
 
 # --- training ---
@@ -304,8 +305,7 @@ def test_transformation_in_optax():
 
 
 def close(found, expected, rtol=1e-4):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+    chex.assert_trees_all_close(found, expected, rtol=rtol, atol=1e-6)
 
 
 def test_the_metric_of_some_parameters_holds_the_others_fixed(x64):

@@ -1,5 +1,6 @@
 """Tokens, classes and masks: integers and truth values in x that choose, and are no numbers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,7 @@ def test_an_embedding_is_a_linear_layer_on_one_hot_inputs(name):
         expected = jaxinv.path_norm(one_hot_input, PARAMS, codes, p=p)
         np.testing.assert_allclose(jaxinv.path_norm(embed, PARAMS, IDS, p=p), expected)
     expected = jaxinv.path_kappa(one_hot_input, PARAMS, codes)
-    jax.tree.map(np.testing.assert_allclose, jaxinv.path_kappa(embed, PARAMS, IDS), expected)
+    chex.assert_trees_all_close(jaxinv.path_kappa(embed, PARAMS, IDS), expected, rtol=1e-7)
 
 
 def test_the_path_norm_of_an_embedding_by_hand():
@@ -75,7 +76,7 @@ def test_data_dependent_norms_of_tokens_are_those_of_their_one_hot_codes(alpha):
     for function in (data_dependent_path_norm, data_dependent_path_kappa):
         found = function(EMBEDDINGS["table[ids]"], PARAMS, IDS, alpha=alpha)
         expected = function(one_hot_input, PARAMS, codes, alpha=alpha)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 READS = {
@@ -182,7 +183,7 @@ def test_a_loop_of_length_zero_hands_its_carry_on():
     plain = lambda w, x: x @ w["mix"] @ w["out"]  # noqa: E731
     x = jnp.ones((2, 3))
     found, expected = (jaxinv.path_kappa(f, PARAMS, x) for f in (net, plain))
-    jax.tree.map(np.testing.assert_allclose, found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-7)
 
 
 def test_random_numbers_drawn_inside_are_constants():

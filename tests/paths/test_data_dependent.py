@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -351,9 +352,8 @@ def test_half_precision_is_computed_in_float32(dtype, standard_dtype_promotion):
     found = data_dependent_path_kappa(dense_net, params, x, alpha=0.5)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
     expected = data_dependent_path_kappa(dense_net, *wide, alpha=0.5)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == jnp.float32
-        assert (a == b).all()
+    assert {a.dtype for a in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_jit_vmap_and_derivatives(x64):

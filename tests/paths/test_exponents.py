@@ -1,5 +1,6 @@
 """Exponents follow units: rescaling by powers of two changes no path sum, whatever the power."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +129,7 @@ def test_path_sgd_steps_alike_from_far_apart_on_the_orbit(p):
     plain, _ = tx.update(gradient, tx.init(DENSE), DENSE)
     far, _ = tx.update(transported, tx.init(moved), moved)
     back = jax.tree.map(lambda u, d: u / d, far, factors)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), back, plain)
+    chex.assert_trees_all_close(back, plain, rtol=1e-4)
     assert all((leaf != 0).all() for leaf in jax.tree.leaves(far))
 
 
@@ -146,4 +147,4 @@ def test_path_norms_of_device_varying_parameters_with_default_checks():
     norm, kappa = jax.shard_map(norms, mesh=mesh, in_specs=spec, out_specs=spec)(stacked)
     np.testing.assert_allclose(norm[0], jaxinv.path_norm(dense, DENSE, x), rtol=1e-6)
     expected = jaxinv.path_kappa(dense, DENSE, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-6), kappa, expected)
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[0], kappa), expected, rtol=1e-6)

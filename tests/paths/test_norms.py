@@ -1,5 +1,6 @@
 """Path norms and κ against enumerated paths, and the theorems that they obey."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,10 +59,9 @@ KAPPA_TABLE = {
 
 
 def assert_trees_close(actual, expected, rtol):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.shape(a) == np.shape(b)
-        np.testing.assert_allclose(a, b, rtol=rtol)
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol)
 
 
 def mlp_of(*widths, seed=0, dtype=np.float64, bias=True):

@@ -58,7 +58,7 @@ def test_on_the_digits_every_dead_parameter_is_named(digits):
         }
         for i in range(3)
     }  # fmt: skip
-    jax.tree.map(np.testing.assert_array_equal, found.dead_mask, want)
+    chex.assert_trees_all_equal(found.dead_mask, want)
     assert int(found.dead) == sum(leaf.sum() for leaf in jax.tree.leaves(want))
     never = [np.flatnonzero(~f.any(axis=0)) for f in fires]
     assert int(found.rescaling) == 32 - sum(map(len, never))
@@ -78,7 +78,7 @@ def test_on_the_digits_every_dead_parameter_is_named(digits):
         layer, kind = leaf.split("/")
         index = tuple(slice(None) if p == ":" else int(p) for p in place[:-1].split(", "))
         named[layer][kind][index] = True
-    jax.tree.map(np.testing.assert_array_equal, named, want)
+    chex.assert_trees_all_equal(named, want)
 
 
 def twin(w, x):

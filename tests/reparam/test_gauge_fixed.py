@@ -5,6 +5,7 @@ Norms are computed here from the layers by hand, not from the group.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,9 +230,8 @@ def test_the_tangent_gradient_keeps_norms_to_first_order_and_nothing_else_is_rem
     # ‖w + hg‖² − ‖w‖² = h²‖g‖²: halving h quarters it.
     assert change(tangent, 1e-2) / change(tangent, 5e-3) == pytest.approx(4, rel=1e-6)
     again = jax.jit(lambda g: tangent_gradient(group).update(g, (), params)[0])(tangent)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-13), again, tangent)
-    jax.tree.map(
-        np.testing.assert_array_equal,
+    chex.assert_trees_all_close(again, tangent, rtol=1e-7, atol=1e-13)
+    chex.assert_trees_all_equal(
         tangent["Dense_2" if "Dense_2" in params else "Dense_0"],
         gradient["Dense_2" if "Dense_2" in params else "Dense_0"],
     )
@@ -278,7 +278,7 @@ def test_in_the_gauge_itself_the_steps_are_those_of_the_inner_optimizer(problem,
         g = jax.grad(loss)(w)
         return tx.update(g, tx.init(w), w)[0], inner.update(g, inner.init(w), w)[0]
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), *steps(params))
+    chex.assert_trees_all_close(*steps(params), rtol=1e-7, atol=1e-14)
 
 
 def test_params_are_needed():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,8 +223,7 @@ def test_a_group_found_inside_a_trace_is_the_group(name, standard_dtype_promotio
         # The name of a constant has its dtype, which x64 changes.
         same = dataclasses.replace(group.structure, relies_on=outside.relies_on)
         assert same == outside.structure
-        for a, b in zip(*map(jax.tree.leaves, (group[:4], outside[:4])), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(group[:4], outside[:4])
 
 
 # --- constants that are zero today ----------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -643,7 +644,7 @@ def test_group_properties(x64):
     at_once = rescale(group, params, u + v)
     back = rescale(group, rescale(group, params, u), -u)
     for a, b in [(there, at_once), (back, params)]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), a, b)
+        chex.assert_trees_all_close(a, b, rtol=1e-12)
 
 
 def test_factors_are_those_of_the_units(x64):
@@ -657,7 +658,7 @@ def test_factors_are_those_of_the_units(x64):
         "Dense_2": {"kernel": 1 / second[:, None], "bias": 1.0},
     }
     expected = jax.tree.map(lambda w, f: w * f, params, factor)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), moved, expected)
+    chex.assert_trees_all_close(moved, expected, rtol=1e-13)
 
 
 def test_a_single_precision_u_moves_double_weights_in_double_precision(x64):
@@ -683,10 +684,10 @@ def test_rescaling_jits_vmaps_and_differentiates(x64):
     us = _normal((4, group.dim))
     batched = jax.jit(jax.vmap(rescale, in_axes=(None, None, 0)))(group, params, us)
     single = rescale(group, params, us[2])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-12), batched, single)
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[2], batched), single, rtol=1e-12)
     _, tangent = jax.jvp(lambda u: rescale(group, params, u), (0 * us[0],), (us[1],))
     generated = tangent_vectors(group, params).matvec(us[1])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), tangent, generated)
+    chex.assert_trees_all_close(tangent, generated, rtol=1e-12)
 
 
 def test_gradients_are_transported(x64):
@@ -695,7 +696,7 @@ def test_gradients_are_transported(x64):
     gradient = jax.grad(lambda w: (networks.mlp(w, x) ** 3).sum())
     there = gradient(rescale(group, params, u))
     moved = rescale_gradient(group, gradient(params), u)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), there, moved)
+    chex.assert_trees_all_close(there, moved, rtol=1e-9, atol=1e-12)
 
 
 def test_tangent_vectors_are_orthogonal_to_the_gradient_of_any_loss(x64):
