@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import jax
 import jax.extend.core as jex
@@ -304,7 +304,7 @@ class _Keys:
             return value.key
         if is_concrete(value) and np.ndim(value) == 0:
             return ("literal", str(jnp.result_type(value)), np.asarray(value).item())
-        if isinstance(value, (np.ndarray, jax.Array)) and is_concrete(value) and value.size <= 64:
+        if is_concrete(value) and isinstance(value, (np.ndarray, jax.Array)) and value.size <= 64:
             if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
                 return (str(value.dtype), value.shape, np.asarray(value).tobytes())
         return ("array", id(value))
@@ -335,7 +335,7 @@ def interpret(
     return _walk(jaxpr, [constant(c) for c in consts], (*params, *inputs), domain, keys)
 
 
-def is_concrete(value: Any) -> bool:
+def is_concrete(value: object) -> TypeGuard[jax.typing.ArrayLike]:
     return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
 
 
