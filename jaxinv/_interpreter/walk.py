@@ -50,6 +50,8 @@ class Opaque(Value):
         self.key = object()
 
 
+Operand = Value | jax.typing.ArrayLike  # a value of the domain, or a constant
+Result = Operand | Sequence[Operand]  # several of an operation with several results
 Rule = Callable[..., Any]
 
 
@@ -59,9 +61,7 @@ class Domain(Protocol):
     rules: dict[Any, Rule]
 
     def default(self, eqn: Equation, *inputs: Any) -> Any: ...
-
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list: ...
-
     def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list: ...
 
 

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxinv._numerics.varying import together
-from jaxinv.typing import Array, ArrayLike, DType, PyTree
+from jaxinv.typing import Array, ArrayLike, DTypeLike, PyTree
 
 T = TypeVar("T")
 
 
-def in_precision(dtype: DType) -> AbstractContextManager[None]:
+def in_precision(dtype: DTypeLike) -> AbstractContextManager[None]:
     """A scope in which `dtype` exists; no global option changes."""
     return jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext()
 
 
-def as_dtype(tree: T, dtype: DType) -> T:
+def as_dtype(tree: T, dtype: DTypeLike) -> T:
     """The floating-point leaves of a pytree as `dtype`."""
 
     def one(leaf: ArrayLike) -> Array:
@@ -31,7 +31,7 @@ def as_dtype(tree: T, dtype: DType) -> T:
     return jax.tree.map(one, tree)
 
 
-def call_in(dtype: DType, function: Callable[..., T], *arguments: PyTree) -> T:
+def call_in(dtype: DTypeLike, function: Callable[..., T], *arguments: PyTree) -> T:
     """function(*arguments) with the floats in `arguments` as `dtype`, in its scope.
 
     What has been traced in 64 bits cannot be vmapped outside of the scope: jax works out dtypes
@@ -48,7 +48,7 @@ def call_in(dtype: DType, function: Callable[..., T], *arguments: PyTree) -> T:
     return _vmapped_inside(inside, dtype)(*arguments)
 
 
-def _vmapped_inside(inside: Callable[..., T], dtype: DType) -> Callable[..., T]:
+def _vmapped_inside(inside: Callable[..., T], dtype: DTypeLike) -> Callable[..., T]:
     scoped = jax.custom_batching.custom_vmap(inside)
 
     @scoped.def_vmap

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +11,7 @@ from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.jacobians.problem import problem_of
 from jaxinv.ranks import exact as _exact
 from jaxinv.ranks.record import Rank
-from jaxinv.typing import Inputs, Network, Params
+from jaxinv.typing import DTypeLike, Inputs, Network, Params
 
 # Up to so many steps of elimination "auto" asks for an exact rank: about a second.
 _STEPS_OF_AUTO = 1 << 26
@@ -23,7 +21,7 @@ def exact_rank(
     fn: Network,
     params: Params,
     x: Inputs,
-    dtype: Any,
+    dtype: DTypeLike,
     batch_axis: int | None,
     most_steps: int = _exact.MOST_STEPS,
 ) -> Rank:
@@ -49,7 +47,12 @@ def exact_rank(
 
 
 def settled(
-    found: Rank, fn: Network, params: Params, x: Inputs, dtype: Any, batch_axis: int | None
+    found: Rank,
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    dtype: DTypeLike,
+    batch_axis: int | None,
 ) -> Rank:
     """In exact arithmetic where the bounds do not meet, of a small network of known numbers."""
     if isinstance(found.certain, jax.core.Tracer) or found.certain:

@@ -47,7 +47,7 @@ from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, s
 from jaxinv.ranks.exact_method import exact_rank, settled
 from jaxinv.ranks.record import Rank
 from jaxinv.ranks.spans import Modular, rank_of_exact
-from jaxinv.typing import Array, Inputs, Network, Params
+from jaxinv.typing import Array, DType, DTypeLike, Inputs, Network, Params, PyTree
 
 Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
 _EXACT = lax.Precision.HIGHEST
@@ -58,7 +58,7 @@ _MOST_ELIMINATIONS = 1 << 27
 # --- precision and options ---------------------------------------------------------
 
 
-def _checked(method: str, dtype: Any) -> Any:
+def _checked(method: str, dtype: DTypeLike) -> DType:
     one_of("method", method, (*METHODS, "exact"))
     try:
         dtype = jnp.dtype(dtype)
@@ -69,7 +69,7 @@ def _checked(method: str, dtype: Any) -> Any:
     return dtype
 
 
-def _check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
+def _check_values(params: Params, x: Inputs, dtype: DTypeLike, chunk: object) -> None:
     """In the scope that will compute: a float64 array may hold more than float32 can."""
     if chunk is not None:
         integer("chunk", chunk, 1)
@@ -86,7 +86,7 @@ def _dense(J: Array) -> Array:
 
 
 def _streamed(
-    fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any, chunk: int
+    fn: Network, params: Params, x: Inputs, scale: Array, dtype: DTypeLike, chunk: int
 ) -> Array:
     """Singular values of the triangle that QR of chunk after chunk leaves."""
 
@@ -108,7 +108,7 @@ def _tsqr_chunk(shapes: Any) -> int:
 
 @partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk"))
 def _spectrum(
-    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None
+    params: Params, x: Inputs, fn: Network, method: str, dtype: DTypeLike, chunk: int | None
 ) -> Array:
     """min(rows, d) singular values, descending."""
     shapes = problem_of(fn, params, x)
@@ -132,7 +132,7 @@ def jacobian_spectrum(
     x: Inputs,
     *,
     method: Literal["svd", "tsqr", "gram"] = "svd",
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
     chunk: int | None = None,
     batch_axis: int | None = 0,
 ) -> Array:
@@ -190,7 +190,12 @@ class _Evidence(NamedTuple):
 
 
 def _evidence(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, scaled: bool = True
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    dtype: DTypeLike,
+    chunk: int | None,
+    scaled: bool = True,
 ) -> _Evidence:
     shapes = problem_of(fn, params, x)
     sizes = sizes_of(fn, params, x, dtype, chunk or 64)
@@ -258,7 +263,13 @@ def _decide(
 
 
 def _scaled_spectrum(
-    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None, scale: Array
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    method: str,
+    dtype: DTypeLike,
+    chunk: int | None,
+    scale: Array,
 ) -> Array:
     """min(rows, d) singular values of J·diag(scale), descending."""
     shapes = problem_of(fn, params, x)
@@ -291,7 +302,7 @@ def _rank_by_spectrum(
     x: Inputs,
     fn: Network,
     method: str,
-    dtype: Any,
+    dtype: DTypeLike,
     chunk: int | None,
     rtol: float | None,
 ) -> Rank:
@@ -315,7 +326,7 @@ def _rank_by_spectrum(
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _rank_by_certificate(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
+    params: Params, x: Inputs, fn: Network, dtype: DTypeLike, chunk: int | None
 ) -> Rank:
     """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
 
@@ -361,7 +372,12 @@ def _rank_by_certificate(
 
 
 def _automatic(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    dtype: DTypeLike,
+    chunk: int | None,
+    rtol: float | None,
 ) -> Rank:
     """The certificate where it can succeed and is worth it, else the SVD."""
     shapes = problem_of(fn, params, x)
@@ -382,7 +398,12 @@ def _by_spectrum(method: str) -> Callable[..., Rank]:
 
 
 def _by_certificate(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    dtype: DTypeLike,
+    chunk: int | None,
+    rtol: float | None,
 ) -> Rank:
     del rtol
     return _rank_by_certificate(params, x, fn, dtype, chunk)
@@ -405,7 +426,7 @@ def jacobian_rank(
     *,
     method: Method = "auto",
     rtol: float | None = None,
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
     chunk: int | None = None,
     batch_axis: int | None = 0,
 ) -> Rank:
@@ -459,7 +480,7 @@ def jacobian_rank(
     return _of_what_was_given(found, (params, x), dtype)
 
 
-def _of_what_was_given(found: Rank, arguments: Any, dtype: Any) -> Rank:
+def _of_what_was_given(found: Rank, arguments: PyTree, dtype: DTypeLike) -> Rank:
     """Nothing is proven of arrays that had to be rounded to `dtype` first."""
     narrowed = jnp.zeros((), bool)
     for leaf in jax.tree.leaves(arguments):

@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Result, rule_table
 from jaxinv.rescaling import values as scaling
-from jaxinv.rescaling.values import Form, Scale, relaid, variables
+from jaxinv.rescaling.values import Form, Scale, Scaling, relaid, variables
 
 RULES, rule = rule_table()
 
 
-def _one_scale(domain: Any, value: Any) -> Form:
+def _one_scale(domain: Scaling, value: Any) -> Form:
     """The scale of every matrix of a stack, with its last two axes of length one."""
     rank = len(value.shape)
     form: Form = domain.level(value, [rank - 2, rank - 1]).form
     return form
 
 
-def _of_values(domain: Any, eqn: Equation, value: Any, at: int) -> list[Scale]:
+def _of_values(domain: Scaling, eqn: Equation, value: Operand, at: int) -> list[Scale]:
     """Output number `at` has the scale of the matrix; the others have none."""
     value = domain.refresh(value)
     form = _one_scale(domain, value)
@@ -37,22 +37,22 @@ def _of_values(domain: Any, eqn: Equation, value: Any, at: int) -> list[Scale]:
 
 
 @rule("svd")
-def _svd(domain: Any, eqn: Equation, value: Any) -> list[Scale]:
+def _svd(domain: Scaling, eqn: Equation, value: Operand) -> list[Scale]:
     return _of_values(domain, eqn, value, 0)
 
 
 @rule("eigh")
-def _eigh(domain: Any, eqn: Equation, value: Any) -> list[Scale]:
+def _eigh(domain: Scaling, eqn: Equation, value: Operand) -> list[Scale]:
     return _of_values(domain, eqn, value, 1)
 
 
 @rule("eig")
-def _eig(domain: Any, eqn: Equation, value: Any) -> list[Scale]:
+def _eig(domain: Scaling, eqn: Equation, value: Operand) -> list[Scale]:
     return _of_values(domain, eqn, value, 0)
 
 
 @rule("qr")
-def _qr(domain: Any, eqn: Equation, value: Any) -> Any:
+def _qr(domain: Scaling, eqn: Equation, value: Any) -> Result:
     value = domain.refresh(value)
     if eqn.params.get("pivoting"):
         return domain.default(eqn, value)
@@ -62,7 +62,7 @@ def _qr(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("cholesky")
-def _cholesky(domain: Any, eqn: Equation, value: Any) -> Scale:
+def _cholesky(domain: Scaling, eqn: Equation, value: Any) -> Scale:
     """s(A)[i,j] = p[i] + p[j] makes s(L)[i,j] = p[i]."""
     value = domain.scale(value)
     system = domain.system
@@ -77,7 +77,7 @@ def _cholesky(domain: Any, eqn: Equation, value: Any) -> Scale:
 
 
 @rule("triangular_solve")
-def _triangular_solve(domain: Any, eqn: Equation, a: Any, b: Any) -> Scale:
+def _triangular_solve(domain: Scaling, eqn: Equation, a: Any, b: Any) -> Scale:
     """X of A X = B, or of X A = B."""
     if eqn.params["unit_diagonal"]:
         domain.pin(eqn, a)

@@ -20,11 +20,13 @@ from jaxinv.rescaling.action import log_add
 from jaxinv.rescaling.group import RescalingGroup, summed_to
 from jaxinv.typing import Array
 
+Incoming = tuple[tuple[np.ndarray, np.ndarray | None] | None, ...]
+
 
 class Units(NamedTuple):
     """Which weights are incoming weights of which unit: per leaf (units, mask) or None."""
 
-    leaves: tuple[tuple[np.ndarray, np.ndarray | None] | None, ...]
+    leaves: Incoming
     dim: int
     depth: int  # no chain of units that feed each other is longer
 
