@@ -18,6 +18,7 @@ from jaxinv._numerics.varying import together, varying_like
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.jacobians.jacobians import flatten as flattened
 from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
+from jaxinv.jacobians.problem import Problem
 from jaxinv.ranks.rounding import with_rounding
 from jaxinv.ranks.spans import exponents_of, independent_columns
 from jaxinv.rescaling.group import rescaling_group, tangent_vectors
@@ -94,7 +95,7 @@ def _fold_rounded_rows(
     fn: Network,
     params: Params,
     x: Inputs,
-    shapes: Shapes,
+    shapes: Problem,
     dtype: DTypeLike,
     start: T,
     add: Callable[[T, Array, Array], T],

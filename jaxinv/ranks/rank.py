@@ -42,6 +42,7 @@ from jaxinv.jacobians.jacobians import (
     scaled_gram,
     tangent_kernel,
 )
+from jaxinv.jacobians.problem import Problem
 from jaxinv.ranks.casts import casts_of
 from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv.ranks.exact_method import exact_rank, settled
@@ -101,7 +102,7 @@ def _from_gram(gram: Array) -> Array:
     return jnp.sqrt(jnp.maximum(eigenvalues(gram)[::-1], 0))
 
 
-def _tsqr_chunk(shapes: Any) -> int:
+def _tsqr_chunk(shapes: Problem) -> int:
     """A chunk with as many rows as J has columns: QR then costs the least in all."""
     return max(1, -(-shapes.parameters // shapes.outputs))
 
