@@ -191,12 +191,7 @@ class _Evidence(NamedTuple):
 
 
 def _evidence(
-    params: Params,
-    x: Inputs,
-    fn: Network,
-    dtype: DTypeLike,
-    chunk: int | None,
-    scaled: bool = True,
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, scaled: bool = True
 ) -> _Evidence:
     shapes = problem_of(fn, params, x)
     sizes = sizes_of(fn, params, x, dtype, chunk or 64)
@@ -268,7 +263,7 @@ def _scaled_spectrum(
     x: Inputs,
     fn: Network,
     method: str,
-    dtype: DTypeLike,
+    dtype: DType,
     chunk: int | None,
     scale: Array,
 ) -> Array:
@@ -303,7 +298,7 @@ def _rank_by_spectrum(
     x: Inputs,
     fn: Network,
     method: str,
-    dtype: DTypeLike,
+    dtype: DType,
     chunk: int | None,
     rtol: float | None,
 ) -> Rank:
@@ -327,7 +322,7 @@ def _rank_by_spectrum(
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _rank_by_certificate(
-    params: Params, x: Inputs, fn: Network, dtype: DTypeLike, chunk: int | None
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None
 ) -> Rank:
     """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
 
@@ -373,12 +368,7 @@ def _rank_by_certificate(
 
 
 def _automatic(
-    params: Params,
-    x: Inputs,
-    fn: Network,
-    dtype: DTypeLike,
-    chunk: int | None,
-    rtol: float | None,
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, rtol: float | None
 ) -> Rank:
     """The certificate where it can succeed and is worth it, else the SVD."""
     shapes = problem_of(fn, params, x)
@@ -399,12 +389,7 @@ def _by_spectrum(method: str) -> Callable[..., Rank]:
 
 
 def _by_certificate(
-    params: Params,
-    x: Inputs,
-    fn: Network,
-    dtype: DTypeLike,
-    chunk: int | None,
-    rtol: float | None,
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, rtol: float | None
 ) -> Rank:
     del rtol
     return _rank_by_certificate(params, x, fn, dtype, chunk)
