@@ -228,7 +228,7 @@ def abstract_batch_of_one(x: Inputs) -> Inputs:
     """Shapes of `x` with every leading batch axis set to 1; the values of `x` play no part."""
     check_inputs(x, values=False)
 
-    def one(leaf: ArrayLike) -> jax.ShapeDtypeStruct:
+    def one(leaf: ArrayLike | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
         return jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), dtype)
 
