@@ -193,7 +193,7 @@ def _row(value: Exact | Array, i: int) -> Exact | Array:
     return row
 
 
-def _stack(eqn: Equation, rows: list, aval: jax.ShapeDtypeStruct) -> Exact | Array:
+def _stack(eqn: Equation, rows: list, aval: jax.core.ShapedArray) -> Exact | Array:
     if not any(isinstance(r, Exact) for r in rows):
         return (
             jnp.stack([jnp.asarray(r) for r in rows]) if rows else jnp.zeros(aval.shape, aval.dtype)
