@@ -34,7 +34,7 @@ from jaxinv._numerics.scaled import Scaled
 from jaxinv.paths import runs as _path_runs
 from jaxinv.paths.domain import PathDomain
 from jaxinv.paths.values import Weight, as_paths, start
-from jaxinv.typing import Array, DType, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, Constant, DType, Inputs, Network, Params, PyTree
 
 # Slopes of mantissas are shares of γ^p and so at most of the order of one: they start from this
 # power of two, which leaves float32 room for shares down to 2^-216.
@@ -45,7 +45,7 @@ class _Problem(NamedTuple):
     """What one forward pass needs: the trace and the lengths |w|^p of the parameters."""
 
     network: TracedNetwork
-    leaves: list[Array]
+    leaves: list[Constant]
     lengths: list[Scaled]
     dtype: DType
 

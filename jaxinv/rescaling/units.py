@@ -18,9 +18,9 @@ from jax import lax
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.action import log_add
 from jaxinv.rescaling.group import RescalingGroup, summed_to
-from jaxinv.typing import Array
+from jaxinv.typing import Array, Constant
 
-Incoming = tuple[tuple[np.ndarray, np.ndarray | None] | None, ...]
+Incoming = tuple[tuple[Constant, Constant | None] | None, ...]  # by leaf: units, mask
 
 
 class Units(NamedTuple):
