@@ -18,9 +18,10 @@ import numpy as np
 import optax
 
 from jaxinv.errors import InvalidInput, JaxinvError
+from jaxinv.typing import ArrayLike, Constant, DType, Inputs, Params, PyTree
 
 
-def leaf_names(tree: Any, root: str) -> list[str]:
+def leaf_names(tree: PyTree, root: str) -> list[str]:
     """Readable names of the leaves of a pytree: `root/Dense_0/kernel`."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = []
@@ -36,7 +37,7 @@ def leaf_names(tree: Any, root: str) -> list[str]:
 # --- arrays ---------------------------------------------------------------------------
 
 
-def _check_usable(name: str, leaf: Any, values: bool) -> None:
+def _check_usable(name: str, leaf: object, values: bool) -> None:
     """Raise `InvalidInput` unless jax can compute with `leaf` (its shape, if not `values`)."""
     if values and isinstance(leaf, jax.ShapeDtypeStruct):
         raise InvalidInput(f"{name} is a shape without values; pass the array itself.")
@@ -96,7 +97,7 @@ def check_floats(
         )
 
 
-def _finite(leaf: Any, dtype: Any) -> int:
+def _finite(leaf: Constant, dtype: DType) -> int:
     """How many values are finite in that dtype."""
     if isinstance(leaf, jax.Array) and not _in_memory(leaf):
         with jax.ensure_compile_time_eval():
@@ -117,7 +118,7 @@ _ONLY_FLOATS = (
 )
 
 
-def check_params(params: Any, *, values: bool = True, complex_numbers: bool = False) -> None:
+def check_params(params: PyTree, *, values: bool = True, complex_numbers: bool = False) -> None:
     """Raise `InvalidInput` unless `params` is a non-empty pytree of finite float arrays.
 
     Values are looked at only where they are concrete, that is outside `jit`. Without `values`
@@ -135,11 +136,11 @@ def check_params(params: Any, *, values: bool = True, complex_numbers: bool = Fa
         )
 
 
-def _masked(leaf: Any) -> bool:
+def _masked(leaf: object) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def check_start(params: Any) -> None:
+def check_start(params: Params) -> None:
     """`check_params` for the init of a transformation: leaves may be masked, even all of them.
 
     optax.tree.map_params calls it with a placeholder that has no leaves.
@@ -148,7 +149,7 @@ def check_start(params: Any) -> None:
         check_params(params)
 
 
-def check_like(tree: Any, params: Any, name: str) -> None:
+def check_like(tree: PyTree, params: PyTree, name: str) -> None:
     """Raise `InvalidInput` unless a tree holds floats in the structure and shapes of params.
 
     Where a leaf of the tree is masked (by optax.masked or optax.partition) anything will do.
@@ -181,7 +182,7 @@ def check_like(tree: Any, params: Any, name: str) -> None:
             )
 
 
-def check_usable(tree: Any, name: str) -> None:
+def check_usable(tree: PyTree, name: str) -> None:
     """Raise `InvalidInput` unless every leaf is something with values that jax can use."""
     for leaf_name, leaf in zip(leaf_names(tree, name), jax.tree.leaves(tree), strict=True):
         _check_usable(leaf_name, leaf, True)
@@ -190,7 +191,7 @@ def check_usable(tree: Any, name: str) -> None:
 # --- inputs ---------------------------------------------------------------------------
 
 
-def check_inputs(x: Any, *, values: bool, finite: bool = False) -> None:
+def check_inputs(x: Inputs, *, values: bool, finite: bool = False) -> None:
     """Raise `InvalidInput` unless `x` is a pytree of arrays with a leading batch axis.
 
     Without `values` shapes will do. With `finite` concrete values must be finite numbers.
@@ -228,11 +229,11 @@ def check_inputs(x: Any, *, values: bool, finite: bool = False) -> None:
             )
 
 
-def abstract_batch_of_one(x: Any) -> Any:
+def abstract_batch_of_one(x: Inputs) -> Inputs:
     """Shapes of `x` with every leading batch axis set to 1; the values of `x` play no part."""
     check_inputs(x, values=False)
 
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+    def one(leaf: ArrayLike | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
         return jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), dtype)
 
@@ -285,7 +286,7 @@ def check_network(fn: Any, name: str = "fn") -> Any:
 
 
 @contextlib.contextmanager
-def calling(call: str, *arguments: Any, remedy: str = "") -> Iterator[None]:
+def calling(call: str, *arguments: PyTree, remedy: str = "") -> Iterator[None]:
     """A scope that runs the user's code: what it raises becomes `InvalidInput`, with the shapes.
 
     The original exception is the cause, so that its traceback is shown. Errors of jaxinv pass.
@@ -302,10 +303,10 @@ def calling(call: str, *arguments: Any, remedy: str = "") -> Iterator[None]:
         ) from error
 
 
-def _shown(tree: Any) -> str:
+def _shown(tree: PyTree) -> str:
     """The shapes and dtypes in a pytree."""
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: object) -> str:
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             return type(leaf).__name__
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
@@ -326,7 +327,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def real(name: str, value: Any, accept: Callable[[float], bool], expected: str) -> float:
+def real(name: str, value: object, accept: Callable[[float], bool], expected: str) -> float:
     """An option as a float; `InvalidInput` unless it is a fixed real number that is accepted."""
     found = _number(value)
     if found is None or math.isnan(found) or not accept(found):
@@ -342,7 +343,7 @@ def integer(name: str, value: Any, least: int, also: str = "") -> int:
     return int(value)
 
 
-def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise `InvalidInput` unless an option is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise InvalidInput(f"{name} must be one of {', '.join(choices)}, not {value!r}.")

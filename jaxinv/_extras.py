@@ -1,12 +1,12 @@
 """Libraries that only some of jaxinv needs, and that are installed with its extras."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 from jaxinv.errors import MissingExtra
 
 
-def require(library: str, extra: str) -> Any:
+def require(library: str, extra: str) -> ModuleType:
     """Import ``library``, or say which extra brings it.
 
     Args:

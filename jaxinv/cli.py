@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jaxinv
@@ -176,7 +177,7 @@ class _Terminated(BaseException):
 def _terminable() -> Iterator[None]:
     """Let SIGTERM unwind the stack, so that what is being written and locked is cleaned up."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():

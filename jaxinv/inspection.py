@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ class Report(NamedTuple):
             lines.append(f"path norm 10^{decimal:.4g} (p = 2)")
         return "\n".join(lines)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The report as plain values, for JSON, which has no infinities: they become None."""
         norm = self.log_path_norm
         return {
@@ -244,7 +245,7 @@ def load(target: str) -> tuple[Network, Params, Inputs]:
     return found
 
 
-def _import(name: str) -> Any:
+def _import(name: str) -> ModuleType:
     path = Path(name)
     if path.suffix != ".py":
         sys.path.insert(0, "")  # as `python -m` does: a module in the current directory is found

@@ -30,7 +30,7 @@ from jaxinv.rescaling.group import (
     summed_to,
     tangent_vectors,
 )
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Inputs, Network, Params, PyTree
 
 Loss = Callable[[Params], Array]
 """The loss as a function of the parameters alone, a scalar."""
@@ -107,7 +107,7 @@ def _difference(reference: PyTree, other: PyTree) -> FunctionError:
     return FunctionError(absolute, _quotient(absolute, size))
 
 
-def _floating(y: Any) -> Array:
+def _floating(y: ArrayLike) -> Array:
     y = jnp.asarray(y)
     return y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(jnp.result_type(float))
 
@@ -257,7 +257,7 @@ def _per_generator(group: RescalingGroup, leaves: list[Array], power: int) -> Ar
 
 
 def _meetings(
-    group: RescalingGroup, shape: tuple[int, ...], terms: tuple[Any, ...]
+    group: RescalingGroup, shape: tuple[int, ...], terms: tuple[PyTree, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(flat elements, generators, coefficients by term) where terms share a generator."""
     nothing = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((len(terms), 0), np.int64)
@@ -400,7 +400,9 @@ def equivariance_error(
     def pulled_back(theta: PyTree) -> Array:
         return loss(reparam(theta))
 
-    def step(tx: Any, f: Loss, params: PyTree, state: Any) -> tuple[PyTree, PyTree, Any, Array]:
+    def step(
+        tx: optax.GradientTransformation, f: Loss, params: PyTree, state: optax.OptState
+    ) -> tuple[PyTree, PyTree, optax.OptState, Array]:
         value, gradient = jax.value_and_grad(f)(params)
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), updates, state, value

@@ -8,13 +8,13 @@ what is shown here carries over to `flax.linen` unchanged.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxinv.errors import InvalidInput
+from jaxinv.typing import DTypeLike
 
 Params = dict[str, dict[str, jax.Array]]
 
@@ -27,7 +27,7 @@ def init_mlp(
     *,
     bias: bool = True,
     bias_std: float = 0.0,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Params:
     """Draw the parameters of a fully connected network.
 
@@ -107,7 +107,7 @@ def init_cnn(
     num_classes: int = 10,
     bias: bool = True,
     bias_std: float = 0.0,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Params:
     """Draw the parameters of a small residual convolutional network.
 
@@ -191,7 +191,7 @@ def cnn(params: Params, x: jax.Array) -> jax.Array:
 
 
 def _init_layer(
-    key: jax.Array, shape: tuple[int, ...], bias: bool, bias_std: float, dtype: Any
+    key: jax.Array, shape: tuple[int, ...], bias: bool, bias_std: float, dtype: DTypeLike
 ) -> dict[str, jax.Array]:
     kernel_key, bias_key = jax.random.split(key)
     std = math.sqrt(2 / math.prod(shape[:-1]))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 PyTree = Any
 """Any pytree of arrays."""
@@ -25,6 +26,18 @@ Network = Callable[[Params, Inputs], Outputs]
 
 Array = jax.Array
 """An array of jax."""
+
+ArrayLike = jax.typing.ArrayLike
+"""An array of jax or NumPy, or a number."""
+
+Constant = jax.Array | np.ndarray
+"""An array whose numbers are known while a program is read, or traced by jax."""
+
+DType = np.dtype
+DTypeLike = jax.typing.DTypeLike
+"""A dtype, or what names one: `jnp.float32`, `"float32"`."""
+
+Shape = tuple[int, ...]
 
 
 __all__ = ["Array", "Inputs", "Network", "Outputs", "Params", "PyTree"]

@@ -8,6 +8,7 @@ they are not, path sums are refused and Jacobians take the batch whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,18 @@ from jaxinv._checks import abstract_batch_of_one, check_inputs, check_network
 from jaxinv._interpreter.batch_domain import BatchDomain, RecordingDomain
 from jaxinv._interpreter.batch_values import Apart, Place, Shared, Single, refusal
 from jaxinv._interpreter.program import Program, all_lengths, program
-from jaxinv._interpreter.walk import interpret, is_concrete, open_jaxpr, output_equation
+from jaxinv._interpreter.walk import (
+    Domain,
+    Operand,
+    Value,
+    interpret,
+    is_concrete,
+    open_jaxpr,
+    output_equation,
+)
 from jaxinv._numerics.varying import varies
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
-from jaxinv.typing import Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Constant, Inputs, Network, Params, PyTree
 
 _ANY_SIZE = (
     "fn must accept any batch size (reshape with -1 or x.shape[0] in place of a fixed batch size) "
@@ -59,7 +68,9 @@ class TracedNetwork:
         assert found is not None
         return found
 
-    def interpret(self, params: list[Any], inputs: list[Any], domain: Any) -> list[Any]:
+    def interpret(
+        self, params: Sequence[Value], inputs: Sequence[Value], domain: Domain
+    ) -> list[Any]:
         """Values of the outputs for one example; refused where examples are not apart."""
         try:
             outputs = interpret(self.program.trace, params, inputs, domain)
@@ -105,7 +116,7 @@ class TracedNetwork:
 # --- the axis ------------------------------------------------------------------------
 
 
-def _check_axis(batch_axis: Any) -> None:
+def _check_axis(batch_axis: object) -> None:
     whole = isinstance(batch_axis, int) and not isinstance(batch_axis, bool) and batch_axis >= 0
     if batch_axis is not None and not whole:
         raise InvalidInput(
@@ -119,7 +130,7 @@ def leading(x: Inputs, batch_axis: int | None) -> Inputs:
     if batch_axis == 0:
         return x
 
-    def move(leaf: Any) -> Any:
+    def move(leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
         shape = list(jnp.shape(leaf))
         if batch_axis is None:
             shape.insert(0, 1)
@@ -254,7 +265,7 @@ def traced_network(
 
 def _whole(fn: Network, params: Params, x: Inputs, least: int) -> Program:
     def shapes(least: int) -> Inputs:
-        def one(a: Any) -> jax.ShapeDtypeStruct:
+        def one(a: Constant | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             count, *rest = jnp.shape(a)
             dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(a))
             return jax.ShapeDtypeStruct((max(count, least), *rest), dtype)
@@ -289,7 +300,7 @@ def _axes_of_outputs(alone: Program, fn: Network, params: Params, x: Inputs) -> 
     weights = [Shared(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]
     inputs = [Apart(s.shape, Place(0)) for s in jax.tree.leaves(batch)]
 
-    def constant(value: Any) -> Any:
+    def constant(value: ArrayLike) -> Operand:
         shape = jnp.shape(value)
         return value if is_concrete(value) else Shared(shape, not domain.many(shape))
 

@@ -11,7 +11,7 @@ example in an axis of length outer·p·inner is a digit of the position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from jaxinv._interpreter.batch_values import (
     constant_along,
     refusal,
 )
-from jaxinv._interpreter.walk import Body, Equation, Value, is_concrete
+from jaxinv._interpreter.walk import Body, Equation, Operand, Value, is_concrete
 
 
 class RecordingDomain:
@@ -47,7 +47,7 @@ class RecordingDomain:
     def __init__(self) -> None:
         self.records = Records()
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Value | list[Value]:
         self.records.add(eqn, inputs, True)
         out: list[Any] = [Single(a.shape) for a in eqn.outputs]
         return out if eqn.primitive.multiple_results else out[0]
@@ -61,12 +61,14 @@ class RecordingDomain:
         )
         return [Single(a.shape) for a in eqn.outputs]
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
         for branch in branches:
             branch(*inputs)
         return [Single(a.shape) for a in eqn.outputs]
 
-    def unbounded_while(self, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
+    def unbounded_while(
+        self, eqn: Equation, condition: Callable[..., list], body: Callable[..., list], carry: list
+    ) -> list:
         state = [Single(a.shape) for a in eqn.outputs]
         condition(*state)
         body(*state)
@@ -88,7 +90,7 @@ class BatchDomain:
         """Whether an axis holds examples."""
         return any(n and n % self.size == 0 for n in shape)
 
-    def uniform(self, value: Any, place: Place | None = None) -> bool:
+    def uniform(self, value: Operand, place: Place | None = None) -> bool:
         """Whether an operand without examples is the same for all (of those along `place`)."""
         if isinstance(value, Shared):
             return value.uniform
@@ -122,10 +124,10 @@ class BatchDomain:
             return value
         return Shared(jnp.shape(value), self.uniform(value))
 
-    def value(self, value: Any) -> Any:
+    def value(self, value: Operand) -> Value:
         return value if isinstance(value, Value) else self.shared(value)
 
-    def common(self, values: Sequence[Any]) -> Place:
+    def common(self, values: Sequence[Operand]) -> Place:
         """The place of all operands that hold examples; the others must be the same for all."""
         places = {v.place for v in values if isinstance(v, Apart)}
         if len(places) != 1 or any(isinstance(v, Pieces | Single) for v in values):
@@ -138,7 +140,7 @@ class BatchDomain:
 
     # --- the protocol of a domain ---
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Value | list[Value]:
         shapes = [a.shape for a in (*eqn.inputs, *eqn.outputs)]
         self.records.add(eqn, inputs, not any(map(self.many, shapes)))
         if any(isinstance(v, Single) for v in inputs):
@@ -154,7 +156,7 @@ class BatchDomain:
             out = self._of_shared(eqn, inputs)
         return out if eqn.primitive.multiple_results else out[0]
 
-    def _of_shared(self, eqn: Equation, inputs: Sequence[Any]) -> list[Any]:
+    def _of_shared(self, eqn: Equation, inputs: Sequence[Operand]) -> list[Value]:
         """Results of what does not depend on x: are they the same for every example?"""
         same = all(self.uniform(v) for v in inputs)
         if not any(self.many(a.shape) for a in eqn.inputs):
@@ -174,7 +176,7 @@ class BatchDomain:
             known = not self.many([eqn.inputs[0].shape[a] for a in contracting[0]])
         return [Shared(a.shape, same and known) for a in eqn.outputs]
 
-    def joined(self, eqn: Equation, a: Any, b: Any) -> Any:
+    def joined(self, eqn: Equation, a: Any, b: Any) -> Held:
         """A value that is one of two."""
         if not isinstance(a, Apart | Single) and not isinstance(b, Apart | Single):
             return Shared(self.shared(a).shape, self.uniform(a) and self.uniform(b))
@@ -197,7 +199,7 @@ class BatchDomain:
             if [_kind(v) for v in carry] == before:
                 return carry
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
         if isinstance(index, Apart | Pieces):
             raise refusal(eqn)
         results = [branch(*inputs) for branch in branches]
@@ -210,7 +212,9 @@ class BatchDomain:
             joined = [self.joined(eqn, a, b) for a, b in zip(joined, other, strict=True)]
         return joined
 
-    def unbounded_while(self, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
+    def unbounded_while(
+        self, eqn: Equation, condition: Callable[..., list], body: Callable[..., list], carry: list
+    ) -> list:
         start = [self.value(v) for v in carry]
 
         def step(state: list) -> list:
@@ -241,7 +245,7 @@ class BatchDomain:
             _stacked(y, a.shape) for y, a in zip(ys, eqn.outputs[len(init) :], strict=True)
         ]
 
-    def _slice(self, eqn: Equation, value: Any) -> Any:
+    def _slice(self, eqn: Equation, value: Any) -> Held:
         shape = jnp.shape(value) if not isinstance(value, Held) else value.shape
         if isinstance(value, Apart):
             if value.place.axis == 0:
@@ -274,11 +278,11 @@ class BatchDomain:
         ]
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Operand) -> Hashable:
     return type(value), getattr(value, "place", None), getattr(value, "uniform", None)
 
 
-def _stacked(value: Any, shape: Sequence[int]) -> Any:
+def _stacked(value: Any, shape: Sequence[int]) -> Held:
     if isinstance(value, Apart):
         return Apart(shape, value.place._replace(axis=value.place.axis + 1))
     return Single(shape) if isinstance(value, Single) else Shared(shape, value.uniform)

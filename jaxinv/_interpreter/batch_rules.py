@@ -20,17 +20,18 @@ from jaxinv._interpreter.batch_values import (
     REDUCTIONS,
     RESHAPES,
     Apart,
+    Examples,
     Held,
     Mixed,
     Pieces,
     Place,
 )
-from jaxinv._interpreter.walk import Equation, Value, is_concrete
+from jaxinv._interpreter.walk import Equation, Operand, Value, is_concrete
 
 # --- rules of operations on examples --------------------------------------------------
 
 
-def of_examples(domain: Any, eqn: Equation, inputs: Sequence[Any]) -> list[Any]:
+def of_examples(domain: Examples, eqn: Equation, inputs: Sequence[Operand]) -> list[Value]:
     """The results of an operation of which at least one operand holds examples."""
     name = eqn.name.replace("-", "_")
     if name in ELEMENTWISE:
@@ -55,7 +56,7 @@ def _rule(*names: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _place_of(value: Any) -> Place:
+def _place_of(value: Operand) -> Place:
     if not isinstance(value, Apart):
         raise Mixed("positions of examples are used as numbers")
     return value.place
@@ -73,19 +74,19 @@ def _without(place: Place, axes: Sequence[int]) -> Place:
 
 
 @_rule("transpose")
-def _transpose(domain: Any, eqn: Equation, value: Any) -> Place:
+def _transpose(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place = _place_of(value)
     return place._replace(axis=tuple(eqn.params["permutation"]).index(place.axis))
 
 
 @_rule("broadcast_in_dim")
-def _broadcast(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Place:
+def _broadcast(domain: Examples, eqn: Equation, value: Operand, *rest: Operand) -> Place:
     place = _place_of(value)
     return place._replace(axis=eqn.params["broadcast_dimensions"][place.axis])
 
 
 @_rule(*RESHAPES)
-def _reshape(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Place:
+def _reshape(domain: Examples, eqn: Equation, value: Operand, *rest: Operand) -> Place:
     """The digit of the example moves to the axis of the new shape that has its stride."""
     place, old, new = _place_of(value), eqn.inputs[0].shape, eqn.outputs[0].shape
     _require(eqn.params.get("dimensions") is None or eqn.name != "reshape")
@@ -101,21 +102,21 @@ def _reshape(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Place:
 
 
 @_rule("rev")
-def _rev(domain: Any, eqn: Equation, value: Any) -> Place:
+def _rev(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place = _place_of(value)
     _require(place.axis not in eqn.params["dimensions"])
     return place
 
 
 @_rule("slice")
-def _slice(domain: Any, eqn: Equation, value: Any) -> Place:
+def _slice(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place = _place_of(value)
     _require(eqn.inputs[0].shape[place.axis] == eqn.outputs[0].shape[place.axis])
     return place
 
 
 @_rule("pad")
-def _pad(domain: Any, eqn: Equation, value: Any, filler: Any) -> Place:
+def _pad(domain: Examples, eqn: Equation, value: Operand, filler: Operand) -> Place:
     place = _place_of(value)
     _require(not isinstance(filler, Apart | Pieces))
     _require(tuple(eqn.params["padding_config"][place.axis]) == (0, 0, 0))
@@ -123,14 +124,14 @@ def _pad(domain: Any, eqn: Equation, value: Any, filler: Any) -> Place:
 
 
 @_rule("tile")
-def _tile(domain: Any, eqn: Equation, value: Any) -> Place:
+def _tile(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place = _place_of(value)
     _require(eqn.params["reps"][place.axis] == 1)
     return place
 
 
 @_rule("split", "unstack")
-def _split(domain: Any, eqn: Equation, value: Any) -> Place:
+def _split(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place = _place_of(value)
     if eqn.name == "unstack":
         return _without(place, [eqn.params["axis"]])
@@ -139,7 +140,7 @@ def _split(domain: Any, eqn: Equation, value: Any) -> Place:
 
 
 @_rule("concatenate", "stack")
-def _concatenate(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+def _concatenate(domain: Examples, eqn: Equation, *inputs: Operand) -> Place | list[Value]:
     if eqn.name == "stack":
         place = domain.common(inputs)
         return place._replace(axis=place.axis + (place.axis >= eqn.params["axis"]))
@@ -156,53 +157,53 @@ def _concatenate(domain: Any, eqn: Equation, *inputs: Any) -> Any:
 
 
 @_rule(*REDUCTIONS)
-def _reduce(domain: Any, eqn: Equation, value: Any) -> Place:
+def _reduce(domain: Examples, eqn: Equation, value: Operand) -> Place:
     return _without(_place_of(value), eqn.params["axes"])
 
 
 @_rule(*CUMULATIVE)
-def _cumulate(domain: Any, eqn: Equation, value: Any) -> Place:
+def _cumulate(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place = _place_of(value)
     _require(place.axis != eqn.params["axis"])
     return place
 
 
 @_rule("sort")
-def _sort(domain: Any, eqn: Equation, *values: Any) -> Place:
+def _sort(domain: Examples, eqn: Equation, *values: Operand) -> Place:
     place = domain.common(values)
     _require(place.axis != eqn.params["dimension"])
     return place
 
 
 @_rule("top_k")
-def _top_k(domain: Any, eqn: Equation, value: Any) -> Place:
+def _top_k(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place, rank = _place_of(value), len(eqn.inputs[0].shape)
     _require(place.axis != eqn.params.get("axis", -1) % rank)
     return place
 
 
 @_rule("fft")
-def _fft(domain: Any, eqn: Equation, value: Any) -> Place:
+def _fft(domain: Examples, eqn: Equation, value: Operand) -> Place:
     place = _place_of(value)
     _require(place.axis < len(eqn.inputs[0].shape) - len(eqn.params["fft_lengths"]))
     return place
 
 
 @_rule(*MATRICES)
-def _matrices(domain: Any, eqn: Equation, *values: Any) -> Place:
+def _matrices(domain: Examples, eqn: Equation, *values: Operand) -> Place:
     place = domain.common(values)
     _require(all(place.axis < len(a.shape) - 2 for a in eqn.inputs))
     return place
 
 
 @_rule("bitcast_convert_type")
-def _bitcast(domain: Any, eqn: Equation, value: Any) -> Place:
+def _bitcast(domain: Examples, eqn: Equation, value: Operand) -> Place:
     _require(len(eqn.inputs[0].shape) == len(eqn.outputs[0].shape))
     return _place_of(value)
 
 
 @_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
-def _window(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Place:
+def _window(domain: Examples, eqn: Equation, value: Operand, *rest: Operand) -> Place:
     place, p = _place_of(value), eqn.params
     options = (p["window_dimensions"], p["window_strides"], p["padding"], p["base_dilation"])
     size, stride, padding, dilation = (o[place.axis] for o in options)
@@ -212,7 +213,7 @@ def _window(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Place:
 
 
 @_rule("dot_general")
-def _dot(domain: Any, eqn: Equation, left: Any, right: Any) -> Place:
+def _dot(domain: Examples, eqn: Equation, left: Operand, right: Operand) -> Place:
     contracting, batch = eqn.params["dimension_numbers"]
     sides = (left, right)
     free = [
@@ -236,7 +237,7 @@ def _dot(domain: Any, eqn: Equation, left: Any, right: Any) -> Place:
 
 
 @_rule("conv_general_dilated")
-def _conv(domain: Any, eqn: Equation, left: Any, right: Any) -> Place:
+def _conv(domain: Examples, eqn: Equation, left: Operand, right: Operand) -> Place:
     place, numbers = _place_of(left), eqn.params["dimension_numbers"]
     _require(not isinstance(right, Apart | Pieces) and domain.uniform(right))
     _require(place.axis == numbers.lhs_spec[0] and eqn.params["batch_group_count"] == 1)
@@ -246,7 +247,7 @@ def _conv(domain: Any, eqn: Equation, left: Any, right: Any) -> Place:
 # --- reading and writing at indices ---
 
 
-def _index_place(domain: Any, index: Any) -> Place | None:
+def _index_place(domain: Examples, index: Operand) -> Place | None:
     """Where an index holds examples; None if it is the same for all."""
     parts = index.parts if isinstance(index, Pieces) else (index,)
     places = {p.place for p in parts if isinstance(p, Apart)}
@@ -256,7 +257,7 @@ def _index_place(domain: Any, index: Any) -> Place | None:
     return None
 
 
-def _own_position(domain: Any, index: Any, component: int) -> int | None:
+def _own_position(domain: Examples, index: Any, component: int) -> int | None:
     """The axis of an index along which a column of it is 0, 1, …: each example's own number."""
     column: Any = None
     if isinstance(index, Pieces):
@@ -278,7 +279,7 @@ def _own_position(domain: Any, index: Any, component: int) -> int | None:
     return None
 
 
-def _others_uniform(domain: Any, index: Any, component: int, axis: int) -> bool:
+def _others_uniform(domain: Examples, index: Any, component: int, axis: int) -> bool:
     """Whether the other columns of an index are the examples' own values, or the same for all."""
     place = Place(axis)
     if not isinstance(index, Pieces):
@@ -297,7 +298,9 @@ def _others_uniform(domain: Any, index: Any, component: int, axis: int) -> bool:
 
 
 @_rule("gather")
-def _gather(domain: Any, eqn: Equation, value: Any, index: Any, *rest: Any) -> Place:
+def _gather(
+    domain: Examples, eqn: Equation, value: Operand, index: Operand, *rest: Operand
+) -> Place:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     batching = tuple(getattr(numbers, "operand_batching_dims", ()))
     index_batching = tuple(getattr(numbers, "start_indices_batching_dims", ()))
@@ -328,7 +331,9 @@ def _gather(domain: Any, eqn: Equation, value: Any, index: Any, *rest: Any) -> P
 
 
 @_rule("scatter", "scatter_add", "scatter_sub", "scatter_mul", "scatter_min", "scatter_max")
-def _scatter(domain: Any, eqn: Equation, target: Any, index: Any, update: Any) -> Place:
+def _scatter(
+    domain: Examples, eqn: Equation, target: Operand, index: Operand, update: Operand
+) -> Place:
     numbers = eqn.params["dimension_numbers"]
     batching = tuple(getattr(numbers, "operand_batching_dims", ()))
     index_batching = tuple(getattr(numbers, "scatter_indices_batching_dims", ()))
@@ -367,7 +372,7 @@ def _scatter(domain: Any, eqn: Equation, target: Any, index: Any, update: Any) -
 
 
 @_rule("dynamic_slice")
-def _dynamic_slice(domain: Any, eqn: Equation, value: Any, *starts: Any) -> Place:
+def _dynamic_slice(domain: Examples, eqn: Equation, value: Operand, *starts: Operand) -> Place:
     place = _place_of(value)
     _require(not any(isinstance(s, Apart | Pieces) for s in starts))
     _require(eqn.params["slice_sizes"][place.axis] == eqn.inputs[0].shape[place.axis])
@@ -375,7 +380,9 @@ def _dynamic_slice(domain: Any, eqn: Equation, value: Any, *starts: Any) -> Plac
 
 
 @_rule("dynamic_update_slice")
-def _update(domain: Any, eqn: Equation, value: Any, part: Any, *starts: Any) -> Place:
+def _update(
+    domain: Examples, eqn: Equation, value: Operand, part: Operand, *starts: Operand
+) -> Place:
     place = domain.common([value, part])
     _require(not any(isinstance(s, Apart | Pieces) for s in starts))
     _require(eqn.inputs[0].shape[place.axis] == eqn.inputs[1].shape[place.axis])

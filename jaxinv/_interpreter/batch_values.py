@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, Value, is_concrete
+from jaxinv._interpreter.walk import Equation, Operand, Value, is_concrete
+from jaxinv.errors import UnsupportedOperation
+from jaxinv.typing import ArrayLike
 
 # --- values ---------------------------------------------------------------------------
 
@@ -66,6 +68,16 @@ class Pieces(Held):
         self.parts = tuple(parts)
 
 
+class Examples(Protocol):
+    """What rules ask of the domain."""
+
+    size: int
+
+    def common(self, values: Sequence[Operand]) -> Place: ...
+
+    def uniform(self, value: Operand, place: Place | None = None) -> bool: ...
+
+
 # --- what is known of primitives ------------------------------------------------------
 
 ELEMENTWISE = frozenset(
@@ -95,7 +107,7 @@ class Mixed(Exception):
     """The reason why an operation does not keep the examples apart."""
 
 
-def refusal(eqn: Equation, what: str = "") -> Any:
+def refusal(eqn: Equation, what: str = "") -> UnsupportedOperation:
     """The error for an operation that mixes examples or tells them apart by position."""
     return eqn.refuse(
         "path semantics",
@@ -115,7 +127,7 @@ class Records:
     def __init__(self) -> None:
         self.found: dict[Any, Equation] = {}
 
-    def add(self, eqn: Equation, inputs: Sequence[Any], fixed: bool) -> None:
+    def add(self, eqn: Equation, inputs: Sequence[Operand], fixed: bool) -> None:
         if eqn.name in ARITHMETIC:
             constants = tuple(_digest(v) for v in inputs if is_concrete(v))
             self.found.setdefault((eqn.name, constants), eqn)
@@ -130,7 +142,7 @@ def constant_along(array: np.ndarray, axis: int) -> bool:
     return bool(((array == first) | ((array != array) & (first != first))).all())
 
 
-def _digest(value: Any) -> Any:
+def _digest(value: ArrayLike) -> Hashable:
     """A constant, without the axes along which it does not vary."""
     if jax.dtypes.issubdtype(jnp.result_type(value), jax.dtypes.extended):
         return "key"

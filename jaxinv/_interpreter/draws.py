@@ -19,7 +19,7 @@ from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._interpreter.program import Program
 from jaxinv._interpreter.walk import equation
 from jaxinv._numerics.precision import as_dtype, in_precision
-from jaxinv.typing import Network, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Network, Params, PyTree
 
 # What jax.random shifts 32-bit and 64-bit words by, to leave the digits of a float.
 _SHIFT_32, _SHIFT_64 = 9, 12
@@ -27,7 +27,7 @@ _UNSEEN = ("random_gamma",)  # draw by themselves when they are compiled
 
 
 def traced_in(
-    dtype: Any, fn: Network, params: Params, x: PyTree, batch_axis: int | None = 0
+    dtype: DTypeLike, fn: Network, params: Params, x: PyTree, batch_axis: int | None = 0
 ) -> TracedNetwork:
     """`fn` traced in the precision `dtype`, with the draws that it makes outside of that scope.
 
@@ -61,12 +61,12 @@ def traced_in(
     return TracedNetwork(drawn, one, whole, network.error)
 
 
-def with_own_bits(closed: Any) -> Any:
+def with_own_bits(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     """A program traced in 64 bits with the random numbers of the same program in 32."""
     return _rewritten(closed, ())
 
 
-def _rewritten(jaxpr: Any, callers: tuple[Any, ...]) -> Any:
+def _rewritten(jaxpr: Any, callers: tuple[jex.JaxprEqn, ...]) -> Any:
     if isinstance(jaxpr, jex.ClosedJaxpr) and hasattr(jaxpr, "jaxpr") and jaxpr.jaxpr is not jaxpr:
         return jaxpr.replace(jaxpr=_rewritten(jaxpr.jaxpr, callers))
     eqns = []
@@ -81,7 +81,7 @@ def _rewritten(jaxpr: Any, callers: tuple[Any, ...]) -> Any:
     return jaxpr.replace(eqns=eqns)
 
 
-def _map_jaxprs(value: Any, callers: tuple[Any, ...]) -> Any:
+def _map_jaxprs(value: Any, callers: tuple[jex.JaxprEqn, ...]) -> Any:
     """A parameter of an equation, with the programs in it rewritten."""
     if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
         return _rewritten(value, callers) if _any_draws(value) else value
@@ -90,7 +90,7 @@ def _map_jaxprs(value: Any, callers: tuple[Any, ...]) -> Any:
     return value
 
 
-def _any_draws(jaxpr: Any) -> bool:
+def _any_draws(jaxpr: jex.Jaxpr | jex.ClosedJaxpr) -> bool:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return any(
         _draws_64(raw)
@@ -112,7 +112,7 @@ def _draws_64(raw: Any) -> bool:
     return raw.primitive.name in _UNSEEN
 
 
-def _check_float(raw: Any, jaxpr: Any, callers: tuple[Any, ...]) -> None:
+def _check_float(raw: jex.JaxprEqn, jaxpr: jex.Jaxpr, callers: tuple[jex.JaxprEqn, ...]) -> None:
     """Raise unless the bits become floats, and nothing else."""
     (bits,) = raw.outvars
     uses = [eqn for eqn in jaxpr.eqns if any(v is bits for v in eqn.invars)]
@@ -133,16 +133,16 @@ def _check_float(raw: Any, jaxpr: Any, callers: tuple[Any, ...]) -> None:
         )
 
 
-def _in_32_bits(raw: Any) -> Any:
+def _in_32_bits(raw: Any) -> jex.JaxprEqn:
     """The same seed as 32 bits; the same draw from 23 bits of a 32-bit word, then zeros."""
 
     @jax.jit
-    def seed(value: Any) -> Any:
+    def seed(value: Array) -> Array:
         signed = jnp.issubdtype(value.dtype, jnp.signedinteger)
         return raw.primitive.bind(value.astype(jnp.int32 if signed else jnp.uint32), **raw.params)
 
     @jax.jit
-    def draw(key: Any) -> Any:
+    def draw(key: Array) -> Array:
         word = raw.primitive.bind(key, **{**raw.params, "bit_width": 32})
         digits = lax.shift_right_logical(word, jnp.uint32(_SHIFT_32)).astype(jnp.uint64)
         return lax.shift_left(digits, jnp.uint64(64 - 32 + _SHIFT_32))

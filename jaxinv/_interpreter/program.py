@@ -26,7 +26,7 @@ from jaxinv._interpreter.walk import (
     sub_jaxprs,
     trace,
 )
-from jaxinv.typing import Params, PyTree
+from jaxinv.typing import Array, Params, PyTree
 
 
 class Program:
@@ -75,7 +75,7 @@ def program(fn: Callable[..., PyTree], params: Params, x: PyTree, remedy: str = 
     return Program(trace(lambda params, x: fn(params, x), params, x, remedy=remedy))
 
 
-def all_lengths(closed: Any) -> set[int]:
+def all_lengths(closed: jex.Jaxpr | jex.ClosedJaxpr) -> set[int]:
     """Every length of an axis in a program, those of the functions that it calls included."""
     jaxpr, consts = open_jaxpr(closed)
     shapes = [jnp.shape(c) for c in consts]
@@ -89,7 +89,9 @@ def all_lengths(closed: Any) -> set[int]:
     return found
 
 
-def find_equation(closed: Any, name: str, callers: tuple[Any, ...] = ()) -> Equation | None:
+def find_equation(
+    closed: jex.Jaxpr | jex.ClosedJaxpr, name: str, callers: tuple[jex.JaxprEqn, ...] = ()
+) -> Equation | None:
     """The first equation of a primitive in a program, those of the functions that it calls too."""
     for raw in open_jaxpr(closed)[0].eqns:
         if raw.primitive.name == name:
@@ -130,7 +132,7 @@ def _dependent(
 # --- equality -------------------------------------------------------------------------
 
 
-def _same_jaxpr(a: Any, b: Any) -> bool:
+def _same_jaxpr(a: jex.Jaxpr | jex.ClosedJaxpr, b: jex.Jaxpr | jex.ClosedJaxpr) -> bool:
     if a is b:
         return True
     (one, consts), (other, other_consts) = open_jaxpr(a), open_jaxpr(b)
@@ -142,14 +144,14 @@ def _same_jaxpr(a: Any, b: Any) -> bool:
         return False
     names: dict[Any, Any] = {}
 
-    def bound(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    def bound(left: Sequence[jex.Var], right: Sequence[jex.Var]) -> bool:
         """Variables that are written: paired from here on."""
         names.update(zip(left, right, strict=False))
         return len(left) == len(right) and all(
             v.aval == w.aval for v, w in zip(left, right, strict=True)
         )
 
-    def read(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    def read(left: Sequence[jex.Var | jex.Literal], right: Sequence[jex.Var | jex.Literal]) -> bool:
         return len(left) == len(right) and all(map(same_atom, left, right))
 
     def same_atom(v: Any, w: Any) -> bool:
@@ -193,7 +195,7 @@ def _same(a: Any, b: Any) -> bool:
         return False
 
 
-def _derivative_owner(function: Any) -> Any:
+def _derivative_owner(function: Any) -> jax.custom_jvp | jax.custom_vjp | None:
     """The `custom_jvp` or `custom_vjp` of a library whose rule a traced thunk calls, or None.
 
     jax makes a new thunk at every trace; what it calls is held in closures. Rules of the user's own
@@ -233,7 +235,7 @@ def _same_array(a: Any, b: Any) -> bool:
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def call_and_body(eqn: Equation) -> tuple[Callable[..., list[Any]], Callable[..., list[Any]]]:
+def call_and_body(eqn: Equation) -> tuple[Callable[..., list[Array]], Callable[..., list[Array]]]:
     """A call, and what it calls, as functions of all its inputs: they may differ in derivative."""
     raw = eqn.raws[0]
     found = sub_jaxprs(raw, [True] * len(raw.outvars))

@@ -51,6 +51,9 @@ class Opaque(Value):
         self.key = object()
 
 
+Operand = Value | jax.typing.ArrayLike  # a value of the domain, or a constant
+Result = Operand | Sequence[Operand]  # several of an operation with several results
+Primitive = jex.Primitive
 Rule = Callable[..., Any]
 
 
@@ -70,7 +73,6 @@ class Domain(Reader, Protocol):
     """What any other interpretation must supply (see the module docstring)."""
 
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list: ...
-
     def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list: ...
 
 
@@ -278,7 +280,7 @@ class _Keys:
             return value.key
         if is_concrete(value) and np.ndim(value) == 0:
             return ("literal", str(jnp.result_type(value)), np.asarray(value).item())
-        if isinstance(value, (np.ndarray, jax.Array)) and is_concrete(value) and value.size <= 64:
+        if is_concrete(value) and isinstance(value, (np.ndarray, jax.Array)) and value.size <= 64:
             if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
                 return (str(value.dtype), value.shape, np.asarray(value).tobytes())
         return ("array", id(value))
@@ -309,7 +311,7 @@ def interpret(
     return _walk(jaxpr, [constant(c) for c in consts], (*params, *inputs), domain, keys)
 
 
-def is_concrete(value: Any) -> bool:
+def is_concrete(value: object) -> TypeGuard[jax.typing.ArrayLike]:
     return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
 
 

@@ -8,23 +8,25 @@ which nothing is split; on other devices it stays a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinv.typing import Array
+from jaxinv.typing import Array, PyTree
+
+T = TypeVar("T")
 
 
-def _one_at_a_time(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+def _one_at_a_time(function: Callable[[Array], T]) -> Callable[[Array], T]:
     @jax.custom_batching.custom_vmap
-    def call(a: Array) -> Any:
+    def call(a: Array) -> T:
         return function(a)
 
     @call.def_vmap
-    def _rule(axis_size: int, batched: Any, a: Array) -> tuple[Any, Any]:
+    def _rule(axis_size: int, batched: Sequence[bool], a: Array) -> tuple[T, PyTree]:
         del axis_size, batched
         found = lax.platform_dependent(
             a, cpu=lambda a: lax.map(call, a), default=lambda a: jax.vmap(function)(a)

@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv.typing import Array, ArrayLike, Constant, DType, DTypeLike
+
 
 class Scaled(NamedTuple):
     """mantissa · 2^exponent: a float array, and an int32 scalar or array that broadcasts to it."""
 
-    mantissa: Any
-    exponent: Any
+    mantissa: Array
+    exponent: Array
 
 
-def working_dtype(leaves: Sequence[Any]) -> Any:
+def working_dtype(leaves: Sequence[Constant | jax.ShapeDtypeStruct]) -> DType:
     """float64 if a leaf is, else float32: half precision has neither the range nor the digits."""
     # NumPy arrays of float64 are float32 to jax unless 64-bit types are on.
     dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in leaves]
@@ -33,14 +35,14 @@ def working_dtype(leaves: Sequence[Any]) -> Any:
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
-def _layout(dtype: Any) -> tuple[Any, int, int]:
+def _layout(dtype: DTypeLike) -> tuple[type[jnp.int32 | jnp.int64], int, int]:
     """(integer dtype, mantissa bits, exponent bias) of an IEEE float type."""
     if jnp.dtype(dtype) == jnp.float64:
         return jnp.int64, 52, 1023
     return jnp.int32, 23, 127
 
 
-def _unit_of(x: Any) -> Any:
+def _unit_of(x: Array) -> Array:
     """2^floor(log2 x) of numbers x > 0, and 1 for x = 0: the mantissa bits cleared, so exact."""
     integer, bits, _ = _layout(x.dtype)
     raw = lax.bitcast_convert_type(x, integer) & integer(-1 << bits)
@@ -48,7 +50,7 @@ def _unit_of(x: Any) -> Any:
     return lax.select(unit > 0, unit, lax.full_like(unit, 1))
 
 
-def _common_unit(x: Any) -> Any:
+def _common_unit(x: Array) -> Array:
     """The largest power of four up to the largest |x|.
 
     Of four, so that the square roots of what it divides still differ by powers of two exactly.
@@ -60,32 +62,32 @@ def _common_unit(x: Any) -> Any:
 # Functions of scalars are compiled for all shapes at once: tracing them anew for every array of a
 # network would take as long as all else.
 @jax.jit
-def _even_unit(x: Any) -> Any:
+def _even_unit(x: Array) -> Array:
     unit = _unit_of(x)
     odd = (_exponent_of(unit) & 1).astype(x.dtype)
     return unit * (1 - odd / 2)
 
 
-def _exponent_of(unit: Any) -> Any:
+def _exponent_of(unit: Array) -> Array:
     """log2 of powers of two, as int32."""
     integer, bits, bias = _layout(unit.dtype)
     raw = lax.bitcast_convert_type(unit, integer) >> integer(bits)
     return raw.astype(jnp.int32) - bias
 
 
-def _exact_power(k: Any, dtype: Any) -> Any:
+def _exact_power(k: Array, dtype: DTypeLike) -> Array:
     """2^k, elementwise; 0 below the range of normal numbers, inf above it."""
     integer, bits, bias = _layout(dtype)
     k = lax.clamp(jnp.int32(-bias), k, jnp.int32(bias + 1))
     return lax.bitcast_convert_type((k + bias).astype(integer) << integer(bits), jnp.dtype(dtype))
 
 
-def power_of_two(k: Any, dtype: Any) -> Any:
+def power_of_two(k: Array, dtype: DTypeLike) -> Array:
     """2^k exactly for an integer scalar k within the range of the dtype."""
     return _exact_power(k, dtype)
 
 
-def shift(x: Any, k: Any) -> Any:
+def shift(x: Array, k: Array) -> Array:
     """x · 2^k, exact unless the result leaves the range of the dtype.
 
     Applied as two equal factors, so that a large k can meet a tiny x without passing through
@@ -97,7 +99,7 @@ def shift(x: Any, k: Any) -> Any:
     return x * _exact_power(half, x.dtype) * _exact_power(k - half, x.dtype)
 
 
-def times(exponent: Any, factor: float, dtype: Any) -> tuple[Any, Any]:
+def times(exponent: Array, factor: float, dtype: DTypeLike) -> tuple[Array, Array]:
     """(whole, fraction) with 2^(exponent·factor) = 2^whole · fraction, 1 <= fraction < 2.
 
     The exponent is taken in digits of base 16, each times the remainder of 16^i·factor worked out
@@ -127,7 +129,7 @@ def normalize(s: Scaled) -> Scaled:
     return Scaled(s.mantissa * (1 / unit), s.exponent + _exponent_of(unit))
 
 
-def _tops(x: Any, cells: Sequence[int]) -> Any:
+def _tops(x: Array, cells: Sequence[int]) -> Array:
     """The largest |x| in each cell of an array of shape `cells` that broadcasts to x."""
     if not x.ndim:
         return lax.expand_dims(abs(x), range(len(cells)))
@@ -135,14 +137,14 @@ def _tops(x: Any, cells: Sequence[int]) -> Any:
     return jnp.max(abs(x), axes, initial=0, keepdims=True)
 
 
-def moved(function: Callable[[Any], Any], s: Scaled) -> Scaled:
+def moved(function: Callable[[Array], Array], s: Scaled) -> Scaled:
     """The same numbers in other places."""
     if not jnp.ndim(s.exponent):
         return Scaled(function(s.mantissa), s.exponent)
     return Scaled(function(s.mantissa), function(every_exponent(s)))
 
 
-def every_exponent(s: Scaled) -> Any:
+def every_exponent(s: Scaled) -> Array:
     """The exponent of each element."""
     return jnp.broadcast_to(s.exponent, s.mantissa.shape)
 
@@ -169,7 +171,7 @@ def level(s: Scaled, axes: Sequence[int] | None = None) -> Scaled:
 
 
 @jax.jit
-def _sum_once(a: Any, b: Any) -> Any:
+def _sum_once(a: Array, b: Array) -> Array:
     """a + b of int32 scalars, as a product with [1, 1], which XLA computes once.
 
     A chain of plain additions it would fold into every kernel that uses one of them, and compile
@@ -180,11 +182,11 @@ def _sum_once(a: Any, b: Any) -> Any:
     return total.astype(jnp.int32)
 
 
-def _largest(x: Any) -> Any:
+def _largest(x: Array) -> Array:
     return lax.reduce_max(x, tuple(range(x.ndim)))
 
 
-def _smallest(x: Any) -> Any:
+def _smallest(x: Array) -> Array:
     return lax.reduce_min(x, tuple(range(x.ndim)))
 
 
@@ -194,7 +196,7 @@ def gauged_axes(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(longest[:2], reverse=True))
 
 
-def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
+def power(value: ArrayLike, p: float, dtype: DTypeLike, *, sample: bool = False) -> Scaled:
     """|value|^p; scaled by exact powers of two first, so that it neither overflows nor vanishes.
 
     Every row and every column has a power of two: a unit rescaled by any factor changes exponents
@@ -207,7 +209,7 @@ def power(value: Any, p: float, dtype: Any, *, sample: bool = False) -> Scaled:
 
 
 @partial(jax.jit, static_argnames=("p", "dtype", "sample"))
-def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
+def _power_of_array(value: Array, p: float, dtype: DTypeLike, sample: bool) -> Scaled:
     x = _size(value, dtype)
     k = jnp.zeros((1,) * x.ndim, jnp.int32)
     if not x.ndim:
@@ -228,14 +230,14 @@ def _power_of_array(value: Any, p: float, dtype: Any, sample: bool) -> Scaled:
     return Scaled(x ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
-def _size(value: Any, dtype: Any) -> Any:
+def _size(value: Array, dtype: DTypeLike) -> Array:
     """|value|, also of complex numbers."""
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
         value = abs(value)
     return abs(value.astype(dtype))
 
 
-def power_along(value: Any, p: float, dtype: Any) -> Scaled:
+def power_along(value: Array, p: float, dtype: DTypeLike) -> Scaled:
     """|value|^p with an exponent for each index of all axes but the first."""
     x = _size(value, dtype)
     unit = _even_unit(_tops(lax.stop_gradient(x), (1, *x.shape[1:])))
@@ -243,7 +245,7 @@ def power_along(value: Any, p: float, dtype: Any) -> Scaled:
     return Scaled((x * (1 / unit)) ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
-def _power_of_constant(value: Any, p: float, dtype: Any) -> Scaled:
+def _power_of_constant(value: ArrayLike, p: float, dtype: DTypeLike) -> Scaled:
     x = np.abs(np.asarray(value)).astype(np.float64)
     top, least = x.max(initial=0.0), x.min(initial=np.inf, where=x > 0)
     k: Any = np.frexp(top)[1] - 1 if 0 < top < np.inf else np.int64(0)
@@ -275,7 +277,9 @@ def root_squared(s: Scaled, p: float) -> Scaled:
 
 
 @partial(jax.jit, static_argnames="edges")
-def align(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> tuple[list[Any], Any]:
+def align(
+    parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None
+) -> tuple[list[Array], Array]:
     """The mantissas over common exponents, the largest among those of non-zero parts.
 
     `edges` says which parts are lengths of edges, and no sums over paths.
@@ -290,7 +294,7 @@ def align(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> tup
 
 
 @jax.jit
-def _alignment(tops: list[Any], exponents: list[Any]) -> tuple[list[Any], Any]:
+def _alignment(tops: list[Array], exponents: list[Array]) -> tuple[list[Array], Array]:
     none = jnp.int32(NONE)
     common = none
     for top, exponent in zip(tops, exponents, strict=True):
@@ -300,7 +304,9 @@ def _alignment(tops: list[Any], exponents: list[Any]) -> tuple[list[Any], Any]:
     return steps, common
 
 
-def _aligned_cells(parts: Sequence[Scaled], edges: Sequence[bool] | None) -> tuple[list[Any], Any]:
+def _aligned_cells(
+    parts: Sequence[Scaled], edges: Sequence[bool] | None
+) -> tuple[list[Array], Array]:
     """`align` where exponents are arrays."""
     rank = max(jnp.ndim(s.exponent) for s in parts)
     exponents = [
@@ -322,7 +328,7 @@ def _aligned_cells(parts: Sequence[Scaled], edges: Sequence[bool] | None) -> tup
 
 
 @jax.custom_jvp
-def _lowered(mantissa: Any, k: Any) -> Any:
+def _lowered(mantissa: Array, k: Array) -> Array:
     """mantissa · 2^k, whose derivative is NaN, not 0, where 2^k has left the range of the dtype.
 
     Next to a sum that is so much larger a part does not count. What it would count for, if it were
@@ -332,7 +338,9 @@ def _lowered(mantissa: Any, k: Any) -> Any:
 
 
 @_lowered.defjvp
-def _lowered_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+def _lowered_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     mantissa, k = primals
     _, _, bias = _layout(mantissa.dtype)
     lost = jnp.where(k > -bias - 40, 1, jnp.nan).astype(mantissa.dtype)
@@ -385,7 +393,7 @@ def total(parts: Sequence[Scaled]) -> Scaled:
 
 
 @jax.jit
-def log(s: Scaled) -> Any:
+def log(s: Scaled) -> Array:
     """Natural logarithm, -inf for 0; exactly 0 for 1."""
     dtype = s.mantissa.dtype
     unit = _unit_of(s.mantissa)
@@ -394,7 +402,7 @@ def log(s: Scaled) -> Any:
 
 
 @partial(jax.jit, static_argnames="p")
-def root(s: Scaled, p: float) -> Any:
+def root(s: Scaled, p: float) -> Array:
     """(mantissa · 2^exponent)^(1/p) as a plain array; inf where that overflows."""
     whole, fraction = times(s.exponent, 1 / p, s.mantissa.dtype)
     inverse = jnp.asarray(1 / p, s.mantissa.dtype)
@@ -402,7 +410,7 @@ def root(s: Scaled, p: float) -> Any:
     return shift(mantissa * fraction, whole)
 
 
-def quotient(above: Any, below: Any) -> tuple[Any, Any]:
+def quotient(above: Array, below: Array) -> tuple[Array, Array]:
     """(q, k) with above/below = q·2^k elementwise and q of the order of one; below > 0.
 
     The plain quotient of two mantissas may leave the range of floats where the number that they
@@ -418,7 +426,7 @@ def shared(s: Scaled) -> Scaled:
     return normalize(level(s))
 
 
-def norm(leaves: Sequence[Any]) -> Any:
+def norm(leaves: Sequence[Array]) -> Array:
     """(Σ x²)^{1/2} over all elements; squares neither overflow nor vanish."""
     top = jnp.stack([jnp.max(abs(a), initial=0) for a in leaves]).max()
     unit = _unit_of(jnp.where(jnp.isfinite(top), top, 1))
@@ -427,6 +435,6 @@ def norm(leaves: Sequence[Any]) -> Any:
 
 
 @jax.jit
-def value(s: Scaled) -> Any:
+def value(s: Scaled) -> Array:
     """The numbers as a plain array; inf where they overflow."""
     return shift(s.mantissa, s.exponent)

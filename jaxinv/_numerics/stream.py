@@ -8,17 +8,29 @@ triple it. XLA's CPU backend fuses a sum of squares into the read of W, but not 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinv.typing import Array
+
 # Below this size the plain product is as fast, and compiles to fewer kernels.
 SMALLEST = 1 << 16
 
+_Scales = tuple[Array, Array]
+_Kept = tuple[Array, Array, _Scales, tuple[()] | None]
 
-def _product(matrix: Any, vector: Any, p: int, scales: Any, axis: int) -> Any:
+
+class _Perturbed(Protocol):
+    """An argument of a `custom_vjp`, and whether it is differentiated."""
+
+    value: Array
+    perturbed: bool
+
+
+def _product(matrix: Array, vector: Array, p: int, scales: _Scales, axis: int) -> Array:
     """Σ_k vector_k · |matrix·rows·columns|^p over `axis` of the matrix, for a vector >= 0.
 
     The square root is correctly rounded: vectors that differ by powers of four give sums that do.
@@ -30,7 +42,9 @@ def _product(matrix: Any, vector: Any, p: int, scales: Any, axis: int) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def contract(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: int) -> Any:
+def contract(
+    vector: Array, length: Array, matrix: Array, scales: _Scales, p: int, axis: int
+) -> Array:
     """Σ_k vector_k · |matrix·rows·columns|^p, contracted over `axis` of the matrix; vector >= 0.
 
     `scales` are powers of two, one for each row of the matrix, (m, 1), and each column, (1, n).
@@ -42,7 +56,14 @@ def contract(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: i
     return _product(matrix, vector, p, scales, axis)
 
 
-def _forward(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: int) -> Any:
+def _forward(
+    vector: Any,
+    length: Any,
+    matrix: Any,
+    scales: Any,
+    p: int,
+    axis: int,
+) -> tuple[Array, _Kept]:
     perturbed = vector.perturbed  # not so where it comes from the network's input alone
     vector, length, matrix, scales = jax.tree.map(
         lambda v: v.value, (vector, length, matrix, scales), is_leaf=lambda v: hasattr(v, "value")
@@ -55,7 +76,9 @@ def _forward(vector: Any, length: Any, matrix: Any, scales: Any, p: int, axis: i
     )
 
 
-def _backward(p: int, axis: int, kept: Any, cotangent: Any) -> Any:
+def _backward(
+    p: int, axis: int, kept: _Kept, cotangent: Array
+) -> tuple[Array, Array, Array, _Scales]:
     vector, matrix, scales, needed = kept
     of_vector = jnp.zeros_like(vector)
     if needed is not None:

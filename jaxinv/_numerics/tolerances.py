@@ -13,13 +13,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv.typing import Array
+from jaxinv.typing import Array, DTypeLike
 
 # A wide gap: no rounding of a decomposition spreads zeros over three decades.
 CLEAR_GAP = 1e3
@@ -34,17 +33,17 @@ NULL_SPACE_COLUMN = 1e-11
 FIRM = 10.0
 
 
-def roundings(rows: int, columns: int, dtype: Any) -> float:
+def roundings(rows: int, columns: int, dtype: DTypeLike) -> float:
     """The backward error of an SVD, QR or product of matrices, relative to the largest value."""
     return max(rows, columns) * float(np.finfo(dtype).eps)
 
 
-def counts_from(rows: int, columns: int, dtype: Any) -> float:
+def counts_from(rows: int, columns: int, dtype: DTypeLike) -> float:
     """What counts as not zero where a decision is due and no proof is claimed, relative to σ_1."""
     return COUNTS * roundings(rows, columns, dtype)
 
 
-def is_gap(above: Any, below: Any) -> Any:
+def is_gap(above: Array, below: Array) -> Array:
     """Is `above` clear of `below`?"""
     return above > CLEAR_GAP * below
 
@@ -72,7 +71,7 @@ TEXTS = {
 }
 
 
-def reasons(flags: Any) -> list[str]:
+def reasons(flags: Array | int) -> list[str]:
     """The texts of a number made of flags."""
     return [text for flag, text in TEXTS.items() if int(flags) & flag]
 

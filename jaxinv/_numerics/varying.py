@@ -7,13 +7,17 @@ have all of them vary. Outside nothing varies, and these functions do nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
 
+from jaxinv.typing import Array, PyTree
 
-def _axes(tree: Any) -> frozenset[str]:
+T = TypeVar("T")
+
+
+def _axes(tree: PyTree) -> frozenset[str]:
     """The mesh axes over which the arrays of a pytree vary."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)]
     types = map(jax.typeof, leaves)  # an array with numbers is the same for whoever looks
@@ -26,24 +30,24 @@ def _axes_of_type(kind: Any) -> frozenset[str]:
     return found if found is not None else getattr(kind.manual_axis_type, "varying", frozenset())
 
 
-def varies(*trees: Any) -> bool:
+def varies(*trees: PyTree) -> bool:
     """Whether any array in the pytrees differs from device to device."""
     return bool(_axes(trees))
 
 
-def varying_like(tree: Any, *others: Any) -> Any:
+def varying_like(tree: T, *others: PyTree) -> T:
     """The pytree, varying also over what any array of the others varies over."""
     axes = _axes(others)
     if not axes:
         return tree
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: Array) -> Array:
         missing = tuple(sorted(axes - _axes(leaf)))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(one, tree)
 
 
-def together(*trees: Any) -> Any:
+def together(*trees: PyTree) -> tuple[PyTree, ...]:
     """The pytrees, each varying over what any of them varies over."""
     return varying_like(trees, trees)

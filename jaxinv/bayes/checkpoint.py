@@ -12,7 +12,6 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,7 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return found.hexdigest()
 
 
-def save(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping[str, Any]) -> None:
+def save(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping[str, object]) -> None:
     """Write the arrays in one step: a reader sees the old file, or all of the new one."""
     header = json.dumps({"identity": identity, "digest": digest(arrays)}, sort_keys=True)
     text = np.frombuffer(header.encode(), np.uint8)
@@ -50,7 +49,7 @@ def _check_unpacked(content: bytes) -> None:
             raise ValueError("its arrays are larger than the file")
 
 
-def load(path: Path, identity: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def load(path: Path, identity: Mapping[str, object]) -> dict[str, np.ndarray]:
     """Read what `save` has written for the same identity.
 
     Raises:

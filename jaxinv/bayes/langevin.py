@@ -8,13 +8,11 @@ the same step with another name for its size: what they call ε is 2ε here.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxinv.typing import Array, PyTree
+from jaxinv.typing import Array, ArrayLike, PyTree
 
 
 def standard_normal(key: Array, like: PyTree) -> PyTree:
@@ -23,7 +21,7 @@ def standard_normal(key: Array, like: PyTree) -> PyTree:
     return unravel(jax.random.normal(key, flat.shape, flat.dtype))
 
 
-def langevin_step(w: PyTree, gradient: PyTree, noise: PyTree, step_size: Any) -> PyTree:
+def langevin_step(w: PyTree, gradient: PyTree, noise: PyTree, step_size: ArrayLike) -> PyTree:
     """w + ε·gradient + √(2ε)·noise.
 
     Args:

@@ -26,7 +26,7 @@ from jaxinv.bayes.langevin import langevin_step, standard_normal
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians.fisher_information import Likelihood, whitened
 from jaxinv.ranks.rank import jacobian_rank
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Inputs, Network, Params, PyTree
 
 Sampler = Literal["mala", "sgld"]
 
@@ -173,13 +173,21 @@ def local_learning_coefficient(
     )
 
 
+_State = tuple[Array, tuple[Array, Array], Array]  # w, its energy and loss, the gradient
+
+
 def _mala(
-    slope: Any, center: Array, start: Any, scales: float, num_warmup: int, num_steps: int
+    slope: Callable[..., tuple[tuple[Array, Array], Array]],
+    center: Array,
+    start: ArrayLike,
+    scales: float,
+    num_warmup: int,
+    num_steps: int,
 ) -> Callable[[Array], tuple[Array, Array, Array]]:
     """A chain of Langevin proposals, each accepted or not; its step size is found in a warm-up."""
     dtype = center.dtype
 
-    def propose(state: Any, key: Array, log_step: Array) -> tuple[Any, Array]:
+    def propose(state: _State, key: Array, log_step: Array) -> tuple[_State, Array]:
         w, (energy, found), gradient = state
         noise_key, accept_key, scale_key = jax.random.split(key, 3)
         # Each size is a kernel that leaves the posterior invariant, and so is their mixture.
@@ -199,7 +207,9 @@ def _mala(
         warm_key, run_key = jax.random.split(key)
         energy, gradient = slope(center)
 
-        def warm(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def warm(
+            carry: tuple[_State, Array], inputs: tuple[Array, Array]
+        ) -> tuple[tuple[_State, Array], None]:
             (state, log_step), (i, key) = carry, inputs
             state, rate = propose(state, key, log_step)
             # Robbins-Monro: the changes tend to 0, their sum does not.
@@ -210,7 +220,7 @@ def _mala(
         inputs = (count, jax.random.split(warm_key, num_warmup))
         (state, log_step), _ = jax.lax.scan(warm, begin, inputs)
 
-        def run(state: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
+        def run(state: _State, key: Array) -> tuple[_State, tuple[Array, Array]]:
             state, rate = propose(state, key, log_step)
             return state, (state[1][1], rate)
 
@@ -221,11 +231,11 @@ def _mala(
 
 
 def _sgld(
-    slope: Any,
+    slope: Callable[..., tuple[tuple[Array, Array], Array]],
     data: PyTree,
     batch_size: int,
     center: Array,
-    step: Any,
+    step: float,
     num_warmup: int,
     num_steps: int,
 ) -> Callable[[Array], tuple[Array, Array, Array]]:
@@ -249,13 +259,13 @@ def _sgld(
 
 
 def _check_options(
-    num_examples: Any,
-    num_chains: Any,
-    num_steps: Any,
-    num_warmup: Any,
-    sampler: Any,
+    num_examples: object,
+    num_chains: object,
+    num_steps: object,
+    num_warmup: object,
+    sampler: object,
     data: PyTree,
-    batch_size: Any,
+    batch_size: int | None,
 ) -> None:
     finite_above_one = lambda n: 1 < n < float("inf")  # noqa: E731
     _checks.real("num_examples", num_examples, finite_above_one, "a number above 1")
@@ -273,8 +283,8 @@ def _check_options(
             raise InvalidInput(f"batch_size must be from 1 to {size}, not {batch_size}.")
 
 
-def _check_sampling(beta: Any, localization: Any, step_size: Any, scales: Any) -> None:
-    def at_least(name: str, value: Any, strict: bool) -> None:
+def _check_sampling(beta: object, localization: object, step_size: object, scales: object) -> None:
+    def at_least(name: str, value: object, strict: bool) -> None:
         accept = lambda v: (v > 0 if strict else v >= 0) and v < float("inf")  # noqa: E731
         _checks.real(name, value, accept, f"a fixed number {'>' if strict else '>='} 0")
 

@@ -33,7 +33,7 @@ it depends on how F decays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ from jaxinv.jacobians.fisher_information import Likelihood, root_product, whiten
 from jaxinv.jacobians.jacobians import flatten, problem_of, unflatten
 from jaxinv.rescaling.group import RescalingGroup, checked_leaves, rescale, tangent_vectors
 from jaxinv.rescaling.units import units_of
-from jaxinv.typing import Array, Inputs, Network, Outputs, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Outputs, Params, PyTree
 
 Convention = Literal["lift", "slice", "pseudo-determinant"]
 LogDensity = Callable[[Params], Array]
@@ -94,7 +94,7 @@ def log_incoming_norms(group: RescalingGroup) -> OrbitCoordinate:
         dtype = jnp.result_type(*leaves)
         params = as_dtype(params, dtype)
 
-        def step(u: Array, _: Any) -> tuple[Array, None]:
+        def step(u: Array, _: object) -> tuple[Array, None]:
             moved = jax.tree.leaves(rescale(group, params, -u))
             squares = units.sums([leaf**2 for leaf in moved])
             return u + jnp.log(jnp.where(squares > 0, squares, 1)) / 2, None
@@ -115,7 +115,7 @@ def jeffreys_log_prior(
     coordinate: OrbitCoordinate | None = None,
     orbit_scale: float = 0.5,
     chunk: int = 64,
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
 ) -> LogDensity:
     """log of Jeffreys' density of a network's parameters, modulo its rescalings.
 
@@ -218,7 +218,7 @@ def _refuse(off: Array) -> None:
 def _in_dtype(
     value: Callable[[Params, Inputs], Array],
     x: Inputs,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> LogDensity:
     """value(params, x) in `dtype`, with a gradient where params have another."""
 
@@ -482,5 +482,5 @@ def posterior_predictive(
     return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)
 
 
-def _check_scale(name: str, scale: Any) -> None:
+def _check_scale(name: str, scale: object) -> None:
     real(name, scale, lambda s: 0 < s < float("inf"), "positive and finite")

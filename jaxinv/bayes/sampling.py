@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jaxinv._extras import require
 from jaxinv.bayes import checkpoint as _checkpoint
 from jaxinv.bayes.langevin import langevin_step, standard_normal
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Array, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Params, PyTree
 
 LogDensity = Callable[[Params], Array]
 # (params, key) -> an estimate of the gradient of the log density, like params
@@ -67,7 +68,7 @@ class Diagnostics(NamedTuple):
     r_hat: np.ndarray  # rank-normalised split R-hat
 
 
-def _library(name: str) -> Any:
+def _library(name: str) -> ModuleType:
     with warnings.catch_warnings():
         # arviz announces its next major version at import.
         warnings.simplefilter("ignore", FutureWarning)
@@ -195,7 +196,7 @@ def sample_nuts(
     warm_key, run_key = jax.random.split(key)
     chains = len(logs)
 
-    def warm(key: Array, start: Params) -> tuple[Any, dict[str, Array]]:
+    def warm(key: Array, start: Params) -> tuple[PyTree, dict[str, Array]]:
         adaptation = blackjax.window_adaptation(
             blackjax.nuts,
             log_density,
@@ -207,7 +208,7 @@ def sample_nuts(
         (state, found), _ = adaptation.run(key, start, num_warmup)
         return state, {name: found[name] for name in ("step_size", "inverse_mass_matrix")}
 
-    def begin(keys: Array) -> tuple[Any, dict[str, Array]]:
+    def begin(keys: Array) -> tuple[PyTree, dict[str, Array]]:
         states, found = jax.vmap(warm)(keys, starts)
         # Every chain has estimated the same two numbers, some badly: one whose step is eight times
         # that of the others never moves where the density is rough.
@@ -217,7 +218,7 @@ def sample_nuts(
         }
         return states, {k: jnp.broadcast_to(v, found[k].shape) for k, v in shared.items()}
 
-    def step(key: Array, carry: Any) -> tuple[Any, tuple]:
+    def step(key: Array, carry: PyTree) -> tuple[PyTree, tuple]:
         state, tuned = carry
         kernel = blackjax.nuts(log_density, max_num_doublings=max_doublings, **tuned)
         state, info = kernel.step(key, state)
@@ -325,21 +326,21 @@ def sample_sgld(
 
 
 def _blocks(
-    begin: Callable[[], Any],
-    step: Callable[[Array, Any], tuple[Any, tuple]],
+    begin: Callable[[], PyTree],
+    step: Callable[[Array, PyTree], tuple[PyTree, tuple]],
     key: Array,
     num_draws: int,
     thin: int,
     block: int,
     checkpoint: str | Path | None,
-    identity: dict[str, Any],
-) -> tuple[tuple, Any]:
+    identity: dict[str, object],
+) -> tuple[tuple, PyTree]:
     """Draws (chains, num_draws, ...) of `step` from the state `begin()`, block after block."""
     directory = None if checkpoint is None else Path(checkpoint)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
 
-    def kept(name: str, compute: Callable[[], Any]) -> Any:
+    def kept(name: str, compute: Callable[[], PyTree]) -> PyTree:
         """What the file holds, or else what is computed now and put there."""
         if directory is None:
             return compute()
@@ -357,11 +358,11 @@ def _blocks(
         _checkpoint.save(path, arrays, identity)
         return value
 
-    def chain(key: Array, first: Array, carry: Any) -> tuple[Any, tuple]:
-        def move(carry: Any, i: Array) -> tuple[Any, tuple]:
+    def chain(key: Array, first: Array, carry: PyTree) -> tuple[PyTree, tuple]:
+        def move(carry: PyTree, i: Array) -> tuple[PyTree, tuple]:
             return step(jax.random.fold_in(key, i), carry)
 
-        def draw(carry: Any, i: Array) -> tuple[Any, tuple]:
+        def draw(carry: PyTree, i: Array) -> tuple[PyTree, tuple]:
             if thin > 1:
                 start = i * thin
                 carry = jax.lax.fori_loop(
@@ -383,7 +384,7 @@ def _blocks(
     return joined, carry
 
 
-def _identity(starts: Params, key: Array, logs: Array, block: int) -> dict[str, Any]:
+def _identity(starts: Params, key: Array, logs: Array, block: int) -> dict[str, object]:
     arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(starts))}
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return {
@@ -406,7 +407,7 @@ def _checked_starts(params: Params) -> Params:
     return jax.tree.map(jnp.asarray, params)
 
 
-def _check_positive(**sizes: Any) -> None:
+def _check_positive(**sizes: object) -> None:
     for name, size in sizes.items():
         integer(name, size, 1)
 
@@ -414,7 +415,7 @@ def _check_positive(**sizes: Any) -> None:
 # --- diagnostics ----------------------------------------------------------------------
 
 
-def diagnostics(values: Any) -> Diagnostics:
+def diagnostics(values: ArrayLike) -> Diagnostics:
     """Mean, Monte-Carlo standard error, effective sample size and R-hat of every quantity.
 
     Parameters of a network have no R-hat that means something: hidden units may be permuted, and

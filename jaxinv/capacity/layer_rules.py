@@ -15,7 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Value, is_concrete, rule_table
-from jaxinv.capacity.layer_values import THEORY, Data, Weight, broken, compact, moved, plain
+from jaxinv.capacity.layer_values import (
+    THEORY,
+    Data,
+    LayerSemantics,
+    Operand,
+    Result,
+    Tracked,
+    Weight,
+    broken,
+    compact,
+    moved,
+    plain,
+)
 
 RULES, rule = rule_table()
 
@@ -35,7 +47,7 @@ def _full(value: Data, shape: Sequence[int]) -> np.ndarray:
 
 @rule("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "rev")
 @rule("gather", "dynamic_slice", "tile")
-def _layout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
+def _layout(domain: LayerSemantics, eqn: Equation, value: Tracked, *rest: Any) -> Result:
     if any(isinstance(v, Value) for v in rest):
         if isinstance(value, Weight) and any(isinstance(v, Data) for v in rest):
             raise eqn.refuse(
@@ -64,7 +76,7 @@ def _layout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
 
 
 @rule("concatenate", "stack", "pad")
-def _assembled(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+def _assembled(domain: LayerSemantics, eqn: Equation, *inputs: Any) -> Result:
     data = [v for v in inputs if isinstance(v, Data)]
     if not data:
         ids = [v.ids if isinstance(v, Weight) else np.full(np.shape(v), -1) for v in inputs]
@@ -89,7 +101,7 @@ def _assembled(domain: Any, eqn: Equation, *inputs: Any) -> Any:
 
 
 @rule("split", "unstack")
-def _split(domain: Any, eqn: Equation, value: Any) -> Any:
+def _split(domain: LayerSemantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
         with jax.ensure_compile_time_eval():
             ids = [np.asarray(i) for i in eqn.bind(jnp.asarray(value.ids, jnp.int32))]
@@ -99,7 +111,7 @@ def _split(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("convert_element_type", "reduce_precision", "neg")
-def _elementwise_linear(domain: Any, eqn: Equation, value: Any) -> Any:
+def _elementwise_linear(domain: LayerSemantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
         return Weight(eqn.bind(value.value), value.ids, value.names)
     if not jnp.issubdtype(eqn.outputs[0].dtype, jnp.floating):
@@ -117,7 +129,7 @@ def _multiple(value: Data, factor: float, units: np.ndarray | None) -> Data:
 
 
 @rule("add", "sub", "add_any")
-def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _add(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result:
     data = [v for v in (left, right) if isinstance(v, Data)]
     if not data:
         return domain.derived(eqn, [left, right])
@@ -131,7 +143,7 @@ def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("mul", "div")
-def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _mul(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result:
     if not isinstance(left, Data) and not isinstance(right, Data):
         return domain.derived(eqn, [left, right])
     if eqn.name == "div" and not isinstance(left, Data):
@@ -152,7 +164,7 @@ def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("dot_general", "conv_general_dilated")
-def _product(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _product(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result:
     if not isinstance(left, Data) and not isinstance(right, Data):
         return domain.derived(eqn, [left, right])
     position = 1 if isinstance(left, Data) else 0
@@ -205,7 +217,7 @@ _LIPSCHITZ = {"abs": 1.0, "tanh": 1.0, "sin": 1.0, "cos": 1.0, "logistic": 0.25,
 
 
 @rule(*_LIPSCHITZ)
-def _activation(domain: Any, eqn: Equation, value: Any) -> Any:
+def _activation(domain: LayerSemantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
         return domain.derived(eqn, [value])
     return _single(eqn, value, _LIPSCHITZ[eqn.name])
@@ -217,7 +229,7 @@ def _same_base(values: Sequence[Data]) -> bool:
 
 
 @rule("max", "min")
-def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _extremum(domain: LayerSemantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     data = [v for v in (left, right) if isinstance(v, Data)]
     if not data or any(isinstance(v, Weight) for v in (left, right)) or not _same_base(data):
         return domain.default(eqn, left, right)
@@ -225,15 +237,17 @@ def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("clamp")
-def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
+def _clamp(
+    domain: LayerSemantics, eqn: Equation, low: Operand, value: Tracked, high: Operand
+) -> Result:
     if isinstance(low, Value) or isinstance(high, Value):
         return domain.default(eqn, low, value, high)
     return _single(eqn, value, 1.0) if isinstance(value, Data) else domain.derived(eqn, [value])
 
 
 @rule("gt", "ge", "lt", "le")
-def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
-    found = domain.default(eqn, left, right)
+def _compare(domain: LayerSemantics, eqn: Equation, left: Operand, right: Operand) -> Result:
+    found: Any = domain.default(eqn, left, right)
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Data) and is_concrete(other) and not np.any(np.asarray(other)):
             found.stage = found.stage._replace(sign_of=one.key)
@@ -241,7 +255,7 @@ def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("select_n")
-def _select(domain: Any, eqn: Equation, predicate: Any, *cases: Any) -> Any:
+def _select(domain: LayerSemantics, eqn: Equation, predicate: Operand, *cases: Operand) -> Result:
     data = [v for v in cases if isinstance(v, Data)]
     weights = any(isinstance(v, Weight) for v in cases)
     zeros = all(isinstance(v, Data) or (is_concrete(v) and not np.asarray(v).any()) for v in cases)
@@ -254,7 +268,7 @@ def _select(domain: Any, eqn: Equation, predicate: Any, *cases: Any) -> Any:
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min")
-def _reduce(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reduce(domain: LayerSemantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
         return domain.derived(eqn, [value])
     size = math.prod(eqn.inputs[0].shape[a] for a in eqn.params["axes"])
@@ -262,7 +276,7 @@ def _reduce(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def _window(domain: Any, eqn: Equation, value: Any) -> Any:
+def _window(domain: LayerSemantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
         return domain.derived(eqn, [value])
     p = eqn.params

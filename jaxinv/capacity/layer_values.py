@@ -6,14 +6,15 @@ See `layers` for what they are for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Value, is_concrete
+from jaxinv.typing import Array, ArrayLike
 
 THEORY = "norms of layers"
 
@@ -23,7 +24,7 @@ class Weight(Value):
 
     __slots__ = ("value", "ids", "names")
 
-    def __init__(self, value: Any, ids: np.ndarray, names: frozenset[str]):
+    def __init__(self, value: Array, ids: np.ndarray, names: frozenset[str]):
         self.value, self.ids, self.names = value, ids, names
 
 
@@ -33,8 +34,8 @@ class Stage(NamedTuple):
     last: int  # number of the last operator, -1 for inputs
     gain: float = 1.0  # Lipschitz constant (ℓ₂) from the result of that operator to this value
     broken: Equation | None = None  # what left the chain
-    base: Any = None  # key of the value of which this is a constant multiple
-    sign_of: Any = None  # key of the value whose sign this is a function of
+    base: Hashable = None  # key of the value of which this is a constant multiple
+    sign_of: Hashable = None  # key of the value whose sign this is a function of
 
 
 class Data(Value):
@@ -49,10 +50,10 @@ class Data(Value):
 class Incoming(NamedTuple):
     """Weights and the units that they lead into: arrays that broadcast to each other."""
 
-    value: Any
+    value: Array
     units: np.ndarray
     mask: np.ndarray | None  # which of them count, None for all
-    key: Any  # equal for provably equal weights
+    key: Hashable  # equal for provably equal weights
 
 
 class Operator(NamedTuple):
@@ -63,6 +64,38 @@ class Operator(NamedTuple):
     weight: Any
     names: frozenset[str]
     stage: Stage  # of the operand
+
+
+Tracked = Weight | Data
+Operand = Tracked | ArrayLike
+Result = Operand | Sequence[Operand]
+
+
+class LayerSemantics(Protocol):
+    """What rules ask of the domain."""
+
+    operators: list[Operator]
+    known: dict[Hashable, np.ndarray]
+
+    def default(self, eqn: Equation, *inputs: Operand) -> Tracked | Sequence[Tracked]: ...
+
+    def derived(self, eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[Weight]: ...
+
+    def merged(self, a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None: ...
+
+    def add_weight(self, data: Data, weight: Weight) -> np.ndarray: ...
+
+    def units_of_weight(
+        self, weight: Weight, kind: str = "", value: Array | None = None
+    ) -> np.ndarray: ...
+
+    def new_units(self, shape: Sequence[int], operator: int) -> np.ndarray: ...
+
+    def lead(self, key: Hashable, value: Array, ids: np.ndarray, units: np.ndarray) -> None: ...
+
+    def operator(
+        self, eqn: Equation, operand: int, data: Data, weight: Operand, names: frozenset[str]
+    ) -> Stage: ...
 
 
 def compact(ids: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
@@ -76,23 +109,23 @@ def compact(ids: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
     return ids, tuple(index)
 
 
-def moved(eqn: Equation, ids: np.ndarray, *rest: Any) -> np.ndarray:
+def moved(eqn: Equation, ids: np.ndarray, *rest: ArrayLike) -> np.ndarray:
     with jax.ensure_compile_time_eval():
         return np.asarray(eqn.bind(jnp.asarray(ids, jnp.int32), *rest))
 
 
-def plain(value: Any) -> Any:
+def plain(value: Weight | ArrayLike) -> ArrayLike:
     return value.value if isinstance(value, Weight) else value
 
 
-def known_array(value: Any) -> np.ndarray:
+def known_array(value: ArrayLike) -> np.ndarray:
     """A constant to compare along axes; one that is traced counts as different everywhere."""
     if is_concrete(value):
         return np.asarray(value)
     return np.arange(math.prod(np.shape(value))).reshape(np.shape(value))
 
 
-def broken(eqn: Equation, inputs: Sequence[Any]) -> Stage:
+def broken(eqn: Equation, inputs: Sequence[Operand]) -> Stage:
     """The stage of a result that is off the chain."""
     for v in inputs:
         if isinstance(v, Data) and v.stage.broken is not None:
@@ -100,7 +133,7 @@ def broken(eqn: Equation, inputs: Sequence[Any]) -> Stage:
     return Stage(-1, broken=eqn)
 
 
-def refuse_weights(eqn: Equation, inputs: Sequence[Any]) -> None:
+def refuse_weights(eqn: Equation, inputs: Sequence[Operand]) -> None:
     """Raise unless no parameter takes part."""
     names = frozenset().union(*(v.names for v in inputs if isinstance(v, Weight)))
     if names:

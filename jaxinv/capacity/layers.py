@@ -14,7 +14,7 @@ A value that depends on x is followed for two things.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +31,10 @@ from jaxinv.capacity.layer_values import (
     THEORY,
     Data,
     Incoming,
+    Operand,
     Operator,
     Stage,
+    Tracked,
     Weight,
     broken,
     compact,
@@ -42,7 +44,7 @@ from jaxinv.capacity.layer_values import (
 )
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.paths.values import ELEMENTWISE
-from jaxinv.typing import Inputs, Network, Params
+from jaxinv.typing import Array, DType, Inputs, Network, Params
 
 
 class Layers(NamedTuple):
@@ -68,7 +70,7 @@ class LayerDomain:
         self.count = 0
         self.ids = 0
         self.pairs: list[np.ndarray] = []
-        self.known: dict[Any, np.ndarray] = {}
+        self.known: dict[Hashable, np.ndarray] = {}
 
     # --- parameters ---
 
@@ -77,7 +79,7 @@ class LayerDomain:
         start, self.ids = self.ids, self.ids + math.prod(shape)
         return np.arange(start, self.ids, dtype=np.int32).reshape(shape)
 
-    def derived(self, eqn: Equation, inputs: Sequence[Any]) -> Any:
+    def derived(self, eqn: Equation, inputs: Sequence[Any]) -> Weight | list[Weight]:
         """A function of parameters: its elements are edge weights of their own."""
         weights = [v for v in inputs if isinstance(v, Weight)]
         names = frozenset().union(*(w.names for w in weights))
@@ -105,7 +107,7 @@ class LayerDomain:
         self.origin.append(np.full(size, operator))
         return np.arange(start, start + size).reshape(shape)
 
-    def lead(self, key: Any, value: Any, ids: np.ndarray, units: np.ndarray) -> None:
+    def lead(self, key: Hashable, value: Array, ids: np.ndarray, units: np.ndarray) -> None:
         """Note weights of units; what is repeated within a unit counts once."""
         mask = None
         shape = np.broadcast_shapes(ids.shape, units.shape)
@@ -118,7 +120,9 @@ class LayerDomain:
         mask = None if mask is None or mask.all() else mask
         self.incoming.append(Incoming(value, units, mask, key))
 
-    def units_of_weight(self, weight: Weight, kind: str = "", value: Any = None) -> np.ndarray:
+    def units_of_weight(
+        self, weight: Weight, kind: str = "", value: Array | None = None
+    ) -> np.ndarray:
         """A unit of its own for every parameter: a bias, or a factor."""
         ids, index = compact(weight.ids)
         if (kind, weight.key) not in self.known:
@@ -158,7 +162,7 @@ class LayerDomain:
     # --- operators ---
 
     def operator(
-        self, eqn: Equation, operand: int, data: Data, weight: Any, names: frozenset[str]
+        self, eqn: Equation, operand: int, data: Data, weight: Operand, names: frozenset[str]
     ) -> Stage:
         """Note a linear operator; the stage of its result."""
         self.operators.append(Operator(eqn, operand, weight, names, data.stage))
@@ -167,7 +171,7 @@ class LayerDomain:
 
     # --- what the walker asks for ---
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Tracked | Sequence[Tracked]:
         """Any other operation: finishes units, and leaves the chain."""
         if not any(isinstance(v, Data) for v in inputs):
             return self.derived(eqn, inputs)
@@ -195,20 +199,20 @@ class LayerDomain:
             rows = rows[::-1]
         return [*carry, *(self._stacked(eqn, column) for column in zip(*rows, strict=True))]
 
-    def _stacked(self, eqn: Equation, column: Sequence[Any]) -> Any:
+    def _stacked(self, eqn: Equation, column: Sequence[Any]) -> Operand:
         if all(not isinstance(v, Value) for v in column):
             return jnp.stack([jnp.asarray(v) for v in column])
         if not any(isinstance(v, Data) for v in column):
             arrays = [jnp.asarray(plain(v)) for v in column]
             names = frozenset().union(*(v.names for v in column if isinstance(v, Weight)))
             rows = [v.ids if isinstance(v, Weight) else np.full(np.shape(v), -1) for v in column]
-            value: Value = Weight(jnp.stack(arrays), np.stack(rows).astype(np.int32), names)
+            value: Tracked = Weight(jnp.stack(arrays), np.stack(rows).astype(np.int32), names)
         else:
             value = Data(broken(eqn, column) if len(column) > 1 else column[0].stage)
         value.key = object()
         return value
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
         """A branch that is not known when the network is traced."""
         raise eqn.refuse(
             THEORY,
@@ -218,7 +222,7 @@ class LayerDomain:
         )
 
 
-def _row(value: Any, t: int) -> Any:
+def _row(value: Weight | Data | Array, t: int) -> Weight | Data | Array:
     """Step t of what a scan runs over."""
     if isinstance(value, Weight):
         row: Any = Weight(value.value[t], value.ids[t], value.names)
@@ -235,7 +239,7 @@ def _row(value: Any, t: int) -> Any:
 
 def prepare(
     fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0
-) -> tuple[Layers, Any]:
+) -> tuple[Layers, DType]:
     """The layers of `fn` on a batch of one, and the dtype that norms are computed in."""
     _checks.check_params(params)
     dtype = scaled.working_dtype(jax.tree.leaves(params))
@@ -285,7 +289,7 @@ def _united(count: int, pairs: list[np.ndarray]) -> tuple[np.ndarray, int]:
 
 
 def _chain(
-    operators: list[Operator], outputs: Sequence[Any], last: Equation
+    operators: list[Operator], outputs: Sequence[Operand], last: Equation
 ) -> tuple[Equation | None, float]:
     """What keeps the operators from being a chain, and the Lipschitz constant behind the last."""
     for number, op in enumerate(operators):

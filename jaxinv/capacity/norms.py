@@ -42,12 +42,12 @@ from jaxinv.jacobians.fisher_information import Likelihood, whitened
 from jaxinv.paths.norms import check_exponent
 from jaxinv.rescaling.gauges import default_tolerance
 from jaxinv.rescaling.group import RescalingGroup, random_rescaling, rescale
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params, PyTree
 
 # --- group norms ----------------------------------------------------------------------
 
 
-def _log_unit_norms(layers: Layers, p: float, dtype: Any) -> Array:
+def _log_unit_norms(layers: Layers, p: float, dtype: DTypeLike) -> Array:
     """log (Σ_in |w|^p)^{1/p}; each unit in units of its largest weight, so nothing overflows."""
     parts = []
     top = jnp.zeros(layers.num_units, dtype)
@@ -77,7 +77,7 @@ def _log_sum(logs: Array, q: float) -> Array:
     return result
 
 
-def _check_exponents(p: Any, q: Any) -> None:
+def _check_exponents(p: object, q: object) -> None:
     check_exponent(p)
     _checks.real("q", q, lambda q: q >= 1, "a fixed number with 1 <= q <= inf")
 

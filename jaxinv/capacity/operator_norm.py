@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxinv._numerics.lapack import thin_svd
 from jaxinv.capacity.layer_values import Operator
-from jaxinv.typing import Array
+from jaxinv.typing import Array, DTypeLike
 
 # Up to this many rows or columns, whichever are fewer, all singular values are computed.
 _DENSE = 64
@@ -78,7 +78,7 @@ def _row_times_matrix(matrix: Array, row: Array) -> Array:
     return jnp.matmul(row, matrix, precision=_EXACT)
 
 
-def operator_norm(op: Operator, dtype: Any, tol: float, max_iterations: int) -> OperatorNorm:
+def operator_norm(op: Operator, dtype: DTypeLike, tol: float, max_iterations: int) -> OperatorNorm:
     """‖A‖₂ with an estimate of its error; differentiable in the weights."""
     weight = op.weight.astype(dtype)
     none = jnp.zeros((), jnp.int32)
@@ -142,7 +142,7 @@ class _State(NamedTuple):
 
 
 def _largest(
-    product: Callable[[Array], Array], n: int, dtype: Any, tol: float, steps: int
+    product: Callable[[Array], Array], n: int, dtype: DTypeLike, tol: float, steps: int
 ) -> _Eigenpair:
     """The largest eigenvalue of a positive semidefinite operator, by Lanczos iteration."""
     start = jax.random.normal(jax.random.key(0), (n,), dtype)
@@ -178,7 +178,7 @@ def _largest(
     return _Eigenpair(vector, s.theta, s.residual, s.step)
 
 
-def sum_of_unit_norms(op: Operator, dtype: Any) -> tuple[Array, Array]:
+def sum_of_unit_norms(op: Operator, dtype: DTypeLike) -> tuple[Array, Array]:
     """Σ over the elements of the result of (Σ w²)^{1/2}, as (value/scale, scale)."""
     weight = op.weight.astype(dtype)
     if op.eqn.name == "div":

@@ -8,7 +8,7 @@ on the result of the one before; for other networks they are refused.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
@@ -17,7 +17,7 @@ from jaxinv._checks import integer, real
 from jaxinv.capacity.layers import Layers, check_chain, prepare
 from jaxinv.capacity.operator_norm import data_shape, operator_norm, sum_of_unit_norms
 from jaxinv.rescaling.gauges import default_tolerance
-from jaxinv.typing import Array, Inputs, Network, Params
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
 
 class LinearOperator(NamedTuple):
@@ -126,7 +126,7 @@ def spectral_norms(
 
 
 def _spectral_norms(
-    layers: Layers, dtype: Any, tol: float | None, max_iterations: int
+    layers: Layers, dtype: DTypeLike, tol: float | None, max_iterations: int
 ) -> SpectralNorms:
     tol = default_tolerance(dtype) if tol is None else real("tol", tol, lambda t: t > 0, "positive")
     max_iterations = integer("max_iterations", max_iterations, 1)

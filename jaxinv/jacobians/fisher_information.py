@@ -17,7 +17,7 @@ the Jacobian of R y with R held fixed, which is how everything here is computed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from jaxinv.jacobians.jacobians import (
     problem_of,
     unflatten,
 )
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params, PyTree
 
 Likelihood = Literal["softmax", "gaussian", "bernoulli", "poisson"]
 Solver = Literal["auto", "exact", "cr"]
@@ -215,7 +215,7 @@ def natural_gradient_direction(
     rtol: float | None = None,
     max_iterations: int = 100,
     tol: float = 1e-6,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     chunk: int = 64,
 ) -> NaturalGradient:
     """v = (F + damping·I)⁺ gradient.
@@ -294,7 +294,7 @@ def natural_gradient_direction(
         v = jax.tree.map(lambda a, dtype: a.astype(dtype), found.v, dtypes)
         return found._replace(v=v, residual=found.residual.astype(own))
 
-    def solve(_: Any, gradient: PyTree) -> tuple[PyTree, NaturalGradient]:
+    def solve(_: object, gradient: PyTree) -> tuple[PyTree, NaturalGradient]:
         found = call_in(dtype, of, params, x, gradient, *([] if fixed else [damping]))
         return found.v, found._replace(v=())
 
@@ -312,8 +312,13 @@ def natural_gradient_direction(
 
 
 def check_options(
-    likelihood: Any, damping: Any, solver: Any, rtol: Any, max_iterations: Any, dtype: Any = None
-) -> Any:
+    likelihood: Likelihood,
+    damping: float | Array,
+    solver: object,
+    rtol: object,
+    max_iterations: object,
+    dtype: DTypeLike | None = None,
+) -> float | Array:
     """Raise `InvalidInput` for options that make no sense; the damping as a float or a tracer.
 
     Example:
@@ -344,7 +349,7 @@ def _exact(
     damping: Array,
     rtol: float | None,
     chunk: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> NaturalGradient:
     net = whitened(fn, likelihood)
     shapes = problem_of(net, params, x)
@@ -377,6 +382,10 @@ def _exact(
     return NaturalGradient(unflatten(v, params), rank, residual, jnp.zeros((), jnp.int32))
 
 
+# k, v, r, p, Ar, Ap, rAr, and the largest Rayleigh quotient
+_Carry = tuple[Array, PyTree, PyTree, PyTree, PyTree, PyTree, Array, Array]
+
+
 def _conjugate_residuals(
     product: Callable[[PyTree], PyTree],
     gradient: PyTree,
@@ -394,12 +403,12 @@ def _conjugate_residuals(
     def A(v: PyTree) -> PyTree:
         return _plus(product(v), damping, v)
 
-    def open_(carry: Any) -> Array:
+    def open_(carry: _Carry) -> Array:
         k, _, r, _, Ar, _, _, top = carry
         # `top` is the largest Rayleigh quotient so far, up to λ_max.
         return (k < max_iterations) & (_norm(r) > tol * size) & (_norm(Ar) > tol * top * _norm(r))
 
-    def step(carry: Any) -> Any:
+    def step(carry: _Carry) -> _Carry:
         k, v, r, p, Ar, Ap, rAr, top = carry
         alpha = _quotient(rAr, _dot(Ap, Ap))
         v, r = _plus(v, alpha, p), _plus(r, -alpha, Ap)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -147,17 +147,19 @@ def jacobian(
 
 # --- products -------------------------------------------------------------------------
 
+T = TypeVar("T")
+
 
 def fold_rows(
     fn: Network,
     params: Params,
     x: Inputs,
-    start: Any,
-    add: Callable[[Any, Array], Any],
+    start: T,
+    add: Callable[[T, Array], T],
     *,
     chunk: int = 64,
     batch_axis: int | None = 0,
-) -> Any:
+) -> T:
     """Fold `add(state, rows)` over the rows of J, at most chunk·out of them at a time.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxinv._checks import check_inputs, check_params, leaf_names
 from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params, PyTree
 
 
 class Problem(NamedTuple):
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     examples: int
     outputs: int  # per example
     parameters: int
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def apart(self) -> bool:
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
         return self.examples * self.outputs
 
 
-def flatten(tree: PyTree, dtype: Any) -> Array:
+def flatten(tree: PyTree, dtype: DTypeLike) -> Array:
     """The leaves as one vector."""
     return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
 
@@ -51,7 +51,7 @@ def unflatten(vector: Array, like: PyTree) -> PyTree:
     )
 
 
-def outputs_of(fn: Network, params: Params, x: Inputs, dtype: Any) -> Array:
+def outputs_of(fn: Network, params: Params, x: Inputs, dtype: DTypeLike) -> Array:
     """fn(params, x) as (n, out)."""
     leaves = jax.tree.leaves(fn(params, x))
     return jnp.concatenate([y.reshape(y.shape[0], -1).astype(dtype) for y in leaves], 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,15 @@ from jaxinv._checks import check_like, check_start, integer
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.optimizers.masking import hidden
+from jaxinv.optimizers.masking import Mask, hidden
 from jaxinv.paths.norms import check_exponent
-from jaxinv.typing import Array, Inputs, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, DTypeLike, Inputs, Params, PyTree
 
 # Stored κ share one exponent. The largest sits at 2^HEADROOM, so that float32 holds κ's down to
 # about 2^-226 of the largest before they are lost to underflow.
 _HEADROOM = 100
+
+T = TypeVar("T")
 
 
 class ScaleByPathKappaState(NamedTuple):
@@ -53,7 +55,7 @@ def scale_by(
     eps: float,
     zero_kappa: str,
     match_gradient_norm: bool,
-    mask: Any,
+    mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide gradients by κ^{2/p}, with κ of (parameters, number of the update, batch)."""
 
@@ -78,7 +80,7 @@ def scale_by(
         *,
         batch: Inputs | None = None,
         full_params: Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[PyTree, ScaleByPathKappaState]:
         del extra_args
         whole = _all_params(params, full_params)
@@ -125,7 +127,7 @@ def scale_by(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_options(p: Any, every: Any, zero_kappa: Any) -> None:
+def check_options(p: object, every: object, zero_kappa: object) -> None:
     check_exponent(p)
     integer("every", every, 1)
     if zero_kappa not in ("freeze", "pass"):
@@ -145,11 +147,11 @@ def _all_params(params: Params | None, full_params: Params | None) -> Params:
     return whole
 
 
-def _where_unmasked(update: Any, kappa: Any) -> Any:
+def _where_unmasked(update: T, kappa: T) -> T:
     return update if hidden(update) else kappa
 
 
-def _selection(mask: Any, params: Params, updates: PyTree) -> PyTree:
+def _selection(mask: Mask, params: Params, updates: PyTree) -> PyTree:
     if mask is None:
         return jax.tree.map(lambda _: True, updates)
     chosen = mask(params) if callable(mask) else mask
@@ -172,7 +174,7 @@ def _stored(s: Scaled, exponent: Array) -> Array:
 
 
 def _divide(
-    gradient: Array, kappa: Scaled, p: float, eps: Any, zero_kappa: str, chosen: bool
+    gradient: Array, kappa: Scaled, p: float, eps: ArrayLike, zero_kappa: str, chosen: bool
 ) -> Scaled:
     """gradient / (κ^{2/p} + eps), with the policy for κ = 0, as mantissas and their exponents."""
     dtype = kappa.mantissa.dtype
@@ -193,7 +195,7 @@ def _divide(
     return Scaled(quotient, own - exponent)
 
 
-def _matching_gain(updates: PyTree, scaled: PyTree, selected: PyTree, dtype: Any) -> Scaled:
+def _matching_gain(updates: PyTree, scaled: PyTree, selected: PyTree, dtype: DTypeLike) -> Scaled:
     """‖gradient‖ / ‖preconditioned gradient‖ over the selected leaves; 1 if either is zero."""
     chosen = jax.tree.leaves(selected)
     quotients = jax.tree.leaves(scaled, is_leaf=lambda s: isinstance(s, Scaled))
@@ -207,6 +209,6 @@ def _matching_gain(updates: PyTree, scaled: PyTree, selected: PyTree, dtype: Any
     return Scaled(gain, jnp.where(fine, -exponent, 0))
 
 
-def _apply_gain(scaled: Scaled, gain: Scaled, dtype: Any) -> Array:
+def _apply_gain(scaled: Scaled, gain: Scaled, dtype: DTypeLike) -> Array:
     mantissa = scaled.mantissa * gain.mantissa
     return _scaled.shift(mantissa, scaled.exponent + gain.exponent).astype(dtype)

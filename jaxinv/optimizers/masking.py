@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import optax
 
 from jaxinv._numerics.precision import as_dtype
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Inputs, Network, Outputs, Params
+from jaxinv.typing import Inputs, Network, Outputs, Params, PyTree
+
+Mask = PyTree | Callable[[Params], PyTree] | None  # True where a leaf is chosen; None for all
 
 
-def hidden(node: Any) -> bool:
+def hidden(node: object) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 

@@ -10,7 +10,7 @@ function are left alone. Damping, momentum and finite steps each give up part of
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def scale_by_natural_gradient(
         *,
         batch: Inputs | None = None,
         full_params: Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[PyTree, ScaleByNaturalGradientState]:
         del extra_args
         if params is None:

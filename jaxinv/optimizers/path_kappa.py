@@ -11,7 +11,7 @@ that is learnt is the same from every start on the orbit, with momentum and sche
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import optax
@@ -20,6 +20,7 @@ from jaxinv._checks import abstract_batch_of_one
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.optimizers.kappa_preconditioner import NEEDS_PARAMS, check_options, scale_by
+from jaxinv.optimizers.masking import Mask
 from jaxinv.paths.data_dependent import check_alpha, check_probes, scaled_data_kappa
 from jaxinv.paths.norms import scaled_kappa
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
@@ -34,7 +35,7 @@ def scale_by_path_kappa(
     eps: float = 0.0,
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
-    mask: Any = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide each gradient by κ_e^{2/p}: the core of Path-SGD.
 
@@ -106,7 +107,7 @@ def path_sgd(
     eps: float = 0.0,
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
-    mask: Any = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Path-SGD: Δw_e = −η/κ_e^{2/p} · ∂L/∂w_e, optionally with momentum.
 
@@ -189,7 +190,7 @@ def scale_by_data_dependent_path_kappa(
     eps: float = 0.0,
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
-    mask: Any = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide each gradient by the data-dependent κ_e: the core of DDP-SGD.
 
@@ -261,7 +262,7 @@ def data_dependent_path_sgd(
     eps: float = 0.0,
     zero_kappa: Literal["freeze", "pass"] = "freeze",
     match_gradient_norm: bool = False,
-    mask: Any = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """DDP-SGD: Δw_e = −η/κ_e · ∂L/∂w_e with the data-dependent κ, optionally with momentum.
 
@@ -353,7 +354,9 @@ def share_params(inner: optax.GradientTransformation) -> optax.GradientTransform
     """
     inner = optax.with_extra_args_support(inner)
 
-    def update_fn(updates: PyTree, state: Any, params: Params = None, **extra: Any) -> Any:
+    def update_fn(
+        updates: PyTree, state: optax.OptState, params: Params = None, **extra: object
+    ) -> tuple[PyTree, optax.OptState]:
         if params is None:
             raise InvalidInput(NEEDS_PARAMS)
         return inner.update(updates, state, params, **{"full_params": params, **extra})

@@ -302,7 +302,7 @@ def scale_by_path_metric(
         params: Params | None = None,
         *,
         full_params: Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[PyTree, ScaleByPathMetricState]:
         del extra_args
         if params is None:
@@ -382,7 +382,7 @@ def path_metric_sgd(
     return optax.with_extra_args_support(chained)
 
 
-def _check_solver(max_iterations: Any, tol: Any, damping: Any) -> None:
+def _check_solver(max_iterations: object, tol: object, damping: object) -> None:
     integer("max_iterations", max_iterations, 1)
     for name, value in (("tol", tol), ("damping", damping)):
         if not isinstance(value, jax.core.Tracer):

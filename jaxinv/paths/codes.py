@@ -9,7 +9,7 @@ that are used as numbers (pixels) are inputs like any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,11 @@ from jaxinv.paths import runs as _path_runs
 from jaxinv.paths.piecewise import gate
 from jaxinv.paths.values import (
     Code,
+    Operand,
     Paths,
+    Result,
+    Semantics,
+    Weight,
     as_paths,
     edge,
     indexed,
@@ -33,6 +37,7 @@ from jaxinv.paths.values import (
     multiples_of,
     rounding,
 )
+from jaxinv.typing import Array, ArrayLike
 
 _LAYOUT = frozenset(
     "reshape transpose broadcast_in_dim squeeze expand_dims slice rev concatenate pad split gather "
@@ -46,7 +51,7 @@ _AFFINE = frozenset("add sub mul div neg max min".split())
 def aware(rule: Callable) -> Callable:
     """The rule, after those for integers and truth values."""
 
-    def apply(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+    def apply(domain: Semantics, eqn: Equation, *inputs: Operand) -> Result:
         if not any(isinstance(v, Code) for v in inputs):
             return rule(domain, eqn, *inputs)
         if _all_codes(inputs) and not any(
@@ -66,11 +71,13 @@ def aware(rule: Callable) -> Callable:
     return apply
 
 
-def _all_codes(inputs: Sequence[Any]) -> bool:
+def _all_codes(inputs: Sequence[Operand]) -> bool:
     return all(isinstance(v, Code) for v in inputs if isinstance(v, Value))
 
 
-def _discrete(domain: Any, eqn: Equation, inputs: Sequence[Any], rule: Callable) -> Any:
+def _discrete(
+    domain: Semantics, eqn: Equation, inputs: Sequence[Operand], rule: Callable
+) -> Result:
     """Integers and truth values computed from others."""
     results: Any = None
     if eqn.name in _EXACT and all(v.numeric for v in inputs if isinstance(v, Code)):
@@ -94,7 +101,7 @@ def _discrete(domain: Any, eqn: Equation, inputs: Sequence[Any], rule: Callable)
     return outs if eqn.primitive.multiple_results else outs[0]
 
 
-def _columns(eqn: Equation, inputs: Sequence[Any]) -> tuple[Any, ...] | None:
+def _columns(eqn: Equation, inputs: Sequence[Operand]) -> tuple[Array | None, ...] | None:
     """The parts of an index vector that are constants; None in place of those read from x."""
     if eqn.name != "concatenate" or eqn.params["dimension"] != len(eqn.outputs[0].shape) - 1:
         return None
@@ -129,11 +136,11 @@ def _levels(eqn: Equation, inputs: Sequence[Any]) -> tuple[float, float] | None:
     return at(low), at(high)
 
 
-def _uniform(value: Any) -> bool:
+def _uniform(value: Operand) -> TypeGuard[Code | ArrayLike]:
     return isinstance(value, Code) or (is_concrete(value) and np.unique(value).size == 1)
 
 
-def _two_valued(eqn: Equation, inputs: Sequence[Any], result: Paths) -> Paths:
+def _two_valued(eqn: Equation, inputs: Sequence[Operand], result: Paths) -> Paths:
     """A float that takes two values is a gate still: masks are cast, or subtracted from 1."""
     levels = _levels(eqn, inputs) if _all_codes(inputs) else None
     return result if levels is None else Code(result.rows, result.multiples, result.runs, levels)
@@ -142,7 +149,7 @@ def _two_valued(eqn: Equation, inputs: Sequence[Any], result: Paths) -> Paths:
 # --- where an integer or a truth value meets numbers --------------------------------------
 
 
-def _convert(domain: Any, eqn: Equation, value: Code) -> Paths:
+def _convert(domain: Semantics, eqn: Equation, value: Code) -> Paths:
     if not value.numeric:
         raise rounding(eqn)
     if value.levels is None:
@@ -150,7 +157,7 @@ def _convert(domain: Any, eqn: Equation, value: Code) -> Paths:
     return Code(value.rows, multiples_of(value), value.runs, value.levels)
 
 
-def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Paths | None:
+def _mul(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Paths | None:
     """A gate with the slopes of a truth value."""
     if isinstance(left, Code) and isinstance(right, Code):
         if left.levels == right.levels == (0.0, 1.0):
@@ -165,7 +172,7 @@ def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Paths | None:
     return Paths(scaled.multiply(left.rows, steepest), runs=left.runs)
 
 
-def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
+def _select(domain: Semantics, eqn: Equation, which: Operand, *cases: Operand) -> Paths | None:
     """A gate, if what it selects are multiples of one value; else any case may be the one."""
     if not isinstance(which, Code):
         return None
@@ -183,7 +190,7 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
     return Paths(scaled.add(parts)) if len(parts) > 1 else Paths(parts[0])
 
 
-def _choice(domain: Any, eqn: Equation, cases: Sequence[Any]) -> Code:
+def _choice(domain: Semantics, eqn: Equation, cases: Sequence[Any]) -> Code:
     """One of several constants: the first, or what must be added to it."""
     first, *others = (np.asarray(v, np.float64) if is_concrete(v) else v for v in cases)
     rows, runs = _path_runs.ones(eqn.outputs[0].shape, domain.dtype)
@@ -197,7 +204,9 @@ def _choice(domain: Any, eqn: Equation, cases: Sequence[Any]) -> Code:
     return Code(scaled.add(whole), None, None, levels)
 
 
-def _lookup(domain: Any, eqn: Equation, operand: Any, index: Any) -> Paths | None:
+def _lookup(
+    domain: Semantics, eqn: Equation, operand: Paths | Weight | ArrayLike, index: Operand
+) -> Paths | None:
     """Rows of an array read at positions from x: a path through each of them."""
     if not isinstance(index, Code):
         return None
@@ -221,7 +230,9 @@ def _lookup(domain: Any, eqn: Equation, operand: Any, index: Any) -> Paths | Non
     return Paths(exponents.rearranged(eqn, total, places, unique_indices=False))
 
 
-def _slice(domain: Any, eqn: Equation, operand: Any, *starts: Any) -> Paths:
+def _slice(
+    domain: Semantics, eqn: Equation, operand: Paths | Weight | ArrayLike, *starts: Any
+) -> Paths:
     """An element of an array read at a position from x, as `_lookup` does."""
     shape, sizes = eqn.inputs[0].shape, eqn.params["slice_sizes"]
     read = [axis for axis, start in enumerate(starts) if isinstance(start, Value)]
@@ -233,7 +244,7 @@ def _slice(domain: Any, eqn: Equation, operand: Any, *starts: Any) -> Paths:
     return Paths(scaled.moved(lambda a: lax.dynamic_slice(a, places, sizes), total))
 
 
-def _written(domain: Any, eqn: Equation, *operands: Any) -> Any:
+def _written(domain: Semantics, eqn: Equation, *operands: Operand) -> NoReturn:
     raise indexed(eqn)
 
 

@@ -11,24 +11,28 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxinv._interpreter.walk import Equation
+from jaxinv.typing import Array
+
 # Below this many weights the copies are not worth avoiding.
 SMALLEST = 1 << 16
 
 
 @jax.custom_jvp
-def matmul(rows: Any, matrix: Any) -> Any:
+def matmul(rows: Array, matrix: Array) -> Array:
     """(m, k) times (k, n), whose gradient in `matrix` is written as (k, n) at once for m = 1."""
     return jnp.matmul(rows, matrix, precision=lax.Precision.HIGHEST)
 
 
-def _matmul_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+def _matmul_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array | SymbolicZero, Array | SymbolicZero]
+) -> tuple[Array, Array]:
     rows, matrix = primals
     by_rows, by_matrix = tangents
     out = matmul(rows, matrix)
@@ -46,7 +50,7 @@ def _matmul_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[An
 matmul.defjvp(_matmul_jvp, symbolic_zeros=True)
 
 
-def product(eqn: Any, left: Any, right: Any, weight_is_right: bool) -> Any:
+def product(eqn: Equation, left: Array, right: Array, weight_is_right: bool) -> Array | None:
     """`eqn` on path sums and lengths as a matrix product; None where that is not faster."""
     if not weight_is_right or right.size < SMALLEST or jax.default_backend() != "cpu":
         return None
@@ -55,7 +59,7 @@ def product(eqn: Any, left: Any, right: Any, weight_is_right: bool) -> Any:
     return convolution(eqn, left, right)
 
 
-def dense(eqn: Any, data: Any, matrix: Any) -> Any:
+def dense(eqn: Equation, data: Array, matrix: Array) -> Array | None:
     """A dense layer, (..., k) times (k, n); None for any other contraction."""
     if eqn.params["dimension_numbers"] != (((data.ndim - 1,), (0,)), ((), ())) or matrix.ndim != 2:
         return None
@@ -63,7 +67,7 @@ def dense(eqn: Any, data: Any, matrix: Any) -> Any:
     return out.reshape(*data.shape[:-1], matrix.shape[1])
 
 
-def convolution(eqn: Any, data: Any, kernel: Any) -> Any:
+def convolution(eqn: Equation, data: Array, kernel: Array) -> Array | None:
     """A convolution of one image by a kernel larger than the patches; None for any other.
 
     Measured on ResNet-18: with more positions than features XLA's own convolution is faster.
@@ -99,8 +103,8 @@ def convolution(eqn: Any, data: Any, kernel: Any) -> Any:
 
 @partial(jax.jit, static_argnums=range(1, 6))  # traced once for layers of the same shape
 def _patches(
-    image: Any, windows: tuple, sizes: tuple, strides: tuple, dilation: tuple, padding: tuple
-) -> Any:
+    image: Array, windows: tuple, sizes: tuple, strides: tuple, dilation: tuple, padding: tuple
+) -> Array:
     """What the kernel meets at every position: positions × taps × channels."""
     padded = jnp.pad(image, (*padding, (0, 0)))
     channels = image.shape[-1]

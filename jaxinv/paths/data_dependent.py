@@ -23,6 +23,7 @@ networks", ICLR 2016 (arXiv:1511.06747).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,20 +35,20 @@ from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.paths.data_domain import Data, DataDomain, MixingDomain
+from jaxinv.paths.data_domain import Data, DataDomain, MixingDomain, Unit
 from jaxinv.paths.domain import PathDomain
 from jaxinv.paths.norms import scaled_kappa
 from jaxinv.paths.values import Weight, as_paths, start
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, DType, Inputs, Network, Params, PyTree
 
 
 class Problem(NamedTuple):
     """A network traced for one example, its weights, and the examples."""
 
     network: TracedNetwork
-    leaves: list[Any]
-    inputs: list[Any]  # (n, 1, ...): the axis of one is the batch of the trace
-    dtype: Any
+    leaves: list[Array]
+    inputs: list[Array]  # (n, 1, ...): the axis of one is the batch of the trace
+    dtype: DType
 
 
 def prepare(fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0) -> Problem:
@@ -61,7 +62,7 @@ def prepare(fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0) 
     if len(sizes) > 1:
         raise InvalidInput(f"the leaves of x have different batch sizes, {sorted(sizes)}.")
 
-    def widened(leaf: Any) -> Any:
+    def widened(leaf: Array) -> Array:
         half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
         return jnp.expand_dims(leaf.astype(dtype) if half else leaf, 1)
 
@@ -73,8 +74,8 @@ def prepare(fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0) 
 
 
 def interpret(
-    problem: Problem, leaves: list[Any], lengths: list[Scaled], domain: DataDomain
-) -> list[Any]:
+    problem: Problem, leaves: list[Array], lengths: list[Scaled], domain: DataDomain
+) -> list[Data | Weight | ArrayLike]:
     """Values of the outputs; every input element has γ² = 1."""
     names = problem.network.program.trace.param_names
     weights = [
@@ -85,7 +86,7 @@ def interpret(
     return problem.network.interpret(weights, starts, domain)
 
 
-def _ones(array: Any, dtype: Any) -> Scaled:
+def _ones(array: Array, dtype: DType) -> Scaled:
     return Scaled(jnp.ones(array.shape[1:], dtype), jnp.zeros((), jnp.int32))
 
 
@@ -96,17 +97,17 @@ def squares(problem: Problem) -> list[Scaled]:
 
 class _Mixed(NamedTuple):
     total: Scaled  # γ²_net
-    units: list[tuple[Any, Any]]  # (numbers, exponent of the moment) of the units that count
+    units: list[Unit]  # (numbers, exponent of the moment) of the units that count
 
 
 def _mixed(
     problem: Problem,
-    leaves: list[Any],
+    leaves: list[Array],
     lengths: list[Scaled],
     alpha: float,
     centered: bool,
     edges_only: bool,
-    offsets: list[Any] | None = None,
+    offsets: list[Array] | None = None,
 ) -> _Mixed:
     path = PathDomain(2.0, problem.dtype, edges_only)
     outputs: list[Any] = []
@@ -126,7 +127,7 @@ def _mixed(
     return _Mixed(scaled.total(full), domain.units)
 
 
-def check_alpha(alpha: Any) -> float:
+def check_alpha(alpha: object) -> float:
     """alpha as a float; `InvalidInput` unless it is a fixed number in [0, 1]."""
     return _checks.real("alpha", alpha, lambda a: 0 <= a <= 1, "a fixed number in [0, 1]")
 
@@ -245,7 +246,7 @@ def data_dependent_path_kappa(
     return jax.tree.unflatten(jax.tree.structure(params), kappas)
 
 
-def check_probes(probes: Any) -> None:
+def check_probes(probes: object) -> None:
     """Raise `InvalidInput` unless probes is None or a fixed integer >= 1."""
     if probes is not None:
         _checks.integer("probes", probes, 1, also="None or ")
@@ -272,13 +273,15 @@ def scaled_data_kappa(
     problem = prepare(fn, params, x, batch_axis)
     lengths = squares(problem)
 
-    def units(leaves: list[Any], inputs: list[Any]) -> list[tuple[Any, Any]]:
+    def units(leaves: list[Array], inputs: list[Array]) -> list[Unit]:
         part = problem._replace(inputs=inputs)
         return _mixed(part, leaves, lengths, alpha, centered, edges_only=True).units
 
     shapes = [a.shape[1:] for a, _ in jax.eval_shape(units, problem.leaves, problem.inputs)]
 
-    def norm(mantissas: list[Any], offsets: list[Any]) -> tuple[Any, Any]:
+    def norm(
+        mantissas: list[Array], offsets: list[Array]
+    ) -> tuple[Array, tuple[Array, list[Array]]]:
         parts = [Scaled(m, s.exponent) for m, s in zip(mantissas, lengths, strict=True)]
         found = _mixed(problem, problem.leaves, parts, alpha, centered, True, offsets)
         return found.total.mantissa, (found.total.exponent, [e for _, e in found.units])
@@ -295,7 +298,7 @@ def scaled_data_kappa(
     unit = exponent // 2
     roots = [_root(c, unit) for c in slopes]
 
-    def weighted(leaves: list[Any], inputs: list[Any]) -> list[Any]:
+    def weighted(leaves: list[Array], inputs: list[Array]) -> list[Array]:
         found = units(leaves, inputs)
         return [r * a.astype(r.dtype) for r, (a, _) in zip(roots, found, strict=True)]
 
@@ -304,7 +307,7 @@ def scaled_data_kappa(
     return [scaled.add([a, b]) for a, b in zip(path_part, data_part, strict=True)]
 
 
-def _root(s: Scaled, unit: Any) -> Any:
+def _root(s: Scaled, unit: Array) -> Array:
     """√s / 2^unit."""
     odd = s.exponent & 1
     mantissa = jnp.sqrt(jnp.maximum(s.mantissa, 0) * (1 + odd).astype(s.mantissa.dtype))
@@ -312,7 +315,11 @@ def _root(s: Scaled, unit: Any) -> Any:
 
 
 def _mean_squares(
-    weighted: Any, problem: Problem, centered: bool, probes: int | None, key: Array | None
+    weighted: Callable[[list[Array], list[Array]], list[Array]],
+    problem: Problem,
+    centered: bool,
+    probes: int | None,
+    key: Array | None,
 ) -> list[Scaled]:
     """Σ_v mean_i (∂s_iv/∂w)² of the weighted units s, exactly or from random signs."""
     n = len(problem.inputs[0])
@@ -323,20 +330,20 @@ def _mean_squares(
     else:
         rows = jax.random.split(key, probes)
 
-    def cotangents(row: Any) -> Any:
+    def cotangents(row: Array) -> Array:
         if probes is None:
             return jax.nn.one_hot(row, size, dtype=problem.dtype)
         # Variances over the examples need one sign per unit; signs of examples average out sooner.
         return jax.random.rademacher(row, (size,) if centered else (n, size), problem.dtype)
 
-    def of_example(signs: Any, inputs: list[Any]) -> list[Any]:
-        def combined(leaves: list[Any]) -> Any:
+    def of_example(signs: Array, inputs: list[Array]) -> list[Array]:
+        def combined(leaves: list[Array]) -> Array:
             arrays = weighted(leaves, [a[None] for a in inputs])
             return jnp.concatenate([a.ravel() for a in arrays]) @ signs
 
         return jax.grad(combined)(problem.leaves)
 
-    def step(total: list[Scaled], row: Any) -> tuple[list[Scaled], None]:
+    def step(total: list[Scaled], row: Array) -> tuple[list[Scaled], None]:
         signs = cotangents(row)
         slopes = jax.vmap(of_example, (0 if signs.ndim == 2 else None, 0))(signs, problem.inputs)
         if centered:

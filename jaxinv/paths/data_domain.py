@@ -12,15 +12,17 @@ connections added to it. Linear operations that only move, add or scale leave a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxinv._interpreter.walk import Body, Equation, Value
+from jaxinv._interpreter.walk import Body, Equation, Opaque, Value
 from jaxinv._numerics import scaled
+from jaxinv._numerics.scaled import Scaled
 from jaxinv.paths.domain import PathDomain
-from jaxinv.paths.values import Code, Paths, Sign, Weight, is_zero
+from jaxinv.paths.values import Code, Operand, Paths, Result, Sign, Weight, is_zero
+from jaxinv.typing import Array, DType
 
 THEORY = "data-dependent path semantics"
 
@@ -37,6 +39,9 @@ _SUMS = frozenset(
 _GATES = frozenset(("mul", "gather"))  # of two values: a mask, a lookup at places from x
 _SIGNS = frozenset("sign gt ge lt le eq ne".split())
 
+T = TypeVar("T")
+Unit = tuple[Array, Array]  # the numbers of a unit, and the exponent of their moment
+
 
 class Data(Value):
     """A value that depends on x: its paths (or function of a sign) and its numbers.
@@ -47,10 +52,10 @@ class Data(Value):
     __slots__ = ("path", "array", "open", "finished", "layers")
 
     def __init__(
-        self, path: Paths | Sign, array: Any, open: bool = False, layers: frozenset = frozenset()
+        self, path: Paths | Sign, array: Array, open: bool = False, layers: frozenset = frozenset()
     ):
         self.path, self.array, self.open, self.layers = path, array, open, layers
-        self.finished: Any = None
+        self.finished: Scaled | None = None
 
     def view(self) -> Paths | Sign:
         """The path value under this value's identity."""
@@ -67,6 +72,10 @@ class Data(Value):
         return new
 
 
+DataOperand = Data | Operand
+DataResult = Result | Data | Sequence[DataOperand | Opaque]
+
+
 class DataDomain:
     """Paths and numbers side by side; subclasses let one act on the other."""
 
@@ -81,7 +90,7 @@ class DataDomain:
         """The paths that a gate, a maximum or the next layer finds."""
         return value.view()
 
-    def product(self, eqn: Equation, inputs: Sequence[Any], out: Data) -> Data:
+    def product(self, eqn: Equation, inputs: Sequence[DataOperand], out: Data) -> Data:
         """The result of a dot product or convolution."""
         return out
 
@@ -90,7 +99,7 @@ class DataDomain:
 
     # The walk.
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: DataOperand) -> DataResult:
         """Any operation: the rule of the path domain on paths, the operation itself on numbers."""
         if not any(isinstance(v, Data) for v in inputs):
             return self._path_rule(eqn, inputs)
@@ -113,7 +122,7 @@ class DataDomain:
                 layers |= v.layers
             else:
                 self.consumed(v)
-        wrapped = [
+        wrapped: list[Any] = [
             Data(p, a, is_open, layers) if isinstance(p, Paths | Sign) else p
             for p, a in zip(outs, arrays, strict=True)
         ]
@@ -121,14 +130,14 @@ class DataDomain:
             wrapped = [self.product(eqn, inputs, w) for w in wrapped]
         return wrapped if eqn.primitive.multiple_results else wrapped[0]
 
-    def _path_rule(self, eqn: Equation, inputs: Sequence[Any]) -> Any:
+    def _path_rule(self, eqn: Equation, inputs: Sequence[Any]) -> Result:
         rule = self.path.rules.get(eqn.primitive)
         return rule(self.path, eqn, *inputs) if rule else self.path.default(eqn, *inputs)
 
-    def _seen_all(self, inputs: Sequence[Any]) -> list[Any]:
+    def _seen_all(self, inputs: Sequence[DataOperand]) -> list[Operand]:
         return [self.seen(v) if isinstance(v, Data) else v for v in inputs]
 
-    def _linear(self, eqn: Equation, inputs: Sequence[Any]) -> tuple[bool, bool]:
+    def _linear(self, eqn: Equation, inputs: Sequence[DataOperand]) -> tuple[bool, bool]:
         """(moves elements, adds or scales them) of an operation on data."""
         data = [v for v in inputs if isinstance(v, Data)]
         if any(isinstance(v.path, Sign) for v in data) or len(data) > 1 and eqn.name in _GATES:
@@ -152,7 +161,7 @@ class DataDomain:
             what="`scan` over values that depend on x",
         )
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: DataOperand, branches: list[Body], inputs: list) -> list:
         """A branch that is not known when the network is traced."""
         raise eqn.refuse(
             THEORY,
@@ -162,16 +171,16 @@ class DataDomain:
         )
 
 
-def _is_product(eqn: Equation, inputs: Sequence[Any]) -> bool:
+def _is_product(eqn: Equation, inputs: Sequence[DataOperand]) -> bool:
     """A layer; to read rows of weights at integers from x is one, of their one-hot code."""
     return eqn.name in PRODUCTS or (eqn.name == "gather" and not isinstance(inputs[0], Data))
 
 
-def _once(function: Callable[[], Any]) -> Callable[[], Any]:
+def _once(function: Callable[[], T]) -> Callable[[], T]:
     """The function, evaluated at most once and only if asked for."""
     results: list[Any] = []
 
-    def read() -> Any:
+    def read() -> T:
         if not results:
             results.append(function())
         return results[0]
@@ -179,7 +188,7 @@ def _once(function: Callable[[], Any]) -> Callable[[], Any]:
     return read
 
 
-def _with_bases(path: Any, again: Callable[[], list[Any]], index: int) -> Any:
+def _with_bases(path: Operand, again: Callable[[], list[Paths]], index: int) -> Operand:
     """The same sums; what they are multiples of is read off finished units."""
     if not isinstance(path, Paths) or isinstance(path, Code):
         return path
@@ -187,11 +196,11 @@ def _with_bases(path: Any, again: Callable[[], list[Any]], index: int) -> Any:
     return Paths(path.sums, bases)
 
 
-def _view(value: Any) -> Any:
+def _view(value: DataOperand) -> Operand:
     return value.view() if isinstance(value, Data) else value
 
 
-def _open(inputs: Sequence[Any]) -> bool:
+def _open(inputs: Sequence[DataOperand]) -> bool:
     return all(v.open for v in inputs if isinstance(v, Data))
 
 
@@ -199,9 +208,10 @@ def _as_list(eqn: Equation, outputs: Any) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
-def evaluate(eqn: Equation, inputs: Sequence[Any]) -> Any:
+def evaluate(eqn: Equation, inputs: Sequence[DataOperand]) -> Array | list[Array]:
     """The operation on numbers, example by example."""
-    axes, arrays = [], []
+    axes: list[int | None] = []
+    arrays: list[Any] = []
     for v in inputs:
         axes.append(0 if isinstance(v, Data) else None)
         arrays.append(v.array if isinstance(v, Data) else v.value if isinstance(v, Weight) else v)
@@ -220,11 +230,11 @@ class MixingDomain(DataDomain):
     """
 
     def __init__(
-        self, path: PathDomain, alpha: float, centered: bool, offsets: Sequence[Any] | None = None
+        self, path: PathDomain, alpha: float, centered: bool, offsets: Sequence[Array] | None = None
     ):
         super().__init__(path)
         self.alpha, self.centered, self.offsets = alpha, centered, offsets
-        self.units: list[Any] = []
+        self.units: list[Unit] = []
 
     def seen(self, value: Data) -> Paths | Sign:
         """Finish the unit: mix its paths with the moment of its numbers."""
@@ -239,7 +249,7 @@ class MixingDomain(DataDomain):
         finished.key = view.key
         return finished
 
-    def _mixed(self, value: Data) -> Any:
+    def _mixed(self, value: Data) -> Scaled:
         assert isinstance(value.path, Paths)
         moment = second_moment(value.array, self.centered, self.path.dtype)
         if self.offsets is not None:
@@ -251,7 +261,7 @@ class MixingDomain(DataDomain):
         return _mix(moment, value.path.sums, self.alpha)
 
 
-def second_moment(array: Any, centered: bool, dtype: Any) -> Any:
+def second_moment(array: Array, centered: bool, dtype: DType) -> Scaled:
     """Mean over the examples of z², or of (z − mean)²."""
     array = jnp.asarray(array, dtype)
     if centered:
@@ -259,7 +269,7 @@ def second_moment(array: Any, centered: bool, dtype: Any) -> Any:
     return scaled.mean(scaled.power_along(array, 2.0, dtype))
 
 
-def _mix(moment: Any, sums: Any, alpha: float) -> Any:
+def _mix(moment: Scaled, sums: Scaled, alpha: float) -> Scaled:
     if alpha == 1:
         return moment
     parts = [(moment, alpha), (sums, 1 - alpha)]

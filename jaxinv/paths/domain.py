@@ -6,13 +6,21 @@ and one row to `tests/paths/test_norms.py`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxinv._interpreter.walk import Equation
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.paths import codes, linear, loops, piecewise
-from jaxinv.paths.values import Paths, Sign, Weight, derived, not_homogeneous, of_signs
+from jaxinv.paths.values import (
+    Operand,
+    Paths,
+    Result,
+    Sign,
+    Weight,
+    derived,
+    not_homogeneous,
+    of_signs,
+)
+from jaxinv.typing import ArrayLike, DType
 
 
 class PathDomain:
@@ -27,7 +35,7 @@ class PathDomain:
         primitive: codes.aware(rule) for primitive, rule in (linear.RULES | piecewise.RULES).items()
     }
 
-    def __init__(self, p: float, dtype: Any, edges_only: bool, streaming: bool = False):
+    def __init__(self, p: float, dtype: DType, edges_only: bool, streaming: bool = False):
         self.p, self.dtype = p, dtype
         self.edges_only, self.streaming = edges_only, streaming
 
@@ -35,11 +43,11 @@ class PathDomain:
         """The same domain, not yet refusing weights that are no edges."""
         return PathDomain(self.p, self.dtype, False, self.streaming)
 
-    def power(self, value: Any) -> Scaled:
+    def power(self, value: ArrayLike) -> Scaled:
         """|value|^p."""
         return scaled.power(value, self.p, self.dtype)
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Result:
         """Operations without a rule: allowed on parameters, signs, integers; or refused."""
         return _default(self, eqn, *inputs)
 
@@ -48,7 +56,7 @@ class PathDomain:
 
 
 @codes.aware
-def _default(domain: PathDomain, eqn: Equation, *inputs: Any) -> Any:
+def _default(domain: PathDomain, eqn: Equation, *inputs: Operand) -> Result:
     if not any(isinstance(v, Paths | Sign) for v in inputs):
         return derived(eqn, inputs)
     if not any(isinstance(v, Paths | Weight) for v in inputs):

@@ -8,30 +8,32 @@ its columns to the result, and what is multiplied and added has lost nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinv._interpreter.walk import Equation
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
+from jaxinv.typing import Array, ArrayLike
 
 
 class Moved(NamedTuple):
     """Mantissas to be contracted, and the exponent of the result."""
 
-    data: Any
-    weight: Any
-    exponent: Any
-    gauges: tuple[Any, Any]  # exponents of the weight by rows (contracted axes) and by columns
+    data: Array
+    weight: Array
+    exponent: Array
+    gauges: tuple[Array, Array]  # exponents of the weight by rows (contracted axes) and by columns
     separate: bool  # the weight's mantissas are those of its length
-    plan: Any  # None where exponents are scalars and nothing was done
+    plan: _Plan | None  # None where exponents are scalars and nothing was done
 
 
-def rearranged(eqn: Any, sums: Scaled, *rest: Any, **changed: Any) -> Scaled:
+def rearranged(eqn: Equation, sums: Scaled, *rest: ArrayLike, **changed: object) -> Scaled:
     """The operation, which moves elements, on mantissas and exponents."""
 
-    def bind(array: Any) -> Any:
+    def bind(array: Array) -> Array:
         if eqn.name == "gather" and array.dtype == jnp.int32:
             return eqn.bind(array, *rest, **{**changed, "fill_value": 0})
         return eqn.bind(array, *rest, **changed)
@@ -40,7 +42,7 @@ def rearranged(eqn: Any, sums: Scaled, *rest: Any, **changed: Any) -> Scaled:
 
 
 def moved(
-    eqn: Any, sums: Scaled, length: Scaled, axes: tuple[int, ...] | None, weight_is_right: bool
+    eqn: Equation, sums: Scaled, length: Scaled, axes: tuple[int, ...] | None, weight_is_right: bool
 ) -> Moved:
     """Level the exponents of what is summed.
 
@@ -85,7 +87,7 @@ class _Plan(NamedTuple):
     rank: int
 
 
-def _dot(eqn: Any, data_rank: int, weight_rank: int, weight_is_right: bool) -> _Plan:
+def _dot(eqn: Equation, data_rank: int, weight_rank: int, weight_is_right: bool) -> _Plan:
     contracting, batch = eqn.params["dimension_numbers"]
     order = 1 if weight_is_right else -1
     (dc, wc), (db, wb) = contracting[::order], batch[::order]
@@ -101,7 +103,7 @@ def _dot(eqn: Any, data_rank: int, weight_rank: int, weight_is_right: bool) -> _
     return _Plan(rows, columns, kept, tuple(dc), 0, 1, 1, len(eqn.outputs[0].shape))
 
 
-def _convolution(eqn: Any) -> _Plan:
+def _convolution(eqn: Equation) -> _Plan:
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     channel, (outputs, inputs) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
     rank = len(numbers.out_spec)
@@ -114,7 +116,7 @@ def _convolution(eqn: Any) -> _Plan:
 
 def _gauges(
     length: Scaled, plan: _Plan, axes: tuple[int, ...] | None
-) -> tuple[Any, Any, Any, bool]:
+) -> tuple[Array, Array, Array, bool]:
     """(mantissas, exponents by rows, by columns, whether the mantissas are those of `length`)."""
     mantissa, exponent = length
     if not jnp.ndim(exponent):
@@ -134,17 +136,17 @@ def _gauges(
     return scaled.shift(mantissa, shift), rows, columns, False
 
 
-def _known(exponent: Any) -> Any:
+def _known(exponent: Array) -> Array:
     return jnp.where(exponent > scaled.NONE // 2, exponent, 0)
 
 
-def _at_first(exponent: Any, axes: Sequence[int]) -> Any:
+def _at_first(exponent: Array, axes: Sequence[int]) -> Array:
     for axis in axes:
         exponent = lax.slice_in_dim(exponent, 0, 1, axis=axis)
     return exponent
 
 
-def _placed(exponent: Any, axes: dict[int, int], rank: int) -> Any:
+def _placed(exponent: Array, axes: dict[int, int], rank: int) -> Array:
     """Exponents with their axes moved to others; all other axes have length 1."""
     order = sorted(axes, key=lambda axis: axes[axis])
     rest = [axis for axis in range(exponent.ndim) if axis not in axes]
@@ -167,7 +169,7 @@ def _leveled(s: Scaled, plan: _Plan) -> Scaled:
     return Scaled(mantissa, lax.expand_dims(top.reshape(-1), others))
 
 
-def checked(mantissa: Any, sums: Scaled, value: Any, part: Moved, sample: bool) -> Any:
+def checked(mantissa: Array, sums: Scaled, value: Array, part: Moved, sample: bool) -> Array:
     """NaN in place of sums all of whose terms were too small to be kept.
 
     That takes weights of one array that span more than a power of two for each row and column can
@@ -175,6 +177,7 @@ def checked(mantissa: Any, sums: Scaled, value: Any, part: Moved, sample: bool) 
     are looked at to tell.
     """
     plan = part.plan
+    assert plan is not None
     terms = max(1, value.size // max(1, mantissa.size))
     small = mantissa < jnp.finfo(mantissa.dtype).tiny * 2.0**16 * terms
     vanished = jnp.any((part.data == 0) & (sums.mantissa != 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,21 @@ from jaxinv._interpreter.walk import Equation, Value, is_concrete, rule_table
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics import stream
 from jaxinv._numerics.scaled import Scaled
+from jaxinv.errors import UnsupportedOperation
 from jaxinv.paths import cpu_kernels
 from jaxinv.paths import exponents as _path_exponents
 from jaxinv.paths import runs as _path_runs
+from jaxinv.paths.exponents import Moved
 from jaxinv.paths.values import (
     REMEDY,
     THEORY,
+    Operand,
     Paths,
+    Result,
+    Same,
+    Semantics,
     Sign,
+    Tracked,
     Weight,
     as_paths,
     derived,
@@ -33,6 +40,7 @@ from jaxinv.paths.values import (
     of_signs,
     shared_bases,
 )
+from jaxinv.typing import Array, ArrayLike
 
 RULES, rule = rule_table()
 
@@ -40,30 +48,30 @@ RULES, rule = rule_table()
 # --- layout: the same operation on lengths and sums ---
 
 
-def _indexed_by_data(eqn: Equation, inputs: Sequence[Any]) -> Any:
+def _indexed_by_data(eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[Weight]:
     if not any(isinstance(v, Paths | Sign) for v in inputs):
         return derived(eqn, inputs)
     raise indexed(eqn)
 
 
-def _lengths(domain: Any, parts: Sequence[Any]) -> list[Scaled] | None:
+def _lengths(domain: Semantics, parts: Sequence[Any]) -> list[Scaled] | None:
     """|.|^p of weights and constants; None if one of them is no monomial of the parameters."""
     lengths = [v.length if isinstance(v, Weight) else domain.power(v) for v in parts]
     return None if any(length is None for length in lengths) else lengths  # type: ignore[return-value]
 
 
-def _values_and_leaves(parts: Sequence[Any]) -> tuple[list[Any], frozenset[str]]:
+def _values_and_leaves(parts: Sequence[Any]) -> tuple[list[ArrayLike], frozenset[str]]:
     leaves = frozenset().union(*(v.leaves for v in parts if isinstance(v, Weight)))
     return [v.value if isinstance(v, Weight) else v for v in parts], leaves
 
 
-def _sums_like(eqn: Equation, sums: Scaled, *rest: Any) -> Scaled:
+def _sums_like(eqn: Equation, sums: Scaled, *rest: ArrayLike) -> Scaled:
     if eqn.name == "reduce_precision":
         return Scaled(eqn.bind(sums.mantissa), sums.exponent)
     return _path_exponents.rearranged(eqn, sums, *rest)
 
 
-def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
+def _relayout(domain: Semantics, eqn: Equation, value: Tracked, *rest: Any) -> Result:
     """One operand moved about, never changed: the same operation on everything that it carries."""
     del domain
     if any(isinstance(r, Value) for r in rest):
@@ -91,21 +99,8 @@ def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
     return Paths(_sums_like(eqn, value.sums, *rest), multiples)
 
 
-class _Same:
-    """Arrays compared by identity, and kept alive so that the identity stays theirs."""
-
-    def __init__(self, arrays: Sequence[Any]):
-        self.arrays = tuple(arrays)
-
-    def __hash__(self) -> int:
-        return hash(tuple(map(id, self.arrays)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and hash(self) == hash(other)
-
-
-def _moved(eqn: Equation, key: Any, rest: Sequence[Any]) -> Any:
-    return ("moved", eqn.primitive, repr(eqn.params), key, _Same(rest))
+def _moved(eqn: Equation, key: Hashable, rest: Sequence[ArrayLike]) -> Hashable:
+    return ("moved", eqn.primitive, repr(eqn.params), key, Same(rest))
 
 
 _LAYOUT = (
@@ -116,7 +111,7 @@ rule(*_LAYOUT)(_relayout)
 
 
 @rule("convert_element_type")
-def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
+def _convert(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Sign):
         return of_signs(eqn, [value])
     target = eqn.params["new_dtype"]
@@ -137,7 +132,7 @@ def _renamed(value: Paths) -> Paths:
 def _linear(function: Callable) -> Callable:
     """Sums of elements, each with weight one."""
 
-    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
+    def apply(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
         if isinstance(value, Weight):
             return derived(eqn, [value])
         return function(eqn, as_paths(domain, eqn, value))
@@ -182,14 +177,14 @@ rule("cumsum")(_linear(accumulated))
 def assemble(positions: Callable[[int], Sequence[int]]) -> Callable:
     """Several operands moved into one array; the others (indices, predicates) are constants."""
 
-    def apply(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+    def apply(domain: Semantics, eqn: Equation, *inputs: Operand) -> Result:
         where = positions(len(inputs))
         arrays = [inputs[i] for i in where]
         if any(isinstance(v, Value) for i, v in enumerate(inputs) if i not in where):
             return _indexed_by_data(eqn, inputs)
 
-        def bind(parts: Sequence[Any]) -> Any:
-            full = list(inputs)
+        def bind(parts: Sequence[Operand]) -> Array:
+            full: list[Any] = list(inputs)
             for i, part in zip(where, parts, strict=True):
                 full[i] = part
             return _bind_arrays(eqn, full)
@@ -216,14 +211,14 @@ def _assembled(eqn: Equation, bind: Callable, parts: Sequence[Scaled]) -> Scaled
     return Scaled(bind(aligned), exponent)
 
 
-def _bind_arrays(eqn: Equation, arrays: list[Any]) -> Any:
+def _bind_arrays(eqn: Equation, arrays: list[ArrayLike]) -> Array:
     """Bind an assembling operation; scatters carry a jaxpr typed for the original dtype."""
     if not eqn.name.startswith("scatter"):
         return eqn.bind(*arrays)
     return scattered(lax.scatter_add if eqn.name == "scatter-add" else lax.scatter, eqn, arrays)
 
 
-def scattered(scatter: Callable, eqn: Equation, arrays: Sequence[Any]) -> Any:
+def scattered(scatter: Callable, eqn: Equation, arrays: Sequence[ArrayLike]) -> Array:
     """`scatter` to the places of another scatter."""
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
     return scatter(*arrays, **{name: eqn.params[name] for name in names})
@@ -235,7 +230,7 @@ rule("scatter", "scatter_add")(assemble(lambda n: (0, 2)))
 
 
 @rule("split", "unstack")
-def _split(domain: Any, eqn: Equation, value: Any) -> Any:
+def _split(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
         values = eqn.bind(value.value)
         if value.length is None:
@@ -256,7 +251,7 @@ def _split_scaled(eqn: Equation, s: Scaled) -> list[Scaled]:
 # --- products: edges in series ---
 
 
-def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _bilinear(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     """Contractions of data with weights: the same contraction of sums with |w|^p."""
     if isinstance(left, Paths | Sign) and isinstance(right, Paths | Sign):
         raise _product_of_data(eqn)
@@ -273,7 +268,7 @@ def _bilinear(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 def _contracted(
-    domain: Any, eqn: Equation, sums: Scaled, weight: Any, weight_is_right: bool
+    domain: Semantics, eqn: Equation, sums: Scaled, weight: Any, weight_is_right: bool
 ) -> Scaled:
     """The contraction with |w|^p, after exponents have been moved between the two."""
     length = edge(domain, eqn, weight)
@@ -296,7 +291,7 @@ def _contracted(
 _EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
 
 
-def _convolution(domain: Any, eqn: Equation, value: Paths, kernel: Any) -> Paths:
+def _convolution(domain: Semantics, eqn: Equation, value: Paths, kernel: Any) -> Paths:
     """A convolution of sums with runs: that of what is kept of them."""
     names = ("window_strides", "rhs_dilation", "padding", "lhs_dilation")
     numbers, out = eqn.params["dimension_numbers"], eqn.outputs[0]
@@ -324,7 +319,9 @@ def _convolution(domain: Any, eqn: Equation, value: Paths, kernel: Any) -> Paths
 rule("dot_general", "conv_general_dilated")(_bilinear)
 
 
-def _streamed(domain: Any, eqn: Equation, part: Any, weight: Any, weight_is_right: bool) -> Any:
+def _streamed(
+    domain: Semantics, eqn: Equation, part: Moved, weight: Any, weight_is_right: bool
+) -> Array | None:
     """A matrix-vector product that reads a large matrix once; None where this is not one."""
     if eqn.name != "dot_general" or domain.p not in (1, 2):
         return None
@@ -345,7 +342,7 @@ def _streamed(domain: Any, eqn: Equation, part: Any, weight: Any, weight_is_righ
     return out.reshape(eqn.outputs[0].shape)
 
 
-def _product_of_data(eqn: Equation) -> Any:
+def _product_of_data(eqn: Equation) -> UnsupportedOperation:
     return eqn.refuse(
         THEORY,
         "it multiplies two values that both depend on x, so the result is not homogeneous of "
@@ -356,7 +353,7 @@ def _product_of_data(eqn: Equation) -> Any:
 
 
 @rule("mul")
-def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _mul(domain: Semantics, eqn: Equation, left: Any, right: Any) -> Result:
     if isinstance(left, Paths) and isinstance(right, Paths):
         raise _product_of_data(eqn)
     if isinstance(left, Sign) and isinstance(right, Paths):
@@ -395,7 +392,7 @@ def _times(value: Paths, slope: Scaled) -> Paths:
     return Paths(_scaled.normalize(_scaled.multiply(rows, factor)), multiples, runs=runs)
 
 
-def _weight_product(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _weight_product(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     """A product of parameters elementwise is two edges in series."""
     parts = (left, right)
     lengths = _lengths(domain, parts)
@@ -406,7 +403,7 @@ def _weight_product(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("div")
-def _div(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _div(domain: Semantics, eqn: Equation, left: Operand, right: Any) -> Result:
     if isinstance(right, Paths | Sign):
         if isinstance(left, Sign | Paths) and isinstance(right, Paths):
             raise eqn.refuse(
@@ -445,14 +442,14 @@ def _quotient(left: Any, inverse: Weight) -> Weight:
     return Weight(value * inverse.value, None, leaves)
 
 
-def _reciprocal(constant: Any) -> Any:
+def _reciprocal(constant: ArrayLike) -> ArrayLike:
     if is_concrete(constant):
         return 1 / np.asarray(constant, np.float64)
     return 1 / constant
 
 
 @rule("neg")
-def _neg(domain: Any, eqn: Equation, value: Any) -> Any:
+def _neg(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
         return Weight(-value.value, value.length, value.leaves, value.axes)
     if isinstance(value, Sign):
@@ -461,7 +458,7 @@ def _neg(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("integer_pow")
-def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
+def _integer_pow(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     y = eqn.params["y"]
     if isinstance(value, Paths):
         if y == 1:
@@ -484,7 +481,7 @@ rule("square")(lambda domain, eqn, value: _mul(domain, eqn, value, value))
 
 
 @rule("add", "sub", "add_any")
-def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _add(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     for one, other in ((left, right), (right, left)):
         if is_zero(one) and np.ndim(one) == 0 and isinstance(other, Weight | Paths):
             return _neg(domain, eqn, other) if eqn.name == "sub" and other is right else (

@@ -21,7 +21,7 @@ ICLR 2024 (arXiv:2310.01225) for biases, pooling and skip connections.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jaxinv._numerics.scaled import Scaled
 from jaxinv.paths import runs as _path_runs
 from jaxinv.paths.domain import PathDomain
 from jaxinv.paths.values import Weight, as_paths, start
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, Constant, DType, Inputs, Network, Params, PyTree
 
 # Slopes of mantissas are shares of γ^p and so at most of the order of one: they start from this
 # power of two, which leaves float32 room for shares down to 2^-216.
@@ -45,12 +45,12 @@ class _Problem(NamedTuple):
     """What one forward pass needs: the trace and the lengths |w|^p of the parameters."""
 
     network: TracedNetwork
-    leaves: list[Any]
+    leaves: list[Constant]
     lengths: list[Scaled]
-    dtype: Any
+    dtype: DType
 
 
-def check_exponent(p: Any) -> None:
+def check_exponent(p: object) -> None:
     """Raise `InvalidInput` unless p is a fixed real number with 1 <= p < inf."""
     accept = lambda p: 1 <= p < float("inf")  # noqa: E731
     _checks.real("p", p, accept, "a fixed real number with 1 <= p < inf")
@@ -74,7 +74,7 @@ def _prepare(
 
 
 def _forward(
-    problem: _Problem, mantissas: list[Any], p: float, edges_only: bool, streaming: bool = False
+    problem: _Problem, mantissas: list[Array], p: float, edges_only: bool, streaming: bool = False
 ) -> list[Scaled]:
     """Sums over the paths into every output element, for given mantissas of the |w|^p."""
     network, leaves, lengths, dtype = problem
@@ -116,7 +116,9 @@ def _power_of_norm(
 class PowerOfNorm(NamedTuple):
     """γ_p^p as a function of the |w|^p of every leaf, all of them as mantissa · 2^exponent."""
 
-    function: Callable[[list[Any]], tuple[Any, Any]]  # mantissas -> (mantissa, exponent) of γ_p^p
+    function: Callable[
+        [list[Array]], tuple[Array, Array]
+    ]  # mantissas -> (mantissa, exponent) of γ_p^p
     lengths: list[Scaled]  # |w|^p
 
 
@@ -135,7 +137,7 @@ def power_of_norm(
     """
     problem = _prepare(fn, params, x, p, batch_axis, sample=streaming)
 
-    def norm(mantissas: list[Any]) -> tuple[Any, Any]:
+    def norm(mantissas: list[Array]) -> tuple[Array, Array]:
         outputs = _forward(problem, mantissas, p, edges_only=True, streaming=streaming)
         total = scaled.total(outputs)
         return total.mantissa, total.exponent

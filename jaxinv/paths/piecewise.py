@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Opaque, Value, is_concrete, rule_table
+from jaxinv._interpreter.walk import Equation, Opaque, Primitive, Value, is_concrete, rule_table
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
+from jaxinv.errors import UnsupportedOperation
 from jaxinv.paths.linear import accumulated, assemble, scattered, summed, summed_in_windows
 from jaxinv.paths.values import (
     HOMOGENEITY,
     REMEDY,
     THEORY,
+    Operand,
     Paths,
+    Result,
+    Semantics,
     Sign,
+    Tracked,
     Weight,
     as_paths,
     derived,
@@ -35,7 +40,7 @@ RULES, rule = rule_table()
 # --- gates: piecewise linear in one value ---------------------------------------------
 
 
-def gate(key: Any, cases: Sequence[Any]) -> Paths:
+def gate(key: Hashable, cases: Sequence[Operand]) -> Paths:
     """max over the slopes of a function that is linear in the value `key` on either side of 0."""
     base, slopes = None, []
     for case in cases:
@@ -47,7 +52,7 @@ def gate(key: Any, cases: Sequence[Any]) -> Paths:
 
 
 @rule("max", "min")
-def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _extremum(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     if not isinstance(left, Paths):
         left, right = right, left
     if not isinstance(left, Paths):
@@ -62,7 +67,7 @@ def _extremum(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     raise _threshold(eqn)
 
 
-def _threshold(eqn: Equation) -> Any:
+def _threshold(eqn: Equation) -> UnsupportedOperation:
     return eqn.refuse(
         THEORY,
         f"{eqn.name} with a constant other than 0 (relu6, clip, thresholds) is not positively "
@@ -73,7 +78,7 @@ def _threshold(eqn: Equation) -> Any:
 
 
 @rule("abs")
-def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
+def _abs(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Paths):
         return Paths(value.rows, runs=value.runs)
     if isinstance(value, Weight) and value.length is not None:
@@ -108,7 +113,7 @@ def _complex(domain: Any, eqn: Equation, real: Any, imaginary: Any) -> Any:
 
 
 @rule("sign")
-def _sign(domain: Any, eqn: Equation, value: Any) -> Any:
+def _sign(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Paths):
         return Sign((-1.0, 0.0, 1.0), frozenset(multiples_of(value)))
     return domain.default(eqn, value)
@@ -119,7 +124,7 @@ _COMPARISONS |= {"eq": np.equal, "ne": np.not_equal}
 
 
 @rule(*_COMPARISONS)
-def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _compare(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     if not isinstance(left, Paths) and not isinstance(right, Paths):
         return domain.default(eqn, left, right)
     test = _COMPARISONS[eqn.name]
@@ -138,7 +143,7 @@ def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("select_n")
-def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
+def _select(domain: Semantics, eqn: Equation, which: Operand, *cases: Operand) -> Result:
     if not isinstance(which, Value):
         return assemble(lambda n: range(1, n))(domain, eqn, which, *cases)
     if isinstance(which, Weight):
@@ -170,10 +175,12 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
 
 
 @rule("clamp")
-def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
+def _clamp(domain: Semantics, eqn: Equation, low: Operand, value: Operand, high: Any) -> Result:
     if not any(isinstance(v, Paths | Sign) for v in (low, value, high)):
         return derived(eqn, [low, value, high])
-    one_sided = (is_zero(low) and np.all(np.isposinf(high))) if is_concrete(high) else False
+    one_sided = (
+        (is_zero(low) and np.all(np.isposinf(np.asarray(high)))) if is_concrete(high) else False
+    )
     if isinstance(value, Paths) and one_sided:
         return Paths(value.rows, runs=value.runs)
     raise eqn.refuse(
@@ -184,8 +191,8 @@ def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
 # --- pooling by maximum: any element of the window may be the active path -------------
 
 
-def _as_sum(function: Callable, primitive: Any) -> Callable:
-    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
+def _as_sum(function: Callable, primitive: Primitive) -> Callable:
+    def apply(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
         if not isinstance(value, Paths):
             return domain.default(eqn, value)
         return function(eqn._replace(primitive=primitive), value)
@@ -199,7 +206,9 @@ rule("cummax", "cummin")(_as_sum(accumulated, lax.cumsum_p))
 
 
 @rule("scatter_max", "scatter_min")
-def _scatter_extremum(domain: Any, eqn: Equation, target: Any, index: Any, update: Any) -> Any:
+def _scatter_extremum(
+    domain: Semantics, eqn: Equation, target: Operand, index: Operand, update: Operand
+) -> Result:
     if isinstance(index, Value):
         raise indexed(eqn)
     if not isinstance(target, Paths) and not isinstance(update, Paths):
@@ -219,7 +228,7 @@ def _scatter_extremum(domain: Any, eqn: Equation, target: Any, index: Any, updat
 
 
 @rule("sort")
-def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
+def _sort(domain: Semantics, eqn: Equation, *values: Operand) -> Result:
     if len(values) > 1:
         return domain.default(eqn, *values)
     if not isinstance(values[0], Paths):
@@ -233,7 +242,7 @@ def _spread(total: Scaled, shape: Sequence[int]) -> Scaled:
 
 
 @rule("top_k")
-def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
+def _top_k(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     if not isinstance(value, Paths):
         return domain.default(eqn, value)
     sums = value.sums

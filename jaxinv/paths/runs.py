@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv._numerics.scaled import Scaled
+from jaxinv.typing import Array, DType
 
 
 class Run(NamedTuple):
@@ -34,7 +35,7 @@ Runs = Mapping[int, Run]  # by axis; along other axes every position has a row o
 _UNIT = 4
 
 
-def ones(shape: Sequence[int], dtype: Any) -> tuple[Scaled, Runs]:
+def ones(shape: Sequence[int], dtype: DType) -> tuple[Scaled, Runs]:
     """An array of ones: along every axis a run."""
     runs = {axis: Run(0, 1, n) for axis, n in enumerate(shape) if n > 1}
     rows = jnp.ones([1 if axis in runs else n for axis, n in enumerate(shape)], dtype)
@@ -55,23 +56,23 @@ def _resized_rows(rows: Scaled, changes: Sequence[tuple[int, Run, int]]) -> Scal
     return Scaled(_resized(rows.mantissa, tuple(changes)), exponent)
 
 
-def _resized(array: Any, changes: tuple[tuple[int, Run, int], ...]) -> Any:
+def _resized(array: Array, changes: tuple[tuple[int, Run, int], ...]) -> Array:
     """The array with another number of equal rows kept of its runs: (axis, run, number)."""
     changes = tuple(change for change in changes if change[1].kept != change[2])
     return _resize(array, changes) if changes else array
 
 
 @partial(jax.jit, static_argnums=1)  # traced once for layers of the same shape
-def _resize(array: Any, changes: tuple[tuple[int, Run, int], ...]) -> Any:
+def _resize(array: Array, changes: tuple[tuple[int, Run, int], ...]) -> Array:
     for change in changes:
         array = _resize_axis(array, *change)
     return array
 
 
-def _resize_axis(array: Any, axis: int, run: Run, kept: int) -> Any:
+def _resize_axis(array: Array, axis: int, run: Run, kept: int) -> Array:
     end, more = run.start + run.kept, kept - run.kept
 
-    def rows(start: int, stop: int) -> Any:
+    def rows(start: int, stop: int) -> Array:
         return lax.slice_in_dim(array, start, stop, axis=axis)
 
     parts = [rows(0, end + min(more, 0)), rows(end, array.shape[axis])]
@@ -88,7 +89,7 @@ def _spare(length: int, whole: int) -> int:
     return more if length + more <= whole and whole > 4 * _UNIT else 0
 
 
-def _length(array: Any, axis: int, run: Run | None) -> int:
+def _length(array: Array, axis: int, run: Run | None) -> int:
     return array.shape[axis] + (run.length - run.kept if run else 0)
 
 

@@ -8,7 +8,7 @@ changes no bit of any mantissa.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Opaque, Value, is_concrete
 from jaxinv._numerics.scaled import Scaled
+from jaxinv.errors import UnsupportedOperation
 from jaxinv.paths.runs import Runs, spread
+from jaxinv.typing import Array, ArrayLike, DType
 
 THEORY = "path semantics"
 
@@ -46,7 +48,7 @@ class Weight(Value):
 
     def __init__(
         self,
-        value: Any,
+        value: Array,
         length: Scaled | None,
         leaves: frozenset[str],
         axes: tuple[int, ...] | None = None,
@@ -96,7 +98,7 @@ class Code(Paths):
         self.columns: tuple[Any, ...] | None = None
 
 
-def start(rows: Scaled, dtype: Any, runs: Runs | None = None) -> Paths:
+def start(rows: Scaled, dtype: DType, runs: Runs | None = None) -> Paths:
     """An input: one path starts at each element."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return Paths(rows, runs=runs)
@@ -108,11 +110,44 @@ class Sign(Value):
 
     __slots__ = ("branches", "bases")
 
-    def __init__(self, branches: tuple[Any, Any, Any], bases: frozenset):
+    def __init__(self, branches: tuple[ArrayLike, ArrayLike, ArrayLike], bases: frozenset):
         self.branches, self.bases = branches, bases
 
 
-def edge(domain: Any, eqn: Equation, value: Any) -> Scaled:
+class Same:
+    """Arrays compared by identity, and kept alive so that the identity stays theirs."""
+
+    def __init__(self, arrays: Sequence[ArrayLike]):
+        self.arrays = tuple(arrays)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.arrays)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and hash(self) == hash(other)
+
+
+Tracked = Paths | Sign | Weight
+Operand = Tracked | ArrayLike  # the rest are constants
+Result = Operand | Opaque | Sequence[Operand | Opaque]
+
+
+class Semantics(Protocol):
+    """What rules ask of the domain."""
+
+    p: float
+    dtype: DType
+    edges_only: bool
+    streaming: bool
+
+    def power(self, value: ArrayLike) -> Scaled: ...
+
+    def default(self, eqn: Equation, *inputs: Operand) -> Result: ...
+
+    def lenient(self) -> Semantics: ...
+
+
+def edge(domain: Semantics, eqn: Equation, value: Weight | ArrayLike) -> Scaled:
     """|w|^p of a weight or a constant that multiplies a value depending on x."""
     if not isinstance(value, Weight):
         return domain.power(value)
@@ -130,7 +165,7 @@ def edge(domain: Any, eqn: Equation, value: Any) -> Scaled:
     return domain.power(value.value)
 
 
-def as_paths(domain: Any, eqn: Equation, value: Any) -> Paths:
+def as_paths(domain: Semantics, eqn: Equation, value: Operand) -> Paths:
     """A weight or constant that meets data is an edge from a node that is constantly 1 (a bias)."""
     if isinstance(value, Code) and not value.numeric:
         raise rounding(eqn)
@@ -149,7 +184,7 @@ def as_paths(domain: Any, eqn: Equation, value: Any) -> Paths:
     return Paths(edge(domain, eqn, value))
 
 
-def indexed(eqn: Equation) -> Any:
+def indexed(eqn: Equation) -> UnsupportedOperation:
     """The refusal of indices (integer tokens) that depend on values."""
     return eqn.refuse(
         THEORY,
@@ -160,11 +195,11 @@ def indexed(eqn: Equation) -> Any:
     )
 
 
-def not_homogeneous(eqn: Equation, detail: str = "") -> Any:
+def not_homogeneous(eqn: Equation, detail: str = "") -> UnsupportedOperation:
     return eqn.refuse(THEORY, f"{detail}{HOMOGENEITY}", REMEDY)
 
 
-def rounding(eqn: Equation) -> Any:
+def rounding(eqn: Equation) -> UnsupportedOperation:
     """The refusal of a number made by integer arithmetic."""
     return eqn.refuse(
         THEORY,
@@ -174,7 +209,7 @@ def rounding(eqn: Equation) -> Any:
     )
 
 
-def derived(eqn: Equation, inputs: Sequence[Any]) -> Any:
+def derived(eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[Weight]:
     """An operation on parameters whose result is no monomial in them."""
     values = [v.value if isinstance(v, Weight) else v for v in inputs]
     leaves = frozenset().union(*(v.leaves for v in inputs if isinstance(v, Weight)))
@@ -184,15 +219,15 @@ def derived(eqn: Equation, inputs: Sequence[Any]) -> Any:
     return Weight(out, None, leaves)
 
 
-def of_signs(eqn: Equation, inputs: Sequence[Any]) -> Any:
+def of_signs(eqn: Equation, inputs: Sequence[Operand]) -> Sign:
     """An elementwise operation on functions of one sign is a function of that sign."""
     bases = frozenset.intersection(*(v.bases for v in inputs if isinstance(v, Sign)))
     if not bases or eqn.primitive.multiple_results or eqn.name not in ELEMENTWISE:
         raise not_homogeneous(eqn, "functions of the signs of different values are mixed; ")
     shape = eqn.outputs[0].shape
 
-    def branch(i: int) -> Any:
-        arrays = [v.branches[i] if isinstance(v, Sign) else v for v in inputs]
+    def branch(i: int) -> Array:
+        arrays: list[Any] = [v.branches[i] if isinstance(v, Sign) else v for v in inputs]
         with jax.ensure_compile_time_eval():
             return eqn.bind(*(jnp.broadcast_to(a, shape) for a in arrays))
 
@@ -205,7 +240,7 @@ ELEMENTWISE = frozenset(
 )
 
 
-def is_zero(value: Any) -> bool:
+def is_zero(value: object) -> TypeGuard[ArrayLike]:
     return is_concrete(value) and not np.any(np.asarray(value))
 
 

@@ -8,7 +8,7 @@ by what stands out of the error of the computed Jacobian. See `_numerics.toleran
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,19 @@ from jaxinv._numerics.varying import together, varying_like
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.jacobians.jacobians import flatten as flattened
 from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
+from jaxinv.jacobians.problem import Problem
 from jaxinv.ranks.rounding import with_rounding
 from jaxinv.ranks.spans import exponents_of, independent_columns
 from jaxinv.rescaling.group import rescaling_group, tangent_vectors
-from jaxinv.typing import Array, Inputs, Network, Params
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
 _PROBES = 4
 # The span of the generators is worked out up to this many; more are not used as a bound.
 _MOST_GENERATORS = 4096
 _MOST_EXPONENTS = 1 << 28
 _EXACT = lax.Precision.HIGHEST
+
+T = TypeVar("T")
 
 
 class Sizes(NamedTuple):
@@ -65,7 +68,7 @@ class Sizes(NamedTuple):
         return jnp.where(self.zero, 1, jnp.ldexp(jnp.ones_like(some), -e))
 
 
-def sizes_of(fn: Network, params: Params, x: Inputs, dtype: Any, chunk: int) -> Sizes:
+def sizes_of(fn: Network, params: Params, x: Inputs, dtype: DTypeLike, chunk: int) -> Sizes:
     """Sizes and errors of the columns, one pass over the rows of J."""
     shapes = problem_of(fn, params, x)
     start = Sizes(*jnp.zeros((3, shapes.parameters), dtype))
@@ -92,12 +95,12 @@ def _fold_rounded_rows(
     fn: Network,
     params: Params,
     x: Inputs,
-    shapes: Any,
-    dtype: Any,
-    start: Any,
-    add: Callable[[Any, Array, Array], Any],
+    shapes: Problem,
+    dtype: DTypeLike,
+    start: T,
+    add: Callable[[T, Array, Array], T],
     chunk: int,
-) -> Any:
+) -> T:
     """As `fold_rows`, with a bound on the error of every entry."""
 
     def rows(params: Params, x: Inputs) -> Array:
@@ -135,7 +138,12 @@ class Known(NamedTuple):
 
 
 def known_ambiguities(
-    fn: Network, params: Params, x: Inputs, dead: Array, dtype: Any, scale: Array | None = None
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    dead: Array,
+    dtype: DTypeLike,
+    scale: Array | None = None,
 ) -> Known:
     """The rescalings that move other parameters than the dead, which may be taken for such.
 
@@ -165,7 +173,7 @@ def known_ambiguities(
 
 
 def error_of_jacobian(
-    fn: Network, params: Params, x: Inputs, sizes: Sizes, scale: Array, dtype: Any
+    fn: Network, params: Params, x: Inputs, sizes: Sizes, scale: Array, dtype: DTypeLike
 ) -> Array:
     """A bound on ‖ΔJ·diag(scale)‖, or where none is known a measurement of it."""
     if sizes.error is not None:
@@ -175,7 +183,7 @@ def error_of_jacobian(
     return _measured(fn, params, x, scale, dtype)
 
 
-def _measured(fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any) -> Array:
+def _measured(fn: Network, params: Params, x: Inputs, scale: Array, dtype: DTypeLike) -> Array:
     """Reverse against forward mode, and against parameters and inputs two roundings away.
 
     For random signs c and v, E⟨c, ΔJ v⟩² = ‖ΔJ‖²_F, which bounds ‖ΔJ‖².
@@ -201,12 +209,12 @@ def _measured(fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any) 
     return 2 * jnp.sqrt(jnp.mean(lax.map(probe, jnp.arange(_PROBES, dtype=jnp.uint32))))
 
 
-def _signs(size: int, seed: Array, dtype: Any) -> Array:
+def _signs(size: int, seed: Array, dtype: DTypeLike) -> Array:
     """±1"""
     return 1 - 2 * (_hashed(size, seed) & jnp.uint32(1)).astype(dtype)
 
 
-def noise(size: int, seed: Array, dtype: Any) -> Array:
+def noise(size: int, seed: Array, dtype: DTypeLike) -> Array:
     """Numbers spread evenly over (-1, 1)."""
     return (_hashed(size, seed) >> jnp.uint32(8)).astype(dtype) / 2.0**23 - 1
 

@@ -7,17 +7,18 @@ depend on data are followed as the function itself would without rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.program import call_and_body
-from jaxinv._interpreter.walk import Body, Equation, Opaque, Value
+from jaxinv._interpreter.walk import Body, Equation, Opaque, Operand, Value
 from jaxinv.ranks import exact_gates, exact_rules
 from jaxinv.ranks import exact_values as exact
 from jaxinv.ranks.exact_values import Exact, lift, refuse
+from jaxinv.typing import Array, Constant, DTypeLike
 
 
 class ExactDomain:
@@ -29,7 +30,7 @@ class ExactDomain:
         self.tied = False  # whether a maximum or minimum of equal numbers was met
         self._honest: set[int] = set()  # custom derivatives known to be those of their function
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> NoReturn:
         """An operation without a rule."""
         raise refuse(
             eqn,
@@ -103,21 +104,21 @@ def _both(eqn: Equation, inputs: list) -> tuple[Callable, Callable, list[np.ndar
     moving = {id(v): v for v in inputs if isinstance(v, Exact)}
     call, body = call_and_body(eqn)
 
-    def arguments(values: tuple) -> list[Any]:
+    def arguments(values: tuple) -> list:
         given = dict(zip(moving, values, strict=True))
         return [given.get(id(v), v) for v in inputs]
 
-    def own(*values: Any) -> list[Any]:
+    def own(*values: Array) -> list:
         return call(*arguments(values))
 
-    def plain(*values: Any) -> list[Any]:
+    def plain(*values: Array) -> list:
         return body(*arguments(values))
 
     dtypes = {id(v): aval.dtype for v, aval in zip(inputs, eqn.inputs, strict=True)}
     return own, plain, [_floats(v, dtypes[key]) for key, v in moving.items()]
 
 
-def _floats(value: Exact, dtype: Any) -> np.ndarray:
+def _floats(value: Exact, dtype: DTypeLike) -> np.ndarray:
     flat = [n / value.den for n in value.num.ravel().tolist()]
     return np.array(flat, np.float64).reshape(value.shape).astype(dtype)
 
@@ -128,7 +129,7 @@ def _pulled(function: Callable, point: list, weights: Sequence[np.ndarray] | Non
     floating = [jnp.issubdtype(o.dtype, jnp.floating) for o in outputs]
     rng = np.random.default_rng(0)
 
-    def cotangent(i: int, o: Any) -> Any:
+    def cotangent(i: int, o: Array) -> Constant:
         if not floating[i]:
             return np.zeros(o.shape, jax.dtypes.float0)
         w = rng.normal(size=o.shape) if weights is None else weights[i]
@@ -184,15 +185,15 @@ def _with_ties(
 # --- loops ----------------------------------------------------------------------------------
 
 
-def _row(value: Any, i: int) -> Any:
+def _row(value: Exact | Array, i: int) -> Exact | Array:
     if not isinstance(value, Value):
         return value[i]
-    row = exact.take(value, exact.positions(value)[i])  # type: ignore[arg-type]
+    row = exact.take(value, exact.positions(value)[i])
     row.key = object()
     return row
 
 
-def _stack(eqn: Equation, rows: list, aval: Any) -> Any:
+def _stack(eqn: Equation, rows: list, aval: jax.core.ShapedArray) -> Exact | Array:
     if not any(isinstance(r, Exact) for r in rows):
         return (
             jnp.stack([jnp.asarray(r) for r in rows]) if rows else jnp.zeros(aval.shape, aval.dtype)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Value, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Value, rule_table
 from jaxinv.ranks import exact_values as exact
 from jaxinv.ranks.exact_rules import pair, pool_windows, signs
-from jaxinv.ranks.exact_values import Exact, lift, refuse
+from jaxinv.ranks.exact_values import Exact, Exactly, lift, refuse
+from jaxinv.typing import Array, ArrayLike
 
 RULES, rule = rule_table()
 
@@ -21,7 +22,7 @@ RULES, rule = rule_table()
 # --- gates ------------------------------------------------------------------------------
 
 
-def _chosen(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _chosen(domain: Exactly, eqn: Equation, left: Any, right: Any) -> Exact:
     """The larger or the smaller of two; equal ones have half of both derivatives."""
     sign = 1 if eqn.name == "max" else -1
     for one, other in ((left, right), (right, left)):
@@ -42,7 +43,7 @@ rule("max", "min")(_chosen)
 
 
 @rule("abs")
-def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
+def _abs(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     slopes = signs(value).astype(np.float64)
     if not slopes.all():  # 0 or 1, by the version of jax
         _, at_zero = jax.jvp(lax.abs, (jnp.zeros(()),), (jnp.ones(()),))
@@ -51,18 +52,18 @@ def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("sign")
-def _sign(domain: Any, eqn: Equation, value: Any) -> Any:
+def _sign(domain: Exactly, eqn: Equation, value: Exact) -> Array:
     return jnp.asarray(signs(value), eqn.outputs[0].dtype)
 
 
 @rule("floor", "ceil")
-def _rounded(domain: Any, eqn: Equation, value: Any) -> Any:
+def _rounded(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     up = -1 if eqn.name == "ceil" else 1
     return Exact(np.asarray(up * ((up * value.num) // value.den), object).reshape(value.shape))
 
 
 @rule("clamp")
-def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
+def _clamp(domain: Exactly, eqn: Equation, low: Operand, value: Exact, high: Operand) -> Exact:
     """Inside its bounds the operand moves, at a bound nothing, beyond it the bound."""
     shape = eqn.outputs[0].shape
     parts = [exact.broadcast(lift(eqn, v), shape) for v in (low, value, high)]
@@ -74,7 +75,7 @@ def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
 
 
 @rule("reduce_max", "reduce_min")
-def _extreme(domain: Any, eqn: Equation, value: Any) -> Any:
+def _extreme(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     """Elements that share the extreme share its derivative equally."""
     axes = tuple(eqn.params["axes"])
     kept = [a for a in range(len(value.shape)) if a not in axes]
@@ -93,7 +94,7 @@ def _extreme(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("reduce_window_max", "reduce_window_min")
-def _window_extreme(domain: Any, eqn: Equation, value: Any) -> Any:
+def _window_extreme(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     """The first of the elements that share the extreme has its derivative."""
     index = pool_windows(eqn, value)
     order = exact.ranks(value)[0].ravel() + 1
@@ -114,14 +115,16 @@ _COMPARISONS = {
 }  # fmt: skip
 
 
-def _as_exact(eqn: Equation, value: Any) -> Exact | None:
+def _as_exact(eqn: Equation, value: Exact | ArrayLike) -> Exact | None:
     return (
         None if not isinstance(value, Exact) and not np.isfinite(value).all() else lift(eqn, value)
     )
 
 
 @rule(*_COMPARISONS)
-def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _compare(
+    domain: Exactly, eqn: Equation, left: Exact | ArrayLike, right: Exact | ArrayLike
+) -> Array:
     compared = _COMPARISONS[eqn.name]
     shape = eqn.outputs[0].shape
     parts = [_as_exact(eqn, v) for v in (left, right)]
@@ -133,17 +136,17 @@ def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("is_finite")
-def _is_finite(domain: Any, eqn: Equation, value: Any) -> Any:
+def _is_finite(domain: Exactly, eqn: Equation, value: Exact) -> Array:
     return jnp.ones(value.shape, bool)
 
 
 @rule("argmax", "argmin")
-def _argument(domain: Any, eqn: Equation, value: Any) -> Any:
+def _argument(domain: Exactly, eqn: Equation, value: Exact) -> Array:
     return eqn.bind(jnp.asarray(exact.ranks(value)[0]))
 
 
 @rule("sort")
-def _sort(domain: Any, eqn: Equation, *arrays: Any) -> Any:
+def _sort(domain: Exactly, eqn: Equation, *arrays: Exact | Array) -> list[Exact | Array]:
     order = [
         jnp.asarray(exact.ranks(v)[0] if isinstance(v, Exact) else v).astype(a.dtype)
         for v, a in zip(arrays, eqn.inputs, strict=True)
@@ -160,7 +163,7 @@ def _sort(domain: Any, eqn: Equation, *arrays: Any) -> Any:
 
 
 @rule("top_k")
-def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
+def _top_k(domain: Exactly, eqn: Equation, value: Exact) -> list[Exact | Array]:
     _, places = eqn.bind(jnp.asarray(exact.ranks(value)[0].astype(np.int32)))
     axis = eqn.params.get("axis", -1)
     index = np.take_along_axis(exact.positions(value), np.asarray(places), axis)

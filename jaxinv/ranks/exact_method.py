@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +12,7 @@ from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.jacobians.problem import problem_of
 from jaxinv.ranks import exact as _exact
 from jaxinv.ranks.record import Rank
-from jaxinv.typing import Inputs, Params
+from jaxinv.typing import DTypeLike, Inputs, Params
 
 # Up to so many steps of elimination "auto" asks for an exact rank: about a second.
 _STEPS_OF_AUTO = 1 << 26
@@ -24,7 +22,7 @@ def exact_rank(
     network: TracedNetwork,
     params: Params,
     x: Inputs,
-    dtype: Any,
+    dtype: DTypeLike,
     most_steps: int = _exact.MOST_STEPS,
 ) -> Rank:
     """The rank of a small network of known numbers, of params and x as `dtype`."""
@@ -48,7 +46,9 @@ def exact_rank(
         )  # fmt: skip
 
 
-def settled(found: Rank, network: TracedNetwork, params: Params, x: Inputs, dtype: Any) -> Rank:
+def settled(
+    found: Rank, network: TracedNetwork, params: Params, x: Inputs, dtype: DTypeLike
+) -> Rank:
     """In exact arithmetic where the bounds do not meet, of a small network of known numbers."""
     if isinstance(found.certain, jax.core.Tracer) or found.certain:
         return found

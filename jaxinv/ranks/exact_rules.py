@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Value, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Value, rule_table
 from jaxinv.ranks import exact_values as exact
-from jaxinv.ranks.exact_values import Exact, lift, refuse
+from jaxinv.ranks.exact_values import Exact, Exactly, lift, refuse
+from jaxinv.typing import Array, ArrayLike
 
 RULES, rule = rule_table()
 
 Ints = np.ndarray[Any, Any]
 
 
-def _constants(eqn: Equation, inputs: Sequence[Any]) -> None:
+def _constants(eqn: Equation, inputs: Sequence[Operand]) -> None:
     if any(isinstance(v, Value) for v in inputs):
         raise refuse(eqn, "its indices are numbers that the parameters move smoothly.")
 
@@ -27,7 +28,9 @@ def _constants(eqn: Equation, inputs: Sequence[Any]) -> None:
 # --- moving elements --------------------------------------------------------------------
 
 
-def _moved(bind: Callable[..., Any], eqn: Equation, arrays: Sequence[Any]) -> Any:
+def _moved(
+    bind: Callable[..., ArrayLike | list[Array]], eqn: Equation, arrays: Sequence[Operand]
+) -> Any:
     """Let the operation move the positions of elements about, then fetch the elements."""
     values = [lift(eqn, v) for v in arrays]
     starts = np.cumsum([0, *(v.num.size for v in values)])
@@ -41,11 +44,11 @@ def _moved(bind: Callable[..., Any], eqn: Equation, arrays: Sequence[Any]) -> An
     return taken if isinstance(found, list | tuple) else taken[0]
 
 
-def _as_list(found: Any) -> list[Any]:
+def _as_list(found: ArrayLike | list[Array]) -> list[ArrayLike]:
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
-def _inside(eqn: Equation, index: Any, whole: Exact) -> Ints:
+def _inside(eqn: Equation, index: ArrayLike, whole: Exact) -> Ints:
     index = np.asarray(index).astype(np.int64)
     if index.size and (index.min() < 0 or index.max() >= whole.num.size):
         raise refuse(eqn, "an index is out of bounds, and the result no number.")
@@ -53,17 +56,17 @@ def _inside(eqn: Equation, index: Any, whole: Exact) -> Ints:
 
 
 @rule("reshape", "squeeze", "expand_dims")
-def _reshape(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reshape(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     return exact.take(value, exact.positions(value).reshape(eqn.outputs[0].shape))
 
 
 @rule("transpose")
-def _transpose(domain: Any, eqn: Equation, value: Any) -> Any:
+def _transpose(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     return exact.take(value, exact.positions(value).transpose(eqn.params["permutation"]))
 
 
 @rule("broadcast_in_dim")
-def _broadcast(domain: Any, eqn: Equation, value: Any) -> Any:
+def _broadcast(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     shape = [1] * len(eqn.outputs[0].shape)
     for axis, n in zip(eqn.params["broadcast_dimensions"], value.shape, strict=True):
         shape[axis] = n
@@ -72,7 +75,7 @@ def _broadcast(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("slice")
-def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
+def _slice(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     names = ("start_indices", "limit_indices")
     steps = eqn.params["strides"] or [1] * len(value.shape)
     where = map(slice, *(eqn.params[name] for name in names), steps)
@@ -80,31 +83,35 @@ def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("rev", "tile", "dynamic_slice", "split", "unstack")
-def _relayout(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
+def _relayout(domain: Exactly, eqn: Equation, value: Exact, *rest: Operand) -> Exact:
     _constants(eqn, rest)
     return _moved(lambda i: eqn.bind(i, *rest), eqn, [value])
 
 
 @rule("gather")
-def _gather(domain: Any, eqn: Equation, value: Any, indices: Any) -> Any:
+def _gather(domain: Exactly, eqn: Equation, value: Exact, indices: Any) -> Exact:
     _constants(eqn, [indices])
     value = lift(eqn, value)
     return _moved(lambda i: eqn.bind(i, indices, fill_value=-1), eqn, [value])
 
 
 @rule("concatenate", "stack", "pad")
-def _assemble(domain: Any, eqn: Equation, *arrays: Any) -> Any:
+def _assemble(domain: Exactly, eqn: Equation, *arrays: Operand) -> Exact:
     return _moved(eqn.bind, eqn, arrays)
 
 
 @rule("dynamic_update_slice")
-def _update(domain: Any, eqn: Equation, operand: Any, update: Any, *starts: Any) -> Any:
+def _update(
+    domain: Exactly, eqn: Equation, operand: Operand, update: Operand, *starts: Any
+) -> Exact:
     _constants(eqn, starts)
     return _moved(lambda a, b: eqn.bind(a, b, *starts), eqn, [operand, update])
 
 
 @rule("scatter")
-def _scatter(domain: Any, eqn: Equation, operand: Any, indices: Any, updates: Any) -> Any:
+def _scatter(
+    domain: Exactly, eqn: Equation, operand: Operand, indices: Any, updates: Operand
+) -> Exact:
     _constants(eqn, [indices])
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
     how = {name: eqn.params[name] for name in names}
@@ -112,7 +119,7 @@ def _scatter(domain: Any, eqn: Equation, operand: Any, indices: Any, updates: An
 
 
 @rule("select_n")
-def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
+def _select(domain: Exactly, eqn: Equation, which: Operand, *cases: Operand) -> Exact:
     _constants(eqn, [which])
     picked = np.broadcast_to(np.asarray(which).astype(np.int64), eqn.outputs[0].shape)
     # What is not picked may be infinite or no number, as in where(mask, x, -inf).
@@ -126,50 +133,50 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
 # --- sums and products ------------------------------------------------------------------
 
 
-def pair(eqn: Equation, left: Any, right: Any) -> list[Exact]:
+def pair(eqn: Equation, left: Operand, right: Operand) -> list[Exact]:
     shape = eqn.outputs[0].shape
     return [exact.broadcast(lift(eqn, v), shape) for v in (left, right)]
 
 
 @rule("add", "add_any")
-def _add(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _add(domain: Exactly, eqn: Equation, left: Operand, right: Operand) -> Exact:
     return exact.add(*pair(eqn, left, right))
 
 
 @rule("sub")
-def _sub(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _sub(domain: Exactly, eqn: Equation, left: Operand, right: Operand) -> Exact:
     left, right = pair(eqn, left, right)
     return exact.add(left, exact.negate(right))
 
 
 @rule("mul")
-def _mul(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _mul(domain: Exactly, eqn: Equation, left: Operand, right: Operand) -> Exact:
     return exact.multiply(*pair(eqn, left, right))
 
 
 @rule("div")
-def _div(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _div(domain: Exactly, eqn: Equation, left: Operand, right: Operand) -> Exact:
     inverse = exact.reciprocal(eqn, lift(eqn, right))
     return exact.multiply(*pair(eqn, left, inverse))
 
 
 @rule("neg")
-def _neg(domain: Any, eqn: Equation, value: Any) -> Any:
+def _neg(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     return exact.negate(value)
 
 
 @rule("square")
-def _square(domain: Any, eqn: Equation, value: Any) -> Any:
+def _square(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     return exact.multiply(value, value)
 
 
 @rule("integer_pow")
-def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
+def _integer_pow(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     return _power(eqn, value, eqn.params["y"])
 
 
 @rule("pow")
-def _pow(domain: Any, eqn: Equation, value: Any, exponent: Any) -> Any:
+def _pow(domain: Exactly, eqn: Equation, value: Exact, exponent: Any) -> Exact:
     whole = None if isinstance(exponent, Value) or np.size(exponent) != 1 else float(exponent)
     if not isinstance(value, Exact) or whole is None or whole != int(whole):
         raise refuse(eqn, "its exponent is not one whole number.")
@@ -188,7 +195,7 @@ def _power(eqn: Equation, value: Exact, y: int) -> Exact:
 
 
 @rule("reduce_sum")
-def _reduce_sum(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reduce_sum(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     axes = tuple(eqn.params["axes"])
     tangents = exact.summed_tangents(value, lambda t: t.sum(tuple(a + 1 for a in axes)))
     num = np.asarray(value.num.sum(axis=axes), object)
@@ -196,7 +203,7 @@ def _reduce_sum(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("cumsum")
-def _cumsum(domain: Any, eqn: Equation, value: Any) -> Any:
+def _cumsum(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
 
     def along(array: Ints, axis: int) -> Ints:
@@ -209,7 +216,9 @@ def _cumsum(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("scatter_add")
-def _scatter_add(domain: Any, eqn: Equation, operand: Any, indices: Any, updates: Any) -> Any:
+def _scatter_add(
+    domain: Exactly, eqn: Equation, operand: Operand, indices: Any, updates: Operand
+) -> Exact:
     """operand + a matrix of zeros and ones times the updates."""
     _constants(eqn, [indices])
     operand, updates = lift(eqn, operand), lift(eqn, updates)
@@ -232,7 +241,7 @@ def _scatter_add(domain: Any, eqn: Equation, operand: Any, indices: Any, updates
 
 
 @rule("dot_general")
-def _dot_general(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _dot_general(domain: Exactly, eqn: Equation, left: Operand, right: Operand) -> Exact:
     (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
     domain.check_precision(eqn)
     left, right = lift(eqn, left), lift(eqn, right)
@@ -250,7 +259,14 @@ def _dot_general(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     return exact.take(out, exact.positions(out).reshape(eqn.outputs[0].shape))
 
 
-def _windows(index: Ints, sizes: Any, strides: Any, dilation: Any, base: Any, padding: Any) -> Ints:
+def _windows(
+    index: Ints,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    base: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> Ints:
     """(window elements, *places): positions in every window, -1 for padding."""
     for axis, (d, (low, high)) in enumerate(zip(base, padding, strict=True)):
         length = index.shape[axis]
@@ -278,7 +294,7 @@ def _windows(index: Ints, sizes: Any, strides: Any, dilation: Any, base: Any, pa
 
 
 @rule("conv_general_dilated")
-def _convolution(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _convolution(domain: Exactly, eqn: Equation, left: Operand, right: Operand) -> Exact:
     p = eqn.params
     domain.check_precision(eqn)
     if p["batch_group_count"] != 1:
@@ -316,7 +332,7 @@ def pool_windows(eqn: Equation, value: Exact) -> Ints:
 
 
 @rule("reduce_window_sum")
-def _window_sum(domain: Any, eqn: Equation, value: Any) -> Any:
+def _window_sum(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     patches = exact.take(value, pool_windows(eqn, value))
     tangents = exact.summed_tangents(patches, lambda t: t.sum(1))
     return exact.reduced(np.asarray(patches.num.sum(axis=0), object), value.den, tangents)
@@ -326,7 +342,7 @@ def _window_sum(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("stop_gradient")
-def _stop_gradient(domain: Any, eqn: Equation, value: Any) -> Any:
+def _stop_gradient(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     return Exact(value.num, value.den)
 
 
@@ -335,7 +351,7 @@ def signs(value: Exact) -> Ints:
 
 
 @rule("convert_element_type")
-def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
+def _convert(domain: Exactly, eqn: Equation, value: Exact) -> Exact | Array:
     target = jnp.dtype(eqn.params["new_dtype"])
     if jnp.issubdtype(target, jnp.floating):
         domain.check_precision(eqn)
@@ -352,7 +368,7 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("reduce_precision")
-def _reduce_precision(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reduce_precision(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
     if eqn.params["mantissa_bits"] < jnp.finfo(eqn.inputs[0].dtype).nmant:
         raise refuse(eqn, "it rounds, and a rounded function is not piecewise polynomial.")
     return Exact(value.num, value.den, value.tangents)

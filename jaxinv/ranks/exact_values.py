@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import gcd, lcm
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, Value
+from jaxinv._interpreter.walk import Equation, Operand, Value
+from jaxinv.errors import UnsupportedOperation
 
 # Products of two residues fit int64. No famous numbers: a weight that is a multiple is an accident.
 PRIMES = (2_147_480_197, 2_147_480_161)
@@ -52,18 +53,26 @@ class Exact(Value):
         return np.stack(rows)[:, :, None]
 
 
-def refuse(eqn: Equation, why: str, what: str | None = None) -> Any:
+class Exactly(Protocol):
+    """What rules ask of the domain."""
+
+    tied: bool
+
+    def check_precision(self, eqn: Equation) -> None: ...
+
+
+def refuse(eqn: Equation, why: str, what: str | None = None) -> UnsupportedOperation:
     return eqn.refuse(THEORY, why, REMEDY, what=what)
 
 
-def objects(values: Any, shape: Sequence[int]) -> np.ndarray:
+def objects(values: Sequence[int] | np.ndarray | int, shape: Sequence[int]) -> np.ndarray:
     """An object array of Python integers."""
     out = np.empty(int(np.prod(shape)), object)
     out[:] = values
     return out.reshape(shape)
 
 
-def lift(eqn: Equation | None, value: Any) -> Exact:
+def lift(eqn: Equation | None, value: Operand) -> Exact:
     """A constant array as exact numbers."""
     if isinstance(value, Exact):
         return value
@@ -208,7 +217,7 @@ def weighted(values: Sequence[Exact], weights: Sequence[np.ndarray], num: Exact)
     return Exact(num.num, num.den, total)
 
 
-def summed_tangents(value: Exact, change: Callable[[np.ndarray], np.ndarray]) -> Any:
+def summed_tangents(value: Exact, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | None:
     """A linear map with small whole coefficients, on (primes, *shape, parameters)."""
     if value.tangents is None:
         return None

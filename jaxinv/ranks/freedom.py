@@ -25,7 +25,7 @@ from jaxinv.ranks.evidence import known_ambiguities, noise, sizes_of
 from jaxinv.ranks.rank import Method, check_values, checked_options, jacobian_rank, rank_of
 from jaxinv.ranks.record import Rank
 from jaxinv.rescaling.group import rescaling_group
-from jaxinv.typing import Array, Inputs, Network, Params
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
 
 class DegreesOfFreedom(NamedTuple):
@@ -114,7 +114,7 @@ def degrees_of_freedom(
     *,
     method: Method = "auto",
     rtol: float | None = None,
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
     chunk: int | None = None,
     basis: bool = False,
     batch_axis: int | None = 0,
@@ -255,7 +255,7 @@ def with_others(x: Inputs, count: int) -> Inputs:
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _split(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
+    params: Params, x: Inputs, fn: Network, dtype: DTypeLike, chunk: int | None
 ) -> tuple[Array, Array, Array]:
     """The columns of zeros, the number of other rescalings, and are the zeros proven?"""
     sizes = sizes_of(fn, params, x, dtype, chunk or 64)
@@ -263,7 +263,7 @@ def _split(
     return sizes.zero, known.span, (sizes.zero == sizes.dead).all()
 
 
-def _hidden_basis(params: Params, x: Inputs, fn: Network, dtype: Any, rank: int) -> Array:
+def _hidden_basis(params: Params, x: Inputs, fn: Network, dtype: DTypeLike, rank: int) -> Array:
     J = jacobian(fn, params, x)
     known = known_ambiguities(fn, params, x, (J == 0).all(0), dtype)
     _, _, Vt = jnp.linalg.svd(J, full_matrices=True)
@@ -303,7 +303,7 @@ def saturating_inputs(
     *,
     key: Array | None = None,
     max_examples: int = 1 << 16,
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
 ) -> Saturation:
     """Enough inputs that the rank of the Jacobian no longer depends on them.
 

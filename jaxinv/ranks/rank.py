@@ -43,12 +43,13 @@ from jaxinv.jacobians.jacobians import (
     scaled_gram,
     tangent_kernel,
 )
+from jaxinv.jacobians.problem import Problem
 from jaxinv.ranks.casts import casts_of
 from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv.ranks.exact_method import exact_rank, settled
-from jaxinv.ranks.record import Rank
+from jaxinv.ranks.record import Rank, of_what_was_given
 from jaxinv.ranks.spans import Modular, rank_of_exact
-from jaxinv.typing import Array, Inputs, Network, Params
+from jaxinv.typing import Array, DType, DTypeLike, Inputs, Network, Params
 
 Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
 _EXACT = lax.Precision.HIGHEST
@@ -59,7 +60,9 @@ _MOST_ELIMINATIONS = 1 << 27
 # --- precision and options ---------------------------------------------------------
 
 
-def checked_options(method: str, dtype: Any, rtol: float | None) -> tuple[Any, float | None]:
+def checked_options(
+    method: str, dtype: DTypeLike, rtol: float | None
+) -> tuple[DType, float | None]:
     """dtype and rtol as they are used; `InvalidInput` for options that make no sense."""
     one_of("method", method, (*METHODS, "exact"))
     try:
@@ -75,7 +78,7 @@ def checked_options(method: str, dtype: Any, rtol: float | None) -> tuple[Any, f
     return dtype, rtol
 
 
-def check_values(params: Params, x: Inputs, dtype: Any, chunk: Any) -> None:
+def check_values(params: Params, x: Inputs, dtype: DTypeLike, chunk: object) -> None:
     """In the scope that will compute: a float64 array may hold more than float32 can."""
     if chunk is not None:
         integer("chunk", chunk, 1)
@@ -92,7 +95,7 @@ def _dense(J: Array) -> Array:
 
 
 def _streamed(
-    fn: Network, params: Params, x: Inputs, scale: Array, dtype: Any, chunk: int
+    fn: Network, params: Params, x: Inputs, scale: Array, dtype: DTypeLike, chunk: int
 ) -> Array:
     """Singular values of the triangle that QR of chunk after chunk leaves."""
 
@@ -107,14 +110,14 @@ def _from_gram(gram: Array) -> Array:
     return jnp.sqrt(jnp.maximum(eigenvalues(gram)[::-1], 0))
 
 
-def _tsqr_chunk(shapes: Any) -> int:
+def _tsqr_chunk(shapes: Problem) -> int:
     """A chunk with as many rows as J has columns: QR then costs the least in all."""
     return max(1, -(-shapes.parameters // shapes.outputs))
 
 
 @partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk"))
 def _spectrum(
-    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None
+    params: Params, x: Inputs, fn: Network, method: str, dtype: DTypeLike, chunk: int | None
 ) -> Array:
     """min(rows, d) singular values, descending."""
     shapes = problem_of(fn, params, x)
@@ -138,7 +141,7 @@ def jacobian_spectrum(
     x: Inputs,
     *,
     method: Literal["svd", "tsqr", "gram"] = "svd",
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
     chunk: int | None = None,
     batch_axis: int | None = 0,
 ) -> Array:
@@ -197,7 +200,7 @@ class _Evidence(NamedTuple):
 
 
 def _evidence(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, scaled: bool = True
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, scaled: bool = True
 ) -> _Evidence:
     shapes = problem_of(fn, params, x)
     sizes = sizes_of(fn, params, x, dtype, chunk or 64)
@@ -265,7 +268,13 @@ def _decide(
 
 
 def _scaled_spectrum(
-    params: Params, x: Inputs, fn: Network, method: str, dtype: Any, chunk: int | None, scale: Array
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    method: str,
+    dtype: DType,
+    chunk: int | None,
+    scale: Array,
 ) -> Array:
     """min(rows, d) singular values of J·diag(scale), descending."""
     shapes = problem_of(fn, params, x)
@@ -298,7 +307,7 @@ def _rank_by_spectrum(
     x: Inputs,
     fn: Network,
     method: str,
-    dtype: Any,
+    dtype: DType,
     chunk: int | None,
     rtol: float | None,
 ) -> Rank:
@@ -322,7 +331,7 @@ def _rank_by_spectrum(
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _rank_by_certificate(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None
 ) -> Rank:
     """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
 
@@ -368,7 +377,7 @@ def _rank_by_certificate(
 
 
 def _automatic(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, rtol: float | None
 ) -> Rank:
     """The certificate where it can succeed and is worth it, else the SVD."""
     shapes = problem_of(fn, params, x)
@@ -389,7 +398,7 @@ def _by_spectrum(method: str) -> Callable[..., Rank]:
 
 
 def _by_certificate(
-    params: Params, x: Inputs, fn: Network, dtype: Any, chunk: int | None, rtol: float | None
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, rtol: float | None
 ) -> Rank:
     del rtol
     return _rank_by_certificate(params, x, fn, dtype, chunk)
@@ -412,7 +421,7 @@ def jacobian_rank(
     *,
     method: Method = "auto",
     rtol: float | None = None,
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
     chunk: int | None = None,
     batch_axis: int | None = 0,
 ) -> Rank:
@@ -465,7 +474,7 @@ def rank_of(
 ) -> Rank:
     """`jacobian_rank` of checked arguments and a network that has been traced."""
     if method == "exact":
-        return _of_what_was_given(exact_rank(network, params, x, dtype), (params, x), dtype)
+        return of_what_was_given(exact_rank(network, params, x, dtype), (params, x), dtype)
 
     def rank(params: Params, x: Inputs) -> Rank:
         problem_of(network, params, x)
@@ -474,26 +483,4 @@ def rank_of(
     found = call_in(dtype, rank, params, x)
     if method == "auto" and rtol is None:
         found = settled(found, network, params, x, dtype)
-    return _of_what_was_given(found, (params, x), dtype)
-
-
-def _of_what_was_given(found: Rank, arguments: Any, dtype: Any) -> Rank:
-    """Nothing is proven of arrays that had to be rounded to `dtype` first."""
-    narrowed = jnp.zeros((), bool)
-    for leaf in jax.tree.leaves(arguments):
-        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # float64 stays float64
-        given = leaf.dtype
-        if jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).nmant > jnp.finfo(dtype).nmant:
-            narrowed = narrowed | (leaf.astype(dtype).astype(given) != leaf).any()
-    if isinstance(narrowed, jax.Array) and not isinstance(narrowed, jax.core.Tracer):
-        if not narrowed:
-            return found
-    bottom = jnp.where(narrowed, 0, found.lower)
-    top = min(found.about.examples * found.about.outputs, found.about.parameters)
-    return found._replace(
-        lower=bottom,
-        upper=jnp.where(narrowed, top, found.upper),
-        certain=found.certain & ~narrowed,
-        clear=found.clear & ~narrowed,
-        reason=found.reason | policy.flag(narrowed, policy.NARROWED),
-    )
+    return of_what_was_given(found, (params, x), dtype)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinv._numerics import tolerances as policy
-from jaxinv.typing import Array
+from jaxinv.typing import Array, DTypeLike, PyTree
 
 
 class Rank(NamedTuple):
@@ -76,3 +77,25 @@ class Rank(NamedTuple):
         lines += [f"not proven: {text}" for text in policy.reasons(self.reason)]
         lines += [f"cast: {line}" for line in self.about.casts]
         return ["\n" + line for line in lines]
+
+
+def of_what_was_given(found: Rank, arguments: PyTree, dtype: DTypeLike) -> Rank:
+    """Nothing is proven of arrays that had to be rounded to `dtype` first."""
+    narrowed = jnp.zeros((), bool)
+    for leaf in jax.tree.leaves(arguments):
+        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # float64 stays float64
+        given = leaf.dtype
+        if jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).nmant > jnp.finfo(dtype).nmant:
+            narrowed = narrowed | (leaf.astype(dtype).astype(given) != leaf).any()
+    if isinstance(narrowed, jax.Array) and not isinstance(narrowed, jax.core.Tracer):
+        if not narrowed:
+            return found
+    bottom = jnp.where(narrowed, 0, found.lower)
+    top = min(found.about.examples * found.about.outputs, found.about.parameters)
+    return found._replace(
+        lower=bottom,
+        upper=jnp.where(narrowed, top, found.upper),
+        certain=found.certain & ~narrowed,
+        clear=found.clear & ~narrowed,
+        reason=found.reason | policy.flag(narrowed, policy.NARROWED),
+    )

@@ -12,15 +12,15 @@ To add an operation, add a rule. An operation without one is refused, and the ca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinv._interpreter.walk import Body, Equation, Trace, Value, interpret, rule_table
-from jaxinv.typing import Array
+from jaxinv._interpreter.walk import Body, Equation, Operand, Trace, Value, interpret, rule_table
+from jaxinv.typing import Array, DType, PyTree
 
 _EXACT = lax.Precision.HIGHEST
 # The grain of 0, and minus that of a value which is not exact: beyond all exponents of floats.
@@ -39,11 +39,11 @@ class Rounded(Value):
         self.key = object()
 
 
-def value_of(a: Any) -> Array:
+def value_of(a: Operand) -> Array:
     return a.value if isinstance(a, Rounded) else jnp.asarray(a)
 
 
-def error_of(a: Any) -> Array:
+def error_of(a: Operand) -> Array:
     """Zeros where a value is exact; for integers and bools: is it in doubt?"""
     value = value_of(a)
     kind = value.dtype if _is_float(value) else bool
@@ -61,10 +61,10 @@ class Rounding:
     def __init__(self) -> None:
         self.rules = RULES
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> NoReturn:
         raise eqn.refuse("the analysis of rounding", "it has no rule.", "nothing: it is measured.")
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
         raise eqn.refuse("the analysis of rounding", "its branch is not known.", "it is measured.")
 
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
@@ -84,7 +84,7 @@ class Rounding:
         return [Rounded(*pair) for pair in (*carry, *rows)]
 
 
-def with_rounding(function: Callable[..., Array], *arguments: Any) -> tuple[Array, Array]:
+def with_rounding(function: Callable[..., Array], *arguments: PyTree) -> tuple[Array, Array]:
     """function(*arguments) and a bound on its error, for exact arguments.
 
     Raises:
@@ -104,7 +104,7 @@ def with_rounding(function: Callable[..., Array], *arguments: Any) -> tuple[Arra
 # --- grids ----------------------------------------------------------------------------
 
 
-def _grain(a: Any) -> Array:
+def _grain(a: Operand) -> Array:
     """The exponent of the lowest bit of each number: large for 0, very negative if not exact."""
     value, error = value_of(a), error_of(a)
     info = jnp.finfo(value.dtype)
@@ -136,7 +136,7 @@ RULES, _rule = rule_table()
 
 @_rule("reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "rev")
 @_rule("concatenate", "pad", "split", "reduce_or", "reduce_max", "reduce_min")
-def _moved(domain: Rounding, eqn: Equation, *inputs: Any) -> Any:
+def _moved(domain: Rounding, eqn: Equation, *inputs: Operand) -> Rounded | list[Rounded]:
     """The same elements elsewhere, or the largest of some: no further from exact than before."""
     found = eqn.bind(*map(value_of, inputs))
     errors: Any
@@ -153,7 +153,7 @@ def _moved(domain: Rounding, eqn: Equation, *inputs: Any) -> Any:
     return Rounded(found, errors)
 
 
-def _indices(domain: Rounding, eqn: Equation, values: Any) -> list[Array]:
+def _indices(domain: Rounding, eqn: Equation, values: Sequence[Operand]) -> list[Array]:
     for v in values:
         if isinstance(v, Rounded) and v.error is not None:
             domain.default(eqn)
@@ -161,7 +161,7 @@ def _indices(domain: Rounding, eqn: Equation, values: Any) -> list[Array]:
 
 
 @_rule("gather", "dynamic_slice")
-def _taken(domain: Rounding, eqn: Equation, operand: Any, *where: Any) -> Rounded:
+def _taken(domain: Rounding, eqn: Equation, operand: Operand, *where: Operand) -> Rounded:
     at = _indices(domain, eqn, where)
     error = None
     if isinstance(operand, Rounded) and operand.error is not None:
@@ -170,14 +170,18 @@ def _taken(domain: Rounding, eqn: Equation, operand: Any, *where: Any) -> Rounde
 
 
 @_rule("dynamic_update_slice")
-def _put(domain: Rounding, eqn: Equation, operand: Any, update: Any, *where: Any) -> Rounded:
+def _put(
+    domain: Rounding, eqn: Equation, operand: Operand, update: Operand, *where: Operand
+) -> Rounded:
     at = _indices(domain, eqn, where)
     found = eqn.bind(value_of(operand), value_of(update), *at)
     return Rounded(found, eqn.bind(error_of(operand), error_of(update), *at))
 
 
 @_rule("scatter_add")
-def _scattered(domain: Rounding, eqn: Equation, operand: Any, where: Any, update: Any) -> Rounded:
+def _scattered(
+    domain: Rounding, eqn: Equation, operand: Operand, where: Operand, update: Operand
+) -> Rounded:
     (at,) = _indices(domain, eqn, [where])
     a, b = value_of(operand), value_of(update)
     grain = jnp.minimum(jnp.min(_grain(operand)), jnp.min(_grain(update)))
@@ -218,7 +222,7 @@ def _sign(domain: Rounding, eqn: Equation, a: Rounded) -> Rounded:
 
 
 @_rule("add", "sub", "add_any", "add_jaxvals")
-def _added(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
+def _added(domain: Rounding, eqn: Equation, a: Operand, b: Operand) -> Rounded:
     value = eqn.bind(value_of(a), value_of(b))
     if not _is_float(value):
         return _whole(domain, eqn, a, b)
@@ -227,7 +231,7 @@ def _added(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
 
 
 @_rule("mul")
-def _multiplied(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
+def _multiplied(domain: Rounding, eqn: Equation, a: Operand, b: Operand) -> Rounded:
     x, y = value_of(a), value_of(b)
     value = eqn.bind(x, y)
     if not _is_float(value):
@@ -237,7 +241,7 @@ def _multiplied(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
 
 
 @_rule("and", "or", "not", "xor", "rem", "is_finite")
-def _whole(domain: Rounding, eqn: Equation, *inputs: Any) -> Rounded:
+def _whole(domain: Rounding, eqn: Equation, *inputs: Operand) -> Rounded:
     """Integers and bools: exact, or in doubt where an operand is."""
     found = eqn.bind(*map(value_of, inputs))
     if _is_float(found):
@@ -253,7 +257,7 @@ def _whole(domain: Rounding, eqn: Equation, *inputs: Any) -> Rounded:
 
 
 @_rule("eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to")
-def _compared(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
+def _compared(domain: Rounding, eqn: Equation, a: Operand, b: Operand) -> Rounded:
     x, y = value_of(a), value_of(b)
     if not _is_float(x):
         return _whole(domain, eqn, a, b)
@@ -264,7 +268,7 @@ def _compared(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
 
 
 @_rule("max", "min")
-def _larger(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
+def _larger(domain: Rounding, eqn: Equation, a: Operand, b: Operand) -> Rounded:
     x, y = value_of(a), value_of(b)
     if not _is_float(x):
         return _whole(domain, eqn, a, b)
@@ -276,7 +280,7 @@ def _larger(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
 
 
 @_rule("clamp")
-def _clamped(domain: Rounding, eqn: Equation, low: Any, a: Any, high: Any) -> Rounded:
+def _clamped(domain: Rounding, eqn: Equation, low: Operand, a: Operand, high: Operand) -> Rounded:
     if not all(_is_float(value_of(v)) for v in (low, a, high)):
         domain.default(eqn)
     error = jnp.maximum(jnp.maximum(error_of(low), error_of(a)), error_of(high))
@@ -284,7 +288,7 @@ def _clamped(domain: Rounding, eqn: Equation, low: Any, a: Any, high: Any) -> Ro
 
 
 @_rule("select_n")
-def _selected(domain: Rounding, eqn: Equation, which: Any, *cases: Any) -> Rounded:
+def _selected(domain: Rounding, eqn: Equation, which: Operand, *cases: Operand) -> Rounded:
     value = eqn.bind(value_of(which), *map(value_of, cases))
     error = eqn.bind(value_of(which), *map(error_of, cases))
     if isinstance(which, Rounded) and which.error is not None:
@@ -313,7 +317,7 @@ def _summed(domain: Rounding, eqn: Equation, a: Rounded) -> Rounded:
     return Rounded(value, eqn.bind(error_of(a)) * (1 + 1e-3) + loss)
 
 
-def _bilinear(eqn: Equation, a: Any, b: Any, grain: Array, terms: int) -> Rounded:
+def _bilinear(eqn: Equation, a: Operand, b: Operand, grain: Array, terms: int) -> Rounded:
     def product(u: Array, v: Array) -> Array:
         return eqn.bind(u, v, precision=_EXACT)
 
@@ -329,7 +333,7 @@ def _bilinear(eqn: Equation, a: Any, b: Any, grain: Array, terms: int) -> Rounde
     return Rounded(value, error)
 
 
-def _units_of_product(eqn: Equation, dtype: Any) -> int:
+def _units_of_product(eqn: Equation, dtype: DType) -> int:
     """Accelerators round the operands of float32 products further, unless told not to."""
     precision = eqn.params.get("precision")
     chosen = precision if isinstance(precision, tuple) else (precision,)
@@ -339,13 +343,15 @@ def _units_of_product(eqn: Equation, dtype: Any) -> int:
 
 
 @_rule("dot_general")
-def _dotted(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
+def _dotted(domain: Rounding, eqn: Equation, a: Operand, b: Operand) -> Rounded:
     x, y = value_of(a), value_of(b)
     if not _is_float(x) or x.dtype != y.dtype:
         domain.default(eqn)
     (left, right), (batch_left, batch_right) = eqn.params["dimension_numbers"]
 
-    def arranged(grain: Array, batch: Any, contracted: Any) -> tuple[Array, tuple[int, ...]]:
+    def arranged(
+        grain: Array, batch: Sequence[int], contracted: Sequence[int]
+    ) -> tuple[Array, tuple[int, ...]]:
         free = [i for i in range(grain.ndim) if i not in (*batch, *contracted)]
         moved = jnp.transpose(grain, (*batch, *free, *contracted))
         shape = [math.prod(grain.shape[i] for i in axes) for axes in (batch, free, contracted)]
@@ -364,7 +370,7 @@ def _dotted(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
 
 
 @_rule("conv_general_dilated")
-def _convolved(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
+def _convolved(domain: Rounding, eqn: Equation, a: Operand, b: Operand) -> Rounded:
     x, y = value_of(a), value_of(b)
     if not _is_float(x) or x.dtype != y.dtype:
         domain.default(eqn)
@@ -376,7 +382,7 @@ def _convolved(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
 
 
 @_rule("div")
-def _divided(domain: Rounding, eqn: Equation, a: Any, b: Any) -> Rounded:
+def _divided(domain: Rounding, eqn: Equation, a: Operand, b: Operand) -> Rounded:
     x, y = value_of(a), value_of(b)
     value = eqn.bind(x, y)
     if not _is_float(value):

@@ -17,7 +17,7 @@ that is added to a layer is added to the normalised values, as the shift of batc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.paths.data_dependent import Problem, check_alpha, interpret, prepare, squares
-from jaxinv.paths.data_domain import Data, DataDomain
+from jaxinv.paths.data_domain import Data, DataDomain, DataOperand
 from jaxinv.paths.domain import PathDomain
 from jaxinv.paths.values import Paths, Weight
-from jaxinv.typing import Array, Inputs, Network, Outputs, Params
+from jaxinv.typing import Array, ArrayLike, Inputs, Network, Outputs, Params
 
 
 class UnitStatistics(NamedTuple):
@@ -149,7 +149,9 @@ def ddp_normalize(
     alpha = check_alpha(alpha)
     eps = real("eps", eps, lambda e: 0 <= e < float("inf"), "a finite number >= 0")
 
-    def run(params: Params, x: Inputs, given: Any) -> tuple[Outputs, tuple[UnitStatistics, ...]]:
+    def run(
+        params: Params, x: Inputs, given: list[UnitStatistics] | None
+    ) -> tuple[Outputs, tuple[UnitStatistics, ...]]:
         problem = prepare(fn, params, x)
         lengths = squares(problem)
         path = PathDomain(2.0, problem.dtype, edges_only=False)
@@ -178,7 +180,7 @@ def ddp_normalize(
     return NormalizedNetwork(normalized, statistics, evaluate)
 
 
-def _batched(value: Any, count: int) -> Any:
+def _batched(value: Data | Weight | ArrayLike, count: int) -> ArrayLike:
     """An output for all examples, from (n, 1, ...) or from a value that is the same for all."""
     if isinstance(value, Data):
         shape = value.array.shape
@@ -209,7 +211,7 @@ def _channels(eqn: Equation, weight_first: bool) -> tuple[int, ...]:
     return (*batch, *range(start + free_left, len(eqn.outputs[0].shape)))
 
 
-def _weight_position(inputs: Sequence[Any]) -> int | None:
+def _weight_position(inputs: Sequence[DataOperand]) -> int | None:
     """Which operand of a product holds parameters; None for a constant matrix."""
     found = [i for i, v in enumerate(inputs) if isinstance(v, Weight)]
     return found[0] if found else None
@@ -227,7 +229,7 @@ class _LayerDomain(DataDomain):
         """A gate, a maximum or a layer uses the value."""
         self.hidden |= value.layers
 
-    def product(self, eqn: Equation, inputs: Sequence[Any], out: Data) -> Data:
+    def product(self, eqn: Equation, inputs: Sequence[DataOperand], out: Data) -> Data:
         if _weight_position(inputs) is not None:
             out.layers = frozenset([self.count])
             self.count += 1
@@ -261,7 +263,7 @@ class _NormalizingDomain(_LayerDomain):
         self.layers, self.alpha, self.centered, self.eps = layers, alpha, centered, eps
         self.given, self.statistics = given, []  # type: ignore[var-annotated]
 
-    def product(self, eqn: Equation, inputs: Sequence[Any], out: Data) -> Data:
+    def product(self, eqn: Equation, inputs: Sequence[DataOperand], out: Data) -> Data:
         position, index = _weight_position(inputs), self.count
         out = super().product(eqn, inputs, out)
         if position is None or index not in self.layers:
@@ -284,7 +286,7 @@ class _NormalizingDomain(_LayerDomain):
         return normalized
 
     def _found(
-        self, array: Any, channels: Sequence[int], pooled: Sequence[int], index: int
+        self, array: Array, channels: Sequence[int], pooled: Sequence[int], index: int
     ) -> UnitStatistics:
         units = tuple(array.shape[a + 1] for a in channels)
         if self.given is not None:

@@ -15,7 +15,7 @@ that residual connections tie together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,9 @@ def project_to_unit_norm(group: RescalingGroup) -> optax.GradientTransformationE
         [1. 1. 1.]
     """
 
-    def update_fn(updates: PyTree, state: Any, params: Params = None, **extra: Any) -> Any:
+    def update_fn(
+        updates: PyTree, state: optax.OptState, params: Params = None, **extra: object
+    ) -> tuple[PyTree, optax.OptState]:
         del extra
         if params is None:
             raise InvalidInput(_NEEDS_PARAMS)
@@ -252,7 +254,9 @@ def tangent_gradient(group: RescalingGroup) -> optax.GradientTransformationExtra
     """
     units = units_of(group)
 
-    def update_fn(updates: PyTree, state: Any, params: Params = None, **extra: Any) -> Any:
+    def update_fn(
+        updates: PyTree, state: optax.OptState, params: Params = None, **extra: object
+    ) -> tuple[PyTree, optax.OptState]:
         del extra
         if params is None:
             raise InvalidInput(_NEEDS_PARAMS)
@@ -318,10 +322,12 @@ def in_gauge(
     """
     extended = optax.with_extra_args_support(inner)
 
-    def init_fn(params: Params) -> Any:
+    def init_fn(params: Params) -> optax.OptState:
         return extended.init(gauge(group, params).params)
 
-    def update_fn(updates: PyTree, state: Any, params: Params = None, **extra: Any) -> Any:
+    def update_fn(
+        updates: PyTree, state: optax.OptState, params: Params = None, **extra: object
+    ) -> tuple[PyTree, optax.OptState]:
         if params is None:
             raise InvalidInput(_NEEDS_PARAMS)
         point = gauge(group, params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxinv._checks import calling, check_floats
 from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.structure import Structure, generator_names
-from jaxinv.typing import Array, PyTree
+from jaxinv.typing import Array, Constant, PyTree
 
 # |log| of factors up to here are floats of every width that is computed in.
 _FAR = 80.0
@@ -107,7 +107,7 @@ class RescalingGroup(NamedTuple):
 
 def checked_leaves(
     group: RescalingGroup, tree: PyTree, what: str, *, finite: bool = False
-) -> list[Any]:
+) -> list[Array]:
     """Leaves of a pytree of floats like params; `InvalidInput` if it is not one."""
     s = group.structure
     if jax.tree.structure(tree) != s.tree:
@@ -131,7 +131,7 @@ def checked_leaves(
     return leaves
 
 
-def checked_u(group: RescalingGroup, u: Any) -> Array:
+def checked_u(group: RescalingGroup, u: object) -> Array:
     with calling("jnp.asarray(u)", u, remedy="u must be an array of numbers."):
         u = jnp.asarray(u)
     kinds = (jnp.floating, jnp.integer)
@@ -242,7 +242,7 @@ def dense_tangents(group: RescalingGroup, leaves: list[Array]) -> Array:
     return jax.vmap(lambda u: ravel_pytree(tangent(group, leaves, u))[0])(eye).T
 
 
-def log_add(into: Array, parts: Sequence[tuple[Any, Array]]) -> Array:
+def log_add(into: Array, parts: Sequence[tuple[Constant, Array]]) -> Array:
     """log(exp(into) + Σ exp(part) at the ids that come with it): no overflow, no underflow."""
     if not parts:
         return into
@@ -255,12 +255,12 @@ def log_add(into: Array, parts: Sequence[tuple[Any, Array]]) -> Array:
     return shift + jnp.log(total)
 
 
-def _joined(arrays: Iterable[Any]) -> Array:
+def _joined(arrays: Iterable[Constant]) -> Array:
     """One vector: one scatter compiles and runs faster than one for each leaf."""
     return jnp.concatenate([jnp.ravel(a) for a in arrays])
 
 
-def reduced_to(reduce: Any, array: Array, shape: tuple[int, ...]) -> Array:
+def reduced_to(reduce: Callable[..., Array], array: Array, shape: tuple[int, ...]) -> Array:
     """`reduce`, such as `jnp.sum`, over the axes along which `shape` has length one."""
     axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
     return reduce(array, axes, keepdims=True) if axes else array

@@ -15,9 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, Value, is_concrete
+from jaxinv._interpreter.walk import Equation, Operand, Result, Value, is_concrete
 from jaxinv.rescaling import values as scaling
-from jaxinv.rescaling.values import Peek, Root, Scale
+from jaxinv.rescaling.values import Peek, Root, Scale, Scaling
 
 # A value is taken apart into at most so many cases; beyond, they share one scale. Every case costs
 # a pass through the rules.
@@ -38,11 +38,11 @@ class Cases(Value):
         self.shape = values[0].shape
 
 
-def count(value: Any) -> int:
+def count(value: Operand) -> int:
     return sum(map(count, value.values)) if isinstance(value, Cases) else 1
 
 
-def collected(domain: Any, index: int, axes: tuple[int, ...], values: Sequence[Any]) -> Any:
+def collected(domain: Scaling, index: int, axes: tuple[int, ...], values: Sequence[Any]) -> Operand:
     """The cases of a value; a plain value where they have one scale anyhow."""
     if any(isinstance(v, Value) for v in values):
         values = [v if isinstance(v, Value) else domain.scale(v) for v in values]
@@ -67,14 +67,16 @@ def _common(values: Sequence[Scale]) -> np.ndarray | None:
     return wild
 
 
-def by_case(domain: Any, eqn: Equation, run: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+def by_case(
+    domain: Scaling, eqn: Equation, run: Callable[..., Result], inputs: Sequence[Any]
+) -> Any:
     """The results of `run(*inputs)`, which has one output or a list of them, case by case."""
     found = [v for v in inputs if isinstance(v, Cases)]
     if not found:
         return run(*inputs)
     index = min(v.index for v in found)
 
-    def mine(value: Any) -> bool:
+    def mine(value: Operand) -> bool:
         return isinstance(value, Cases) and value.index == index
 
     places = [followed(eqn, i, v.axes) for i, v in enumerate(inputs) if mine(v)]
@@ -94,7 +96,7 @@ def by_case(domain: Any, eqn: Equation, run: Callable[..., Any], inputs: Sequenc
     return collected(domain, index, axes, results)
 
 
-def _case(value: Cases, e: int) -> Any:
+def _case(value: Cases, e: int) -> Operand:
     """An index beyond the last case reads the last, as clipping does."""
     e = min(e, len(value.values) - 1)
     chosen = value.values[e]
@@ -111,7 +113,7 @@ def root(value: Any) -> Root:
     return Root(getattr(value, "key", object()), axes)
 
 
-def note_root(eqn: Equation, operand: Any, result: Any) -> None:
+def note_root(eqn: Equation, operand: Operand, result: Result) -> None:
     """Follow an index or a truth value through the operations that only move it."""
     if eqn.name not in _MOVES or not isinstance(operand, (Scale, Peek)):
         return

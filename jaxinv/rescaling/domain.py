@@ -7,14 +7,14 @@ to scale 0, which can lose generators but never make a wrong one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial, reduce
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Body, Equation, Value, fold, is_concrete
+from jaxinv._interpreter.walk import Body, Equation, Operand, Result, Value, fold, is_concrete
 from jaxinv.rescaling import (
     elementwise,
     factorisations,
@@ -28,14 +28,15 @@ from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.cases import Cases, by_case, note_root
 from jaxinv.rescaling.equations import System
 from jaxinv.rescaling.values import Form, Fresh, Guarded, Leaf, Nudged, Peek, Scale
+from jaxinv.typing import ArrayLike
 
 # A parameter is taken apart into at most so many slices (`stacked[i]`); others go elementwise.
 _MOST_PARTS = 1024
 
 
-def _case_by_case(rule: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(domain: ScalingDomain, eqn: Equation, *inputs: Any) -> Any:
-        def run(*inputs: Any) -> Any:
+def _case_by_case(rule: Callable[..., Result]) -> Callable[..., Result]:
+    def apply(domain: ScalingDomain, eqn: Equation, *inputs: Operand) -> Result:
+        def run(*inputs: Operand) -> Result:
             if any(isinstance(v, Value) for v in inputs):
                 return rule(domain, eqn, *inputs)
             outputs = fold(eqn.raws[0], list(inputs))
@@ -80,7 +81,7 @@ class ScalingDomain:
 
     # --- operands ---
 
-    def refresh(self, value: Any) -> Any:
+    def refresh(self, value: Operand) -> Operand:
         """A view of a parameter that has been decided meanwhile is no longer undecided."""
         if isinstance(value, Fresh) and (value.leaf.form is not None or value.leaf.parts):
             if value.leaf.form is None:
@@ -107,7 +108,7 @@ class ScalingDomain:
 
     # --- constants ---
 
-    def captured(self, consts: Sequence[Any]) -> list[Any]:
+    def captured(self, consts: Sequence[ArrayLike]) -> list[Operand]:
         """What arrays that `fn` closes over count as.
 
         One that is zero (or infinite) everywhere is likely a statistic before training, so its
@@ -115,7 +116,7 @@ class ScalingDomain:
         """
         return [self._captured(value) for value in consts]
 
-    def _captured(self, value: Any) -> Any:
+    def _captured(self, value: ArrayLike) -> Operand:
         if not is_concrete(value) or np.ndim(value) == 0 or id(value) in self.origins:
             return value
         scale = scaling.constant(value)
@@ -128,30 +129,30 @@ class ScalingDomain:
         self.origins[id(value)] = value, frozenset([f"{dtype}[{shape}]"])
         return value
 
-    def folded(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def folded(self, inputs: Sequence[Operand], outputs: Sequence[ArrayLike]) -> None:
         """Note what constants were computed from."""
         known = [self.origins[id(v)][1] for v in inputs if id(v) in self.origins]
         if known:
             for value in outputs:
                 self.origins[id(value)] = value, frozenset().union(*known)
 
-    def rely(self, value: Any) -> None:
+    def rely(self, value: ArrayLike) -> None:
         """Note that a rule rests on the zeros of a constant, or on a choice by it."""
         if id(value) in self.origins and self.equation is not None:
             for name in sorted(self.origins[id(value)][1]):
                 self.relies_on[name, self.equation.name, self.equation.source] = None
 
-    def constant(self, value: Any) -> Scale:
+    def constant(self, value: ArrayLike) -> Scale:
         scale = scaling.constant(value)
         if scale.wild is not None:
             self.rely(value)
         return scale
 
-    def undecided_or_scale(self, value: Any) -> Any:
+    def undecided_or_scale(self, value: Operand) -> Scale | Fresh:
         value = self.refresh(value)
         return value if isinstance(value, Fresh) and not value.spread else self.scale(value)
 
-    def free(self, eqn: Equation, *operands: Any, output: int = 0) -> Scale:
+    def free(self, eqn: Equation, *operands: Operand, output: int = 0) -> Scale:
         """A result that depends on its operands, but not on their scale."""
         for value in operands:
             self.seen(self.scale(value).form)
@@ -166,7 +167,7 @@ class ScalingDomain:
 
     # --- equations ---
 
-    def pin(self, eqn: Equation, value: Any) -> None:
+    def pin(self, eqn: Equation, value: Operand) -> None:
         """Require scale 0, and record the operation if that takes anything away."""
         value = self.refresh(value)
         if isinstance(value, Fresh) and not value.spread:
@@ -179,14 +180,16 @@ class ScalingDomain:
         keep = None if value.wild is None else ~value.wild
         scaling.vanish(self.system, value.form, keep)
 
-    def pinned(self, eqn: Equation, value: Any) -> Scale:
+    def pinned(self, eqn: Equation, value: Scale) -> Scale:
         self.pin(eqn, value)
         return Scale(value.shape)
 
     def blame(self, eqn: Equation) -> None:
         self.pinned_by[eqn.name, eqn.source] = None
 
-    def joined(self, eqn: Equation, left: Any, right: Any, shape: Any = None) -> Scale:
+    def joined(
+        self, eqn: Equation, left: Operand, right: Operand, shape: Sequence[int] | None = None
+    ) -> Scale:
         """Operands of equal scale elementwise; one of scale 0 pins the other, which is recorded."""
         a, b = self.scale(left), self.scale(right)
         for one, other in ((a, b), (b, a)):
@@ -197,7 +200,7 @@ class ScalingDomain:
             shape = np.broadcast_shapes(a.shape, b.shape)
         return scaling.join(self.system, a, b, shape)
 
-    def level(self, value: Any, axes: Sequence[int]) -> Scale:
+    def level(self, value: Operand, axes: Sequence[int]) -> Scale:
         """Equal scales along axes; returns the scales with length one there."""
         value = self.refresh(value)
         if isinstance(value, Fresh) and not value.spread and value.wild is None:
@@ -217,7 +220,7 @@ class ScalingDomain:
             [scaling.masked(~dead, form), ((lambda ids: ids), scaling.variables(own))]
         )
 
-    def index_number(self, key: Any) -> int:
+    def index_number(self, key: Hashable) -> int:
         """A number for an index that the data know: equal keys, provably equal indices."""
         return self.indices.setdefault(key, len(self.indices))
 
@@ -234,7 +237,7 @@ class ScalingDomain:
         value.leaf.parts = (value, axis, pieces)
         return [Fresh(piece, piece.shape) for piece in pieces]
 
-    def part(self, value: Any, axis: int, index: int) -> Fresh | None:
+    def part(self, value: Operand, axis: int, index: int) -> Fresh | None:
         """Slice number `index` of a parameter as it came in, undecided for itself; else None."""
         if not isinstance(value, Fresh) or value.steps or value.leaf.form is not None:
             return None
@@ -249,7 +252,7 @@ class ScalingDomain:
 
     # --- the rest of what the walker asks for ---
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Scale | list[Scale]:
         for value in inputs:
             if isinstance(value, Value):
                 self.pin(eqn, value)
@@ -259,15 +262,15 @@ class ScalingDomain:
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
         first, second = len(consts), len(consts) + len(init)
 
-        def run(*inputs: Any) -> list:
+        def run(*inputs: Operand) -> list:
             every = list(inputs)
             parts = every[:first], every[first:second], every[second:]
             return loops.scan(self, eqn, body, *parts)
 
         return by_case(self, eqn, run, [*consts, *init, *xs])
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
-        def run(number: Any, *operands: Any) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
+        def run(number: Operand, *operands: Operand) -> list:
             if is_concrete(number):
                 return branches[int(np.clip(number, 0, len(branches) - 1))](*operands)
             return loops.switch(self, eqn, number, branches, list(operands))
@@ -275,7 +278,9 @@ class ScalingDomain:
         inputs = [index, *inputs]
         return by_case(self, eqn, run, inputs) if isinstance(index, Cases) else run(*inputs)
 
-    def unbounded_while(self, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
+    def unbounded_while(
+        self, eqn: Equation, condition: Callable[..., list], body: Callable[..., list], carry: list
+    ) -> list:
         return loops.unbounded_while(self, eqn, condition, body, carry)
 
 

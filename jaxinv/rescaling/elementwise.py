@@ -10,10 +10,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, Value, is_concrete, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Result, Value, is_concrete, rule_table
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.cases import collected, root
-from jaxinv.rescaling.values import Form, Fresh, Guarded, Nudged, Peek, Scale, Step, relaid, times
+from jaxinv.rescaling.values import (
+    Form,
+    Fresh,
+    Guarded,
+    Nudged,
+    Peek,
+    Scale,
+    Scaling,
+    Step,
+    relaid,
+    times,
+)
+from jaxinv.typing import ArrayLike, DTypeLike
 
 RULES, rule = rule_table()
 
@@ -26,7 +38,7 @@ LARGEST_EPSILON = float(np.nextafter(np.float32(1e-3), np.float32(1)))  # 1e-3 i
 
 
 def _power(exponent: Fraction | int) -> Callable:
-    def apply(domain: Any, eqn: Equation, value: Any) -> Any:
+    def apply(domain: Scaling, eqn: Equation, value: Operand) -> Result:
         factor = Fraction(exponent)
         if isinstance(value, Nudged) and factor.denominator > 1:
             value = domain.without_epsilon(eqn, value)
@@ -50,7 +62,7 @@ rule("neg", "real", "imag", "conj")(_power(1))
 
 
 @rule("abs")
-def _abs(domain: Any, eqn: Equation, value: Any) -> Any:
+def _abs(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     result = _power(1)(domain, eqn, value)
     if isinstance(result, Scale):
         result.fact = ("abs",)
@@ -64,14 +76,14 @@ rule("cbrt")(_power(Fraction(1, 3)))
 
 
 @rule("integer_pow")
-def _integer_pow(domain: Any, eqn: Equation, value: Any) -> Any:
+def _integer_pow(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     return (
         _power(eqn.params["y"])(domain, eqn, value) if eqn.params["y"] else domain.free(eqn, value)
     )
 
 
 @rule("pow")
-def _pow(domain: Any, eqn: Equation, value: Any, exponent: Any) -> Any:
+def _pow(domain: Scaling, eqn: Equation, value: Operand, exponent: Operand) -> Result:
     if is_concrete(exponent) and np.size(exponent) == 1:
         y = _rational(exponent, eqn.inputs[1].dtype)
         if y:
@@ -79,7 +91,7 @@ def _pow(domain: Any, eqn: Equation, value: Any, exponent: Any) -> Any:
     return domain.default(eqn, value, exponent)
 
 
-def _rational(number: Any, dtype: Any) -> Fraction | None:
+def _rational(number: ArrayLike, dtype: DTypeLike) -> Fraction | None:
     """The simple fraction that a float was rounded from in its own precision; None if none was."""
     y = np.asarray(number).reshape(()).astype(dtype)
     if np.iscomplexobj(y) or not np.isfinite(np.float64(y)):
@@ -91,7 +103,7 @@ def _rational(number: Any, dtype: Any) -> Fraction | None:
 
 
 @rule("convert_element_type")
-def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
+def _convert(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     old, new = eqn.inputs[0].dtype, eqn.params["new_dtype"]
     if jnp.issubdtype(new, jnp.bool_):
         return domain.free(eqn, value)  # whether it is zero
@@ -104,7 +116,7 @@ def _convert(domain: Any, eqn: Equation, value: Any) -> Any:
     return _power(1)(domain, eqn, value)
 
 
-def _numbered(domain: Any, eqn: Equation, truth: Any) -> Any:
+def _numbered(domain: Scaling, eqn: Equation, truth: Operand) -> Result:
     """A truth value as a number is 0 in one case and 1 in the other."""
     index, axes = root(truth)
     domain.scale(truth)
@@ -114,7 +126,7 @@ def _numbered(domain: Any, eqn: Equation, truth: Any) -> Any:
 
 
 @rule("reduce_precision")
-def _reduce_precision(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reduce_precision(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     """Rounding to fewer bits than the numbers have is quantisation, which scales do not pass."""
     info = jnp.finfo(eqn.inputs[0].dtype)
     if eqn.params["exponent_bits"] >= info.nexp and eqn.params["mantissa_bits"] >= info.nmant:
@@ -123,7 +135,7 @@ def _reduce_precision(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("sign", "is_finite")
-def _degree_zero(domain: Any, eqn: Equation, value: Any) -> Any:
+def _degree_zero(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     """Depends on the sign of the elements alone, so any scale will do."""
     return domain.free(eqn, value)
 
@@ -132,7 +144,7 @@ def _degree_zero(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("add", "sub", "add_any", "max", "min", "rem", "complex", "atan2")
-def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _join(domain: Scaling, eqn: Equation, left: Any, right: Any) -> Result:
     left, right = domain.refresh(left), domain.refresh(right)
     shape = eqn.outputs[0].shape
     for one, other in ((left, right), (right, left)):
@@ -156,11 +168,11 @@ def _join(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
     return domain.free(eqn, joined) if eqn.name == "atan2" else joined
 
 
-def _size(value: Any) -> float:
+def _size(value: ArrayLike) -> float:
     return float(np.max(np.abs(np.asarray(value, np.float64))))
 
 
-def _is_epsilon(value: Any) -> bool:
+def _is_epsilon(value: Operand) -> bool:
     if not is_concrete(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         return False
     array = np.asarray(value, np.float64)
@@ -168,7 +180,7 @@ def _is_epsilon(value: Any) -> bool:
 
 
 @rule("eq", "ne", "gt", "ge", "lt", "le")
-def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _compare(domain: Scaling, eqn: Equation, left: Operand, right: Operand) -> Result:
     result = Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
     if (
         eqn.name == "eq"
@@ -181,7 +193,7 @@ def _compare(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("not", "and", "or", "xor", "reduce_and", "reduce_or", "reduce_xor")
-def _logic(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+def _logic(domain: Scaling, eqn: Equation, *inputs: Operand) -> Result:
     """Truth values have scale 0 already; integers are pinned where they are made."""
     if eqn.name == "not" and isinstance(inputs[0], Peek):
         return Peek(inputs[0].shape, inputs[0].looked)
@@ -189,7 +201,7 @@ def _logic(domain: Any, eqn: Equation, *inputs: Any) -> Any:
 
 
 @rule("select_n")
-def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
+def _select(domain: Scaling, eqn: Equation, which: Any, *cases: Operand) -> Result:
     if isinstance(which, Value) and not isinstance(which, Peek):
         domain.pin(eqn, which)
     elif is_concrete(which):
@@ -213,7 +225,7 @@ def _select(domain: Any, eqn: Equation, which: Any, *cases: Any) -> Any:
     return result
 
 
-def _chosen(domain: Any, eqn: Equation, which: np.ndarray, cases: Sequence[Any]) -> Scale:
+def _chosen(domain: Scaling, eqn: Equation, which: np.ndarray, cases: Sequence[Operand]) -> Scale:
     """A choice by constants: every element is one of the cases, and need not fit the others."""
     shape = eqn.outputs[0].shape
     rank = len(shape)
@@ -231,7 +243,7 @@ def _chosen(domain: Any, eqn: Equation, which: np.ndarray, cases: Sequence[Any])
 
 
 @rule("clamp")
-def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
+def _clamp(domain: Scaling, eqn: Equation, low: Operand, value: Operand, high: Operand) -> Result:
     joined = domain.joined(eqn, value, low, eqn.outputs[0].shape)
     return domain.joined(eqn, joined, high, eqn.outputs[0].shape)
 
@@ -240,7 +252,7 @@ def _clamp(domain: Any, eqn: Equation, low: Any, value: Any, high: Any) -> Any:
 
 
 def _product(sign: int) -> Callable:
-    def apply(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+    def apply(domain: Scaling, eqn: Equation, left: Operand, right: Operand) -> Result:
         shape = eqn.outputs[0].shape
         if sign < 0 and isinstance(right, Nudged):
             right = domain.without_epsilon(eqn, right)
@@ -272,7 +284,7 @@ rule("mul")(_product(1))
 rule("div")(_product(-1))
 
 
-def _one_fresh(domain: Any, left: Any, right: Any) -> tuple[Any, Any]:
+def _one_fresh(domain: Scaling, left: Operand, right: Operand) -> tuple[Operand, Operand]:
     """At most one undecided operand: of two, the larger stays so."""
     left, right = domain.refresh(left), domain.refresh(right)
     if isinstance(left, Fresh) and isinstance(right, Fresh):
@@ -285,7 +297,7 @@ def _one_fresh(domain: Any, left: Any, right: Any) -> tuple[Any, Any]:
 
 
 def _multiplied(
-    domain: Any, fresh: Fresh, other: Scale, shape: tuple[int, ...], factor: int, shift: int
+    domain: Scaling, fresh: Fresh, other: Scale, shape: tuple[int, ...], factor: int, shift: int
 ) -> Fresh | None:
     """factor·s(fresh) + s(other) = s(result), or None where the result must be decided now.
 

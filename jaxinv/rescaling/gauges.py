@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.action import transpose
 from jaxinv.rescaling.group import RescalingGroup, checked_leaves, rescale
 from jaxinv.rescaling.orbit_minimum import Problem, Weights, least_norm, minimize, most_terms, total
-from jaxinv.rescaling.units import Units, units_of
-from jaxinv.typing import Array, Params, PyTree
+from jaxinv.rescaling.units import Incoming, Units, units_of
+from jaxinv.typing import Array, DTypeLike, Params, PyTree
 
 
 class Gauge(NamedTuple):
@@ -51,7 +51,7 @@ class Gauge(NamedTuple):
     converged: Array  # bool scalar: error <= tol
 
 
-def default_tolerance(dtype: Any) -> float:
+def default_tolerance(dtype: DTypeLike) -> float:
     """Imbalance of a unit that rounding allows: sums over a unit's weights are good to about this.
 
     Example:
@@ -233,7 +233,7 @@ def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge
 
 @partial(jax.jit, static_argnames=("dim", "depth"))
 def _unit_norms(
-    group: RescalingGroup, weights: Weights, leaves: Any, dim: int, depth: int
+    group: RescalingGroup, weights: Weights, leaves: Incoming, dim: int, depth: int
 ) -> tuple[Array, Array, Array]:
     """v with Σ_{e into j} a_e exp((Bv)_e) = 1 for all j, by substitution layer after layer."""
     units = Units(leaves, dim, depth)

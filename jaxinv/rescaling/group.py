@@ -43,7 +43,7 @@ from jaxinv.rescaling.domain import ScalingDomain
 from jaxinv.rescaling.optimizer_states import is_masked, like, transport
 from jaxinv.rescaling.shifts import cancelled
 from jaxinv.rescaling.structure import assembled
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params, PyTree
 
 
 def rescaling_group(
@@ -199,7 +199,7 @@ def rescale(
     )
 
 
-def _moved(group: RescalingGroup, leaves: list[Any], u: Array, base: float | None) -> list[Any]:
+def _moved(group: RescalingGroup, leaves: list[Array], u: Array, base: float | None) -> list[Array]:
     """Leaves times exp(Bu); placeholders of masked leaves pass through."""
     u = checked_u(group, u)
     if base is not None:
@@ -247,7 +247,7 @@ def rescale_gradient(
 
 def rescale_state(
     group: RescalingGroup,
-    state: Any,
+    state: PyTree,
     u: Array,
     *,
     base: float | None = None,
@@ -317,7 +317,7 @@ def random_rescaling(
     kind: Literal["lognormal", "power_of_two", "unbalanced"] = "lognormal",
     std: float = 1.0,
     units: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """A random u for `rescale`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Value, is_concrete, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Result, Value, is_concrete, rule_table
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.cases import MOST_CASES, collected
 from jaxinv.rescaling.layout import by_binding
-from jaxinv.rescaling.values import Fresh, Scale, Step, relaid
+from jaxinv.rescaling.values import Fresh, Scale, Scaling, Step, relaid
 
 RULES, rule = rule_table()
 
 
 @rule("gather", "dynamic_slice")
-def _gather(domain: Any, eqn: Equation, value: Any, *index: Any) -> Any:
+def _gather(domain: Scaling, eqn: Equation, value: Operand, *index: Operand) -> Result:
     """Constant indices move elements; by others, every place that they may say is a case."""
     value = domain.refresh(value)
     for i in index:
@@ -62,7 +63,7 @@ class _Starts(NamedTuple):
         return {a: int(i) for a, i in zip(self.unknown, found, strict=True)}
 
 
-def _starts(eqn: Equation, index: tuple[Any, ...]) -> _Starts:
+def _starts(eqn: Equation, index: Sequence[Operand]) -> _Starts:
     shape, sizes = eqn.inputs[0].shape, eqn.params["slice_sizes"]
     counts = [n - m + 1 for n, m in zip(shape, sizes, strict=True)]
     zeros = tuple(
@@ -84,7 +85,7 @@ def _starts(eqn: Equation, index: tuple[Any, ...]) -> _Starts:
     return _Starts(counts, unknown, _key(names, unknown, counts), axes, zeros, place)
 
 
-def _key(names: tuple[Any, ...], unknown: list[int], counts: list[int]) -> Any:
+def _key(names: tuple[Hashable, ...], unknown: list[int], counts: list[int]) -> Hashable:
     """One index is clipped to the length of what it reads, so the shorter has the first cases of
     the longer; two are numbered together, which depends on the lengths."""
     if None in names:
@@ -92,7 +93,7 @@ def _key(names: tuple[Any, ...], unknown: list[int], counts: list[int]) -> Any:
     return names if len(names) == 1 else (names, tuple(counts[a] for a in unknown))
 
 
-def _name(index: Any) -> Any:
+def _name(index: Operand) -> Hashable:
     return index.key if isinstance(index, Value) and hasattr(index, "key") else None
 
 
@@ -102,7 +103,7 @@ def _fills_with_numbers(eqn: Equation) -> bool:
     return fill is not None and bool(np.isfinite(fill)) and fill != 0
 
 
-def _moved(domain: Any, eqn: Equation, scale: Scale, starts: _Starts, case: int) -> Scale:
+def _moved(domain: Scaling, eqn: Equation, scale: Scale, starts: _Starts, case: int) -> Scale:
     """What is read when the unknown indices have the values of a case."""
     full = eqn.inputs[0].shape
     index = [np.array(i) if starts.unknown else i for i in starts.indices]
@@ -127,7 +128,9 @@ def _moved(domain: Any, eqn: Equation, scale: Scale, starts: _Starts, case: int)
     return Scale(eqn.outputs[0].shape, form, wild)
 
 
-def _whole_part(domain: Any, eqn: Equation, value: Any, starts: _Starts, case: int) -> Any:
+def _whole_part(
+    domain: Scaling, eqn: Equation, value: Operand, starts: _Starts, case: int
+) -> Fresh | None:
     """`stacked[i]`: one whole slice of an undecided parameter, which stays undecided."""
     indexed = [a for a, n in enumerate(starts.counts) if n > 1]
     if not isinstance(value, Fresh) or len(indexed) != 1:
@@ -183,7 +186,9 @@ def _spread(part: Fresh, eqn: Equation, axis: int) -> Fresh | None:
 
 
 @rule("dynamic_update_slice")
-def _update_slice(domain: Any, eqn: Equation, operand: Any, update: Any, *index: Any) -> Any:
+def _update_slice(
+    domain: Scaling, eqn: Equation, operand: Operand, update: Operand, *index: Operand
+) -> Result:
     a, b = domain.scale(operand), domain.scale(update)
     shape = eqn.outputs[0].shape
     axes = [i for i, n in enumerate(b.shape) if n != shape[i]]
@@ -224,7 +229,9 @@ def _update_slice(domain: Any, eqn: Equation, operand: Any, update: Any, *index:
 
 
 @rule("scatter", "scatter_add", "scatter_sub", "scatter_min", "scatter_max")
-def _scatter(domain: Any, eqn: Equation, operand: Any, index: Any, update: Any) -> Any:
+def _scatter(
+    domain: Scaling, eqn: Equation, operand: Operand, index: Operand, update: Operand
+) -> Result:
     """Written elements share the scale of what they are written over, along the indexed axes."""
     if isinstance(index, Value):
         domain.pin(eqn, index)
@@ -258,7 +265,7 @@ def _scatter(domain: Any, eqn: Equation, operand: Any, index: Any, update: Any) 
     return Scale(shape, joined.form)
 
 
-def _overwritten(domain: Any, eqn: Equation, a: Scale, index: Any, b: Scale) -> Scale:
+def _overwritten(domain: Scaling, eqn: Equation, a: Scale, index: Operand, b: Scale) -> Scale:
     shape = eqn.outputs[0].shape
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
     options = {name: eqn.params[name] for name in names}

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Result, rule_table
 from jaxinv.rescaling import values as scaling
-from jaxinv.rescaling.values import Fresh, Nudged, Peek, Scale, Step, relaid
+from jaxinv.rescaling.values import Fresh, Nudged, Peek, Scale, Scaling, Step, relaid
+from jaxinv.typing import ArrayLike
 
 RULES, rule = rule_table()
 
@@ -23,7 +24,7 @@ def _layout(
 ) -> Callable:
     """The same move on ids. `back` undoes it, which lets an undecided parameter stay so."""
 
-    def apply(domain: Any, eqn: Equation, value: Any, *rest: Any) -> Any:
+    def apply(domain: Scaling, eqn: Equation, value: Operand, *rest: Operand) -> Any:
         shape = eqn.outputs[0].shape
         if isinstance(value, Nudged):
             base = apply(domain, eqn, value.base)
@@ -100,7 +101,7 @@ def _sliced(eqn: Equation, a: np.ndarray) -> np.ndarray:
 
 
 @rule("slice")
-def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
+def _slice(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     lengths = zip(eqn.inputs[0].shape, eqn.outputs[0].shape, strict=True)
     cut = [a for a, (n, m) in enumerate(lengths) if n != m]
     if len(cut) == 1 and eqn.outputs[0].shape[cut[0]] == 1:
@@ -110,7 +111,7 @@ def _slice(domain: Any, eqn: Equation, value: Any) -> Any:
     return _layout(_sliced)(domain, eqn, domain.scale(value))
 
 
-def by_binding(eqn: Equation, array: np.ndarray, *rest: Any, **changed: Any) -> np.ndarray:
+def by_binding(eqn: Equation, array: np.ndarray, *rest: ArrayLike, **changed: object) -> np.ndarray:
     """The operation itself, on an array of integers."""
     with jax.ensure_compile_time_eval():
         operands = [jnp.asarray(r) for r in (array.astype(np.int32), *rest)]
@@ -118,7 +119,7 @@ def by_binding(eqn: Equation, array: np.ndarray, *rest: Any, **changed: Any) -> 
 
 
 @rule("tile")
-def _tile(domain: Any, eqn: Equation, value: Any) -> Any:
+def _tile(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     old, reps = eqn.inputs[0].shape, eqn.params["reps"]
 
     def move(eqn: Equation, a: np.ndarray) -> np.ndarray:
@@ -129,7 +130,7 @@ def _tile(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("split", "unstack")
-def _split(domain: Any, eqn: Equation, value: Any) -> Any:
+def _split(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     axis: int = eqn.params["axis"]
     sizes: Sequence[int] = eqn.params.get("sizes", ())
     if eqn.name == "unstack":
@@ -154,7 +155,7 @@ def _split(domain: Any, eqn: Equation, value: Any) -> Any:
     return [without_axis(part, axis) for part in parts] if eqn.name == "unstack" else parts
 
 
-def without_axis(value: Any, axis: int) -> Any:
+def without_axis(value: Fresh | Scale, axis: int) -> Fresh | Scale:
     """A value with one axis of length one taken out."""
     shape = tuple(n for a, n in enumerate(value.shape) if a != axis)
     step = Step(
@@ -175,7 +176,7 @@ def _with_axis(value: Scale, axis: int) -> Scale:
 
 
 @rule("concatenate", "stack")
-def _concatenate(domain: Any, eqn: Equation, *inputs: Any) -> Any:
+def _concatenate(domain: Scaling, eqn: Equation, *inputs: Operand) -> Result:
     axis: int = eqn.params["axis" if eqn.name == "stack" else "dimension"]
     shape = eqn.outputs[0].shape
     scales = [domain.scale(v) for v in inputs]
@@ -202,7 +203,7 @@ def _concatenate(domain: Any, eqn: Equation, *inputs: Any) -> Any:
 
 
 @rule("pad")
-def _pad(domain: Any, eqn: Equation, value: Any, filler: Any) -> Any:
+def _pad(domain: Scaling, eqn: Equation, value: Operand, filler: Operand) -> Result:
     value, filler = domain.scale(value), domain.scale(filler)
     config = eqn.params["padding_config"]
     rank = len(config)

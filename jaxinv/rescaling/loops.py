@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxinv._interpreter.walk import Body, Equation, Value, is_concrete
+from jaxinv._interpreter.walk import Body, Equation, Operand, Value, is_concrete
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.cases import Cases, root
 from jaxinv.rescaling.cases import collected as collected_cases
 from jaxinv.rescaling.layout import without_axis
-from jaxinv.rescaling.values import Fresh, Scale, relaid
+from jaxinv.rescaling.values import Fresh, Scale, Scaling, relaid
 
 
-def _at(domain: Any, value: Any, t: int) -> Any:
+def _at(domain: Scaling, value: Any, t: int) -> Any:
     """The slice of a scanned value at step t."""
     if not isinstance(value, Value):
         with jax.ensure_compile_time_eval():
@@ -37,7 +37,7 @@ def _keyed(value: Any) -> Any:
     return value
 
 
-def _signature(domain: Any, values: Sequence[Any]) -> list:
+def _signature(domain: Scaling, values: Sequence[Operand]) -> list:
     """What tells whether a step of the loop starts from the same scales as the step before."""
     out: list[Any] = []
     for value in values:
@@ -57,7 +57,7 @@ def _signature(domain: Any, values: Sequence[Any]) -> list:
     return out
 
 
-def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
+def scan(domain: Scaling, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
     """Walk the body step by step, until steps stop adding anything.
 
     Steps differ in scale (a linear recurrence grows geometrically), so none can be left out before
@@ -107,7 +107,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
     return [*carry, *stacked]
 
 
-def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scale:
+def _stacked(domain: Scaling, values: Sequence[Scale], shape: Sequence[int]) -> Scale:
     if not values:  # no element, and a sum of none is 0
         return _keyed(Scale(shape, (), np.ones((1,) * len(shape), bool)))
     if any(v.shape != tuple(shape[1:]) for v in values):
@@ -125,7 +125,9 @@ def _stacked(domain: Any, values: Sequence[Scale], shape: Sequence[int]) -> Scal
     return Scale(shape, form, np.stack([np.broadcast_to(w, full) for w in wilds]))
 
 
-def switch(domain: Any, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+def switch(
+    domain: Scaling, eqn: Equation, index: Operand, branches: list[Body], inputs: list
+) -> list:
     """`cond` by a value that is not known: the results have the scale of the branch taken."""
     if isinstance(index, Value):
         domain.pin(eqn, index)
@@ -138,11 +140,17 @@ def switch(domain: Any, eqn: Equation, index: Any, branches: list[Body], inputs:
     ]
 
 
-def _plain(domain: Any, value: Any) -> Any:
+def _plain(domain: Scaling, value: Operand) -> Any:
     return _keyed(domain.scale(value)) if isinstance(value, Cases) else value
 
 
-def unbounded_while(domain: Any, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
+def unbounded_while(
+    domain: Scaling,
+    eqn: Equation,
+    condition: Callable[..., list],
+    body: Callable[..., list],
+    carry: list,
+) -> list:
     """A `while` of unknown length: its carry has the same scale before and after every step."""
     state: list[Any] = [_keyed(_copy(domain.scale(v))) for v in carry]
     while True:

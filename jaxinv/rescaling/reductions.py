@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Result, rule_table
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.cases import MOST_CASES, Cases
-from jaxinv.rescaling.values import Scale, minus, relaid, times
+from jaxinv.rescaling.values import Scale, Scaling, minus, relaid, times
 
 RULES, rule = rule_table()
 
@@ -23,13 +22,13 @@ def _dropped(value: Scale, axes: Sequence[int], shape: Sequence[int]) -> Scale:
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min")
-def _reduce(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reduce(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     axes = eqn.params["axes"]
     return _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
 
 
 @rule("fft")
-def _fft(domain: Any, eqn: Equation, value: Any) -> Any:
+def _fft(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     """Every output sums all elements along the transformed axes."""
     rank = len(eqn.inputs[0].shape)
     axes = range(rank - len(eqn.params["fft_lengths"]), rank)
@@ -38,7 +37,7 @@ def _fft(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("argmax", "argmin")
-def _arg(domain: Any, eqn: Equation, value: Any) -> Any:
+def _arg(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     """A place along the axes: a constant in every case, whatever is computed from it."""
     axes, (out,) = eqn.params["axes"], eqn.outputs
     anywhere = domain.free(eqn, domain.level(value, axes))
@@ -51,7 +50,7 @@ def _arg(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("reduce_prod")
-def _reduce_prod(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reduce_prod(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     axes = eqn.params["axes"]
     count = int(np.prod([eqn.inputs[0].shape[a] for a in axes]))
     scale = _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
@@ -59,7 +58,7 @@ def _reduce_prod(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("cumsum", "cummax", "cummin", "cumlogsumexp")
-def _cumulative(domain: Any, eqn: Equation, value: Any) -> Any:
+def _cumulative(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     if eqn.name == "cumlogsumexp":
         return domain.default(eqn, value)
     levelled = domain.level(value, [eqn.params["axis"]])
@@ -67,7 +66,7 @@ def _cumulative(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("sort")
-def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
+def _sort(domain: Scaling, eqn: Equation, *values: Operand) -> Result:
     """Keys of one scale along the sorted axis; whatever is carried along may land anywhere."""
     axis = eqn.params["dimension"]
     levelled = [domain.level(v, [axis]) for v in values]
@@ -77,14 +76,14 @@ def _sort(domain: Any, eqn: Equation, *values: Any) -> Any:
 
 
 @rule("top_k")
-def _top_k(domain: Any, eqn: Equation, value: Any) -> Any:
+def _top_k(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     axis = eqn.params.get("axis", -1) % len(eqn.inputs[0].shape)
     levelled = domain.level(value, [axis])
     return [Scale(eqn.outputs[0].shape, levelled.form), domain.free(eqn, levelled, output=1)]
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def _reduce_window(domain: Any, eqn: Equation, value: Any) -> Any:
+def _reduce_window(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     """Elements of a window share a scale; windows that overlap chain theirs together."""
     value, p = domain.scale(value), eqn.params
     shape, size = eqn.outputs[0].shape, p["window_dimensions"]

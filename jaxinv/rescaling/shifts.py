@@ -10,7 +10,7 @@ that has a δ makes the result depend on the leaf.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -20,14 +20,20 @@ import numpy as np
 from jaxinv._interpreter.walk import (
     Body,
     Equation,
+    Operand,
+    Rule,
     Trace,
     Value,
     interpret,
     is_concrete,
     rule_table,
 )
+from jaxinv.typing import ArrayLike
 
 RULES, rule = rule_table()
+
+
+Axes = tuple[Hashable, ...]  # a name for each; None for an axis along which δ is constant
 
 
 class Delta(NamedTuple):
@@ -38,7 +44,7 @@ class Delta(NamedTuple):
 
     source: int
     coefficient: Fraction
-    axes: tuple[Any, ...]
+    axes: Axes
 
 
 class Shifted(Value):
@@ -63,7 +69,7 @@ class ShiftDomain:
     def __init__(self) -> None:
         self.sources = itertools.count()
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Shifted | list[Shifted]:
         on = frozenset().union(*(v.all for v in inputs if isinstance(v, Shifted)))
         outputs = [Shifted(aval.shape, on, {}) for aval in eqn.outputs]
         return outputs if eqn.primitive.multiple_results else outputs[0]
@@ -72,11 +78,13 @@ class ShiftDomain:
         del body
         return self._any(eqn, [*consts, *init, *xs])
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
         del branches
         return self._any(eqn, [index, *inputs])
 
-    def unbounded_while(self, eqn: Equation, condition: Any, body: Any, carry: list) -> list:
+    def unbounded_while(
+        self, eqn: Equation, condition: Callable[..., list], body: Callable[..., list], carry: list
+    ) -> list:
         """Its constants are not among the operands here, so they are read off the equation."""
         raise _Unknown
 
@@ -115,15 +123,15 @@ def cancelled(trace: Trace, shapes: Sequence[tuple[int, ...]]) -> list[bool]:
     return [i not in on for i in range(len(shapes))]
 
 
-def _named(shape: Sequence[int]) -> tuple[Any, ...]:
+def _named(shape: Sequence[int]) -> Axes:
     return tuple(a if n > 1 else None for a, n in enumerate(shape))
 
 
-def _lost(value: Any) -> frozenset[int]:
+def _lost(value: Operand) -> frozenset[int]:
     return value.all if isinstance(value, Shifted) else frozenset()
 
 
-def _deltas(value: Any) -> dict[int, Delta]:
+def _deltas(value: Operand) -> dict[int, Delta]:
     return value.deltas if isinstance(value, Shifted) else {}
 
 
@@ -135,8 +143,10 @@ def _raised(delta: Delta, rank: int) -> Delta:
 # --- sums -----------------------------------------------------------------------------
 
 
-def _sum(sign: int) -> Any:
-    def apply(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Any:
+def _sum(sign: int) -> Rule:
+    def apply(
+        domain: ShiftDomain, eqn: Equation, left: Operand, right: Operand
+    ) -> Shifted | list[Shifted]:
         if not jnp.issubdtype(eqn.outputs[0].dtype, jnp.inexact):
             return domain.default(eqn, left, right)
         shape = eqn.outputs[0].shape
@@ -170,7 +180,7 @@ rule("sub")(_sum(-1))
 
 
 @rule("neg", "convert_element_type")
-def _same(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
+def _same(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted | list[Shifted]:
     """The sign, or a number that can hold more: rounding does not pass differences on."""
     old, new = eqn.inputs[0].dtype, eqn.outputs[0].dtype
     if not (jnp.issubdtype(old, jnp.floating) and jnp.issubdtype(new, jnp.floating)):
@@ -186,7 +196,7 @@ def _same(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
 
 
 @rule("mul", "div")
-def _product(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Any:
+def _product(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Shifted | list[Shifted]:
     number = right if is_concrete(right) else left if eqn.name == "mul" else None
     if number is not None and is_concrete(number) and _one_number(number):
         value = left if number is right else right
@@ -201,7 +211,7 @@ def _product(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Any:
     return domain.default(eqn, left, right)
 
 
-def _one_number(value: Any) -> bool:
+def _one_number(value: ArrayLike) -> bool:
     array = np.asarray(value)
     if not array.size:
         return False
@@ -212,7 +222,7 @@ def _one_number(value: Any) -> bool:
 
 
 @rule("dot_general")
-def _dot_general(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Any:
+def _dot_general(domain: ShiftDomain, eqn: Equation, left: Operand, right: Operand) -> Shifted:
     """δ is multiplied by the other operand: a new array, constant along the free axes of δ."""
     contracted, batch = eqn.params["dimension_numbers"]
     on = frozenset().union(*(v.on for v in (left, right) if isinstance(v, Shifted)))
@@ -240,7 +250,7 @@ def _dot_general(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> A
 
 
 @rule("reduce_max", "reduce_min", "reduce_sum")
-def _reduce(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
+def _reduce(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted:
     axes = eqn.params["axes"]
     count = int(np.prod([value.shape[a] for a in axes]))
     factor = Fraction(count if eqn.name == "reduce_sum" else 1)
@@ -255,7 +265,9 @@ def _reduce(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
 
 
 @rule("max", "min")
-def _extreme(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Any:
+def _extreme(
+    domain: ShiftDomain, eqn: Equation, left: Operand, right: Operand
+) -> Shifted | list[Shifted]:
     """max(x, −∞) is x."""
     limit = -np.inf if eqn.name == "max" else np.inf
     for value, other in ((left, right), (right, left)):
@@ -267,14 +279,14 @@ def _extreme(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Any:
 
 
 @rule("argmax", "argmin")
-def _arg(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
+def _arg(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted:
     axes = eqn.params["axes"]
     moved = {i for i, d in value.deltas.items() if any(d.axes[a] is not None for a in axes)}
     return Shifted(eqn.outputs[0].shape, value.on | moved, {})
 
 
 @rule("is_finite")
-def _is_finite(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
+def _is_finite(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted:
     """A finite δ changes nothing about which elements are finite."""
     result = Shifted(value.shape, value.on, {})
     result.finite = value.key
@@ -282,7 +294,9 @@ def _is_finite(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
 
 
 @rule("select_n")
-def _select(domain: ShiftDomain, eqn: Equation, which: Any, *cases: Any) -> Any:
+def _select(
+    domain: ShiftDomain, eqn: Equation, which: Operand, *cases: Operand
+) -> Shifted | list[Shifted]:
     """x where x is finite: elsewhere a δ is lost on x."""
     if isinstance(which, Shifted) and len(cases) == 2 and isinstance(cases[1], Shifted):
         if which.finite is not None and which.finite == cases[1].key and not _lost(cases[0]):
@@ -296,24 +310,26 @@ def _select(domain: ShiftDomain, eqn: Equation, which: Any, *cases: Any) -> Any:
     return domain.default(eqn, which, *cases)
 
 
-def _infinite(value: Any) -> bool:
+def _infinite(value: Operand) -> bool:
     return is_concrete(value) and bool(np.isinf(np.asarray(value).astype(np.float64)).all())
 
 
 # --- layout ---------------------------------------------------------------------------
 
 
-def _relaid(shape: Sequence[int], value: Shifted, names: Any) -> Shifted:
+def _relaid(
+    shape: Sequence[int], value: Shifted, names: Callable[[Axes], Sequence[Hashable]]
+) -> Shifted:
     deltas = {i: d._replace(axes=tuple(names(d.axes))) for i, d in value.deltas.items()}
     return Shifted(shape, value.on, deltas)
 
 
 @rule("broadcast_in_dim")
-def _broadcast(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
+def _broadcast(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted:
     place = eqn.params["broadcast_dimensions"]
     shape = eqn.outputs[0].shape
 
-    def names(axes: tuple[Any, ...]) -> list[Any]:
+    def names(axes: Axes) -> list[Hashable]:
         out: list[Any] = [None] * len(shape)
         for a, name in zip(place, axes, strict=True):
             out[a] = name
@@ -323,20 +339,20 @@ def _broadcast(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
 
 
 @rule("transpose")
-def _transpose(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
+def _transpose(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted:
     order = eqn.params["permutation"]
     return _relaid(eqn.outputs[0].shape, value, lambda axes: [axes[a] for a in order])
 
 
 @rule("reshape", "squeeze", "expand_dims")
-def _reshape(domain: ShiftDomain, eqn: Equation, value: Any) -> Any:
+def _reshape(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted:
     """Only axes of length one come and go; a merged axis is a new one."""
     old, new = value.shape, eqn.outputs[0].shape
     if [n for n in old if n != 1] != [n for n in new if n != 1]:
         return _merged(domain, eqn, value)
     kept = [a for a, n in enumerate(old) if n != 1]
 
-    def names(axes: tuple[Any, ...]) -> list[Any]:
+    def names(axes: Axes) -> list[Hashable]:
         left = iter(axes[a] for a in kept)
         return [None if n == 1 else next(left) for n in new]
 

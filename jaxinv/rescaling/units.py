@@ -18,13 +18,15 @@ from jax import lax
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.action import log_add
 from jaxinv.rescaling.group import RescalingGroup, summed_to
-from jaxinv.typing import Array
+from jaxinv.typing import Array, Constant
+
+Incoming = tuple[tuple[Constant, Constant | None] | None, ...]  # by leaf: units, mask
 
 
 class Units(NamedTuple):
     """Which weights are incoming weights of which unit: per leaf (units, mask) or None."""
 
-    leaves: tuple[tuple[np.ndarray, np.ndarray | None] | None, ...]
+    leaves: Incoming
     dim: int
     depth: int  # no chain of units that feed each other is longer
 

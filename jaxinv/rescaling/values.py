@@ -7,16 +7,17 @@ are r[n] − q[k], is stored in K + N numbers and an activation in one per chann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Value, is_concrete
+from jaxinv._interpreter.walk import Equation, Operand, Value, is_concrete
 from jaxinv.rescaling.equations import System
+from jaxinv.typing import ArrayLike
 
 ONE = Fraction(1)
 
@@ -29,12 +30,13 @@ class Term(NamedTuple):
 
 
 Form = tuple[Term, ...]
+Fact = tuple[Hashable, ...] | None  # what is known beyond scales: a word, and keys of values
 
 
 class Root(NamedTuple):
     """The key of an index or a truth value before it was broadcast, and where its axes are now."""
 
-    key: Any
+    key: Hashable
     axes: tuple[int, ...]
 
 
@@ -51,7 +53,7 @@ class Scale(Value):
     def __init__(self, shape: Sequence[int], form: Form = (), wild: np.ndarray | None = None):
         self.shape, self.form = tuple(shape), form
         self.wild = None if wild is None or not wild.any() else shrunk(wild)
-        self.fact: Any = None
+        self.fact: Fact = None
         self.root: Root | None = None
 
     @property
@@ -76,6 +78,33 @@ class Step(NamedTuple):
 
     push: Callable[[Form], Form]
     pull: Callable[[Form], Form]
+
+
+class Scaling(Protocol):
+    """What rules ask of the domain."""
+
+    system: System
+    ignore_epsilon: bool
+
+    def refresh(self, value: Operand) -> Operand: ...
+    def scale(self, value: Operand) -> Scale: ...
+    def default(self, eqn: Equation, *inputs: Operand) -> Scale | list[Scale]: ...
+    def free(self, eqn: Equation, *operands: Operand, output: int = 0) -> Scale: ...
+    def seen(self, form: Form) -> Form: ...
+    def rely(self, value: ArrayLike) -> None: ...
+    def undecided_or_scale(self, value: Operand) -> Scale | Fresh: ...
+    def pin(self, eqn: Equation, value: Operand) -> None: ...
+    def pinned(self, eqn: Equation, value: Scale) -> Scale: ...
+    def joined(
+        self, eqn: Equation, left: Operand, right: Operand, shape: Sequence[int] | None = None
+    ) -> Scale: ...
+    def level(self, value: Operand, axes: Sequence[int]) -> Scale: ...
+    def without_epsilon(self, eqn: Equation, value: Nudged) -> Scale: ...
+    def with_dead(self, dead: np.ndarray, form: Form) -> Form: ...
+    def index_number(self, key: Hashable) -> int: ...
+    def parts(self, value: Fresh, axis: int, sizes: Sequence[int]) -> list[Fresh] | None: ...
+    def part(self, value: Operand, axis: int, index: int) -> Fresh | None: ...
+    def folded(self, inputs: Sequence[Operand], outputs: Sequence[ArrayLike]) -> None: ...
 
 
 class Fresh(Value):
@@ -140,7 +169,7 @@ class Guarded(Value):
     def __init__(self, base: Scale, pin: Callable[[], Scale]):
         self.base, self.pin, self.shape = base, pin, base.shape
 
-    def divides(self, value: Any) -> bool:
+    def divides(self, value: Operand) -> bool:
         """Whether the value is 0 wherever v is: min(|a|, |b|) is, for v = max(|a|, |b|)."""
         fact = self.base.fact
         return fact is not None and getattr(value, "fact", None) == ("min", *fact[1:])
@@ -157,10 +186,10 @@ class Peek(Value):
     def __init__(self, shape: Sequence[int], looked: Form):
         self.shape, self.looked = tuple(shape), looked
         self.root: Root | None = None
-        self.fact: Any = None  # ("zero", key): whether the value of that key is 0
+        self.fact: Fact = None  # ("zero", key): whether the value of that key is 0
 
 
-def constant(value: Any) -> Scale:
+def constant(value: ArrayLike) -> Scale:
     """A constant has scale 0, its zeros and infinities any; one known only at run time has 0."""
     shape = np.shape(value)
     if not is_concrete(value):
@@ -174,7 +203,7 @@ def constant(value: Any) -> Scale:
     return Scale(shape, (), (array == 0) | ~np.isfinite(array))
 
 
-def uniform(value: Any) -> bool:
+def uniform(value: ArrayLike) -> bool:
     """Whether a floating-point array is zero everywhere, or infinite, or NaN."""
     if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         return False
@@ -396,7 +425,7 @@ def side_by_side(system: System, forms: Sequence[Form], lengths: Sequence[int], 
     """Forms concatenated along an axis."""
     total, ends = sum(lengths), np.cumsum(lengths)
 
-    def put(i: int) -> Any:
+    def put(i: int) -> Callable[[np.ndarray], np.ndarray]:
         def place(ids: np.ndarray) -> np.ndarray:
             target = list(ids.shape)
             target[axis] = lengths[i]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxinv._numerics import tolerances as policy
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Constant, Inputs, Network, Params, PyTree
 
 Kind = Literal["scaling", "translation", "linear"]
 KINDS: tuple[Kind, ...] = ("scaling", "translation", "linear")
@@ -22,14 +22,14 @@ KINDS: tuple[Kind, ...] = ("scaling", "translation", "linear")
 # --- the equations --------------------------------------------------------------------
 
 
-def as_double(leaf: Any) -> Array:
+def as_double(leaf: ArrayLike) -> Array:
     return jnp.asarray(np.asarray(leaf).astype(np.float64))
 
 
 def inputs_of(x: Inputs) -> Callable[[Array], Inputs]:
     """x as a function of a key: what was given, or normal numbers where only a shape was."""
 
-    def one(leaf: Any, key: Array) -> Any:
+    def one(leaf: ArrayLike, key: Array) -> Array:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             leaf = jnp.asarray(leaf)
             return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -106,7 +106,7 @@ class Problem(NamedTuple):
         stacked = np.array(vectors).reshape(-1, total)
         return np.linalg.qr(stacked.T)[0].T if len(stacked) else stacked
 
-    def split(self, flat: Any) -> list[Any]:
+    def split(self, flat: Constant) -> list[Constant]:
         """Vectors of parameters, along the last axis, by leaf."""
         leaves, start = [], 0
         for shape in self.shapes:
@@ -161,7 +161,7 @@ def equations_of(
     return jax.jit(lambda key: jax.lax.map(one, jax.random.split(key, samples)))
 
 
-def memory(rows: int, size: int, sizes: dict[Any, int], samples: int) -> float:
+def memory(rows: int, size: int, sizes: dict[Kind, int], samples: int) -> float:
     """Bytes: a Jacobian and its columns, the stacked blocks, and their decomposition."""
     total = 2.0 * rows * size
     for unknowns in sizes.values():
@@ -184,7 +184,7 @@ class NullSpace(NamedTuple):
     certain: bool
 
 
-def null_space(M: np.ndarray, problem: Problem, kind: Kind, params: Any) -> NullSpace:
+def null_space(M: np.ndarray, problem: Problem, kind: Kind, params: Params) -> NullSpace:
     """Coefficients with M c = 0, orthonormal and orthogonal to the trivial ones."""
     unknowns = M.shape[1]
     trivial = problem.trivial() if kind == "linear" else None
@@ -231,7 +231,7 @@ def _rank(s: np.ndarray) -> tuple[int, float, float]:
     return rank, float(ratios[rank - 1]), float(np.sqrt(relative[rank - 1] * relative[rank]))
 
 
-def _as_tree(basis: np.ndarray, problem: Problem, kind: Kind, params: Any) -> PyTree:
+def _as_tree(basis: np.ndarray, problem: Problem, kind: Kind, params: Params) -> PyTree:
     tree = jax.tree.structure(params)
     if kind != "linear":
         leaves = problem.split(basis)

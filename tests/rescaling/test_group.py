@@ -548,6 +548,22 @@ def test_an_addition_that_no_normalisation_follows_is_no_epsilon():
     assert rescaling_group(fn, params, np.zeros((1, 3)), ignore_epsilon=True).dim == 0
 
 
+@pytest.mark.parametrize(
+    "factors",
+    [
+        lambda m: jnp.diag(jnp.linalg.svd(m, compute_uv=False)),
+        lambda m: jnp.linalg.qr(m)[1],
+        lambda m: jax.lax.linalg.triangular_solve(m, jnp.eye(3)),
+    ],
+    ids=["svd", "qr", "triangular_solve"],
+)
+def test_an_epsilon_before_a_decomposition_keeps_what_the_product_hides(factors):
+    """a @ b + ε sees no rescaling of the three units between a and b, and nothing else is free."""
+    params = {"a": np.eye(3), "b": np.eye(3)}
+    fn = lambda w, x: x @ factors(w["a"] @ w["b"] + 1e-6)  # noqa: E731
+    assert rescaling_group(fn, params, np.zeros((1, 3)), ignore_epsilon=True).dim == 3
+
+
 # --- large networks -----------------------------------------------------------------------------
 
 
