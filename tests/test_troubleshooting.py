@@ -28,7 +28,6 @@ INTERNAL = {
     ("__init__.py", "has no attribute"),  # what Python says of any module
     ("experiments/__init__.py", "has no attribute"),
     ("bayes/checkpoint.py", "its arrays are"),  # becomes InvalidInput: damaged (...)
-    ("jacobians/kernel_factors.py", "NotImplementedError"),  # a reading that meets no loop
     ("cli.py", "_Terminated"),  # ends the process, as Ctrl-C does
     ("experiments/files.py", "is no number of JSON"),  # becomes DamagedFile
     # becomes part of "it combines different examples of the batch"
