@@ -60,8 +60,9 @@ Rule = Callable[..., Any]
 class Reader(Protocol):
     """A domain that may read a program as it is written.
 
-    With `as_written` no loop or branch is entered and no operation taken for the identity: each is
-    an operation like others. Calls are entered, unless a hook `called` does without.
+    With `as_written` no loop or branch is entered, no operation taken for the identity, and no
+    constant folded: each is an operation like others. Calls are entered, unless a hook `called`
+    does without.
     """
 
     rules: dict[Any, Rule]
@@ -354,7 +355,7 @@ def _evaluate(
 ) -> list[Any]:
     if raw.primitive in _CALLS:
         return _call(raw, inputs, wanted, domain, keys)
-    if not any(isinstance(v, Value) for v in inputs):
+    if not any(isinstance(v, Value) for v in inputs) and _enters(domain):
         outputs = fold(raw, inputs)
         getattr(domain, "folded", lambda *_: None)(inputs, outputs)
         return outputs

@@ -69,7 +69,7 @@ class _Whole:
     rules: dict[Any, Callable[..., Any]] = {}
 
     def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
-        """What an operation gives if any of its inputs depends on parameters or on x."""
+        """What an operation gives; its inputs are values, or arrays that `fn` closes over."""
         raise NotImplementedError
 
     def default(self, eqn: Equation, *inputs: Any) -> Any:
@@ -77,8 +77,7 @@ class _Whole:
         return results if eqn.primitive.multiple_results else results[0]
 
     def called(self, eqn: Equation, inputs: list[Any], walk: Callable[[], list]) -> list[Any]:
-        plain = eqn.primitive not in _JIT and any(isinstance(v, Value) for v in inputs)
-        return self.results(eqn, inputs) if plain else walk()
+        return walk() if eqn.primitive in _JIT else self.results(eqn, inputs)
 
 
 class _Origin(Value):
@@ -102,7 +101,7 @@ class _Uses(_Whole):
 
     def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
         inputs = list(inputs)
-        if (leaf := _leaf_of(inputs[0])) is not None and _only_moves(eqn):
+        if _only_moves(eqn) and (leaf := _leaf_of(inputs[0])) is not None:
             return [_Origin(leaf, False)]
         depends = [isinstance(v, _Origin) and v.data for v in inputs]
         for operand, leaf in enumerate(map(_leaf_of, inputs)):
@@ -157,7 +156,7 @@ def _saves(product: _Product, out: int) -> bool:
 
 
 class _Traced(Value):
-    """An array that depends on parameters or on x."""
+    """An array that the program computes."""
 
     __slots__ = ("array",)
 

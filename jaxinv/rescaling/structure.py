@@ -54,18 +54,14 @@ def assembled(
 ) -> tuple[Any, Any, Any, tuple[tuple[Any, ...], ...], Structure]:
     """The fields of the group: free unknowns become generators with integer exponents."""
     system = domain.system
-    unused = [leaf.name for leaf in leaves if leaf.form is None and leaf.parts is None]
-    for leaf in leaves:
-        if leaf.form is None and leaf.parts is not None:
-            gather_parts(domain, leaf)
+    unused = _gathered(domain, leaves)
     solution = system.solve()
     classes = _classes([scaling.tidy(system, leaf.form or ()) for leaf in leaves])
     matrix = _matrix(classes, solution)
     _, seen, _, _ = solution.of(system.read())
     inverse = [leaf.inverse for leaf in leaves]
     columns, dead = _generators(classes.indices, inverse, matrix, classes.total, seen)
-    pairs = zip(leaves, dead, strict=True)
-    unused += [_share(leaf, mask) for leaf, mask in pairs if mask is not None]
+    unused += _shares(leaves, dead)
     rows, generator, exponents = _integers(matrix, columns)
     structure = Structure(
         dim=len(columns),
@@ -86,6 +82,17 @@ def assembled(
         tuple(tuple(ids.astype(np.int32) for ids in terms) for terms in classes.indices),
         structure,
     )
+
+
+def _gathered(domain: ScalingDomain, leaves: list[scaling.Leaf]) -> list[str]:
+    """Put together the leaves that were used in parts; returns the names of those never used."""
+    unused = []
+    for leaf in leaves:
+        if leaf.form is None and leaf.parts is None:
+            unused.append(leaf.name)
+        elif leaf.form is None:
+            gather_parts(domain, leaf)
+    return unused
 
 
 def _classes(forms: list[scaling.Form]) -> _Classes:
@@ -117,11 +124,15 @@ def _matrix(classes: _Classes, solution: Any) -> _Matrix:
     return _Matrix(*(np.concatenate([e[i] for e in entries] + [empty]) for i in range(4)))
 
 
-def _share(leaf: scaling.Leaf, dead: np.ndarray) -> str:
-    """A leaf by name, and how many of its elements are dead unless all are."""
-    size = int(np.prod(leaf.shape))
-    count = int(dead.sum()) * size // dead.size
-    return leaf.name + (f" ({count} of {size} elements)" if count < size else "")
+def _shares(leaves: list[scaling.Leaf], dead: list[np.ndarray | None]) -> list[str]:
+    """Leaves with dead elements by name, and how many of their elements are dead unless all are."""
+    found = []
+    for leaf, mask in zip(leaves, dead, strict=True):
+        if mask is not None:
+            size = int(np.prod(leaf.shape))
+            count = int(mask.sum()) * size // mask.size
+            found.append(leaf.name + (f" ({count} of {size} elements)" if count < size else ""))
+    return found
 
 
 def _integers(matrix: _Matrix, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
