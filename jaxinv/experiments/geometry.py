@@ -127,7 +127,7 @@ def _cells(
 ) -> Iterator[tuple[str, Cell]]:
     """Train one method from one start at the rates wanted; yields (key, cell) as they come."""
     method = METHODS[name]
-    data = training.load(config.data, config.batch_size, config.examples)
+    data = training.images(config.data, config.batch_size, config.examples)
     x, y, n = data.x_train, data.y_train, len(data.x_train)
     spec = jax.ShapeDtypeStruct((config.batch_size, x.shape[1]), x.dtype)
     sizes = (x.shape[1], *config.hidden, data.num_classes)
@@ -216,7 +216,7 @@ def run(config: Config, running: Running) -> Result:
     ('balanced, 10', (3, 2))
     """
     store = running.store
-    data = training.load(config.data, config.batch_size, config.examples)
+    data = training.images(config.data, config.batch_size, config.examples)
     total = len(METHODS) * len(STARTS) * len(RATES)
     keys = {start: [_key(start, rate) for rate in RATES] for start in STARTS}
     missing = {

@@ -232,7 +232,7 @@ def cell(config: Config, data: datasets.Dataset, width: int) -> Cell:
 
 
 def _load(config: Config) -> datasets.Dataset:
-    return training.load(config.data, config.batch_size, config.examples)
+    return training.images(config.data, config.batch_size, config.examples)
 
 
 @training.driver

@@ -157,7 +157,7 @@ def run(config: Config, running: Running) -> Result:
         DataError: if ``config.data`` cannot be read.
         InvalidInput: if the batch is larger than the training set.
     """
-    data = training.load(config.data, config.batch_size)
+    data = training.images(config.data, config.batch_size)
     # Optax itself mixes dtypes: its counters are integers.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         x = jnp.asarray(data.x_train[: config.batch_size], jnp.float64)

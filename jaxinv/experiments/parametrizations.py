@@ -101,7 +101,7 @@ def run(config: Config, running: Running) -> Result:
         DataError: if ``config.data`` cannot be read.
         InvalidInput: if the batch is larger than the training set.
     """
-    data = training.load(config.data, config.batch_size)
+    data = training.images(config.data, config.batch_size)
     sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
     start = init_mlp(jax.random.key(0), sizes)
     # Which weights lead into which unit is the same for every activation.

@@ -127,7 +127,7 @@ def run(config: Config, running: Running) -> Result:
     >>> result.curves["sgd"]["balanced"].step_loss.shape
     (1, 14)
     """
-    data = training.load(config.data, config.batch_size)
+    data = training.images(config.data, config.batch_size)
     starts = _starts(data, config)
     minibatches = _minibatches(data, config)
     trainers = {name: _trainer(row, data, minibatches, config) for name, row in OPTIMIZERS.items()}

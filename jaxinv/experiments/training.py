@@ -76,7 +76,9 @@ def driver(experiment: Callable[[C, Running], R]) -> Driver[C, R]:
 # --- data -----------------------------------------------------------------------------
 
 
-def load(directory: Path | None, batch_size: int, examples: int | None = None) -> datasets.Dataset:
+def images(
+    directory: Path | None, batch_size: int, examples: int | None = None
+) -> datasets.Dataset:
     """Load images to train on, and move them to the device.
 
     Args:
@@ -91,7 +93,7 @@ def load(directory: Path | None, batch_size: int, examples: int | None = None) -
         DataError: if they cannot be read.
         InvalidInput: if a batch is larger than the training set.
 
-    >>> load(None, 100, 360).x_train.shape
+    >>> images(None, 100, 360).x_train.shape
     (360, 64)
     """
     data = datasets.load(directory)

@@ -32,7 +32,7 @@ def test_a_driven_run_tells_how_far_it_is_and_computes_only_what_the_store_lacks
 @pytest.mark.parametrize(("examples", "whole"), [(None, "(1437 images of digits)"), (50, "of 50 ")])
 def test_a_batch_larger_than_the_training_set_is_refused(examples, whole):
     with pytest.raises(InvalidInput, match="a batch of 2000 is larger") as error:
-        training.load(None, 2000, examples)
+        training.images(None, 2000, examples)
     assert whole in str(error.value)
 
 
