@@ -75,6 +75,7 @@ def check_floats(
         raise InvalidInput(
             f"{name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or "
             "close over it if it is not a parameter."
+            + (f"\n{remedy}" if callable(leaf) and remedy else "")
         )
     kinds = jnp.inexact if complex_numbers else jnp.floating
     if not jnp.issubdtype(leaf.dtype, kinds):
@@ -267,7 +268,8 @@ def check_network(fn: Any, name: str = "fn") -> Any:
 
     Libraries are told by the names of modules, so that none has to be imported.
     """
-    for cls in type(fn).__mro__:
+    whole = fn if isinstance(fn, type) else type(fn)
+    for cls in whole.__mro__:
         for library, (classes, what, adapter) in _MODELS.items():
             if (
                 not f"{cls.__module__}.".startswith(f"{library}.")
@@ -277,7 +279,7 @@ def check_network(fn: Any, name: str = "fn") -> Any:
             if library == "equinox" and _takes_params_and_x(fn):
                 return fn
             raise InvalidInput(
-                f"{name} is {what} ({type(fn).__name__}), not a function {name}(params, x). Make "
+                f"{name} is {what} ({whole.__name__}), not a function {name}(params, x). Make "
                 f"one of it: {name}, params = jaxinv.adapters.{adapter}."
             )
     if not callable(fn):

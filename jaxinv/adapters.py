@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Inputs, Network, Params, PyTree
@@ -47,6 +49,14 @@ def _not_in_evaluation() -> InvalidInput:
 def _changed(before: list[Any], after: list[Any]) -> bool:
     """Whether arrays of a state are others than before: what is only read stays the same object."""
     return len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True))
+
+
+def _differ(before: list[Any], after: list[Any]) -> bool:
+    return not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    return jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 # --- flax -----------------------------------------------------------------------------
@@ -162,14 +172,23 @@ def from_nnx(model: Any, *, wrt: Any = None, **options: Any) -> tuple[Network, P
             "the model has no variables of the kind wrt, so there are no parameters."
         )
     options = _evaluating(type(model).__call__, options)
-    fixed = nnx.Any(nnx.RngState, nnx.BatchStat)
+    fixed = nnx.Any(nnx.RngCount, nnx.BatchStat)
     before = jax.tree.leaves([nnx.filter_state(state, fixed) for state in rest])
+
+    def state_after(params: Params, x: Inputs) -> list[Any]:
+        """Of one call on zeros, computed now, also inside of a trace."""
+        with jax.ensure_compile_time_eval():
+            weights, inputs = jax.tree.map(_zeros, (params, x))
+            merged = nnx.merge(graph, weights, *rest, copy=True)
+            merged(inputs, **options)
+            return jax.tree.leaves(nnx.state(merged, fixed))
 
     def fn(params: Params, x: Inputs) -> PyTree:
         merged = nnx.merge(graph, params, *rest, copy=True)  # so that state stays what it is
         y = merged(x, **options)
         after = jax.tree.leaves(nnx.state(merged, fixed))
-        if _changed(before, after):
+        # Behind nnx.jit a state that was only read is another object: then values must tell.
+        if _changed(before, after) and _differ(before, state_after(params, x)):
             raise _not_in_evaluation()
         return y
 

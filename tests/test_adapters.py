@@ -414,10 +414,50 @@ def models():
             yield transform(lambda x: x), r"of haiku \(Transformed.*from_haiku\(net, params\)"
 
 
+def test_nnx_models_that_jit_their_call():
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layer, self.norm = nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        @nnx.jit(static_argnames="noisy")
+        def __call__(self, x, noisy=False):
+            return nnx.relu(self.dropout(self.norm(self.layer(x)), deterministic=not noisy))
+
+    model = Net(nnx.Rngs(0))
+    fn, params = from_nnx(model)
+    noisy, _ = from_nnx(model, noisy=True)
+    model.eval()
+    for call in (fn, jax.jit(fn)):
+        np.testing.assert_allclose(call(params, X), model(X), rtol=1e-6)
+    assert path_norm(fn, params, X) > 0
+    for call in (noisy, jax.jit(noisy)):
+        with pytest.raises(InvalidInput, match="draws random numbers"):
+            call(params, X)
+
+
+def test_params_that_are_a_model_are_told_the_adapters():
+    from flax import nnx
+
+    eqx = pytest.importorskip("equinox")
+    for model in (
+        nnx.Dropout(0.5, rngs=nnx.Rngs(0)),
+        eqx.nn.MLP(4, 1, 3, 1, key=jax.random.key(0)),
+    ):
+        with pytest.raises(InvalidInput, match="adapters does that for models"):
+            path_norm(lambda m, x: m(x), model, X)
+
+
 def test_a_model_in_place_of_fn_is_told_its_adapter():
     for model, message in models():
         with pytest.raises(InvalidInput, match=message):
             path_norm(model, {"w": jnp.ones(2)}, X)
+    import flax.linen as nn
+
+    with pytest.raises(InvalidInput, match=r"a flax linen module \(Dense\)"):
+        path_norm(nn.Dense, {"w": jnp.ones(2)}, X)
     with pytest.raises(InvalidInput, match="fn must be a function .*not 'model'"):
         path_norm("model", {"w": jnp.ones(2)}, X)
 

@@ -68,9 +68,8 @@ class _Whole:
     as_written = True
     rules: dict[Any, Callable[..., Any]] = {}
 
-    def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
-        """What an operation gives; its inputs are values, or arrays that `fn` closes over."""
-        raise NotImplementedError
+    # What an operation gives; its inputs are values, or arrays that `fn` closes over.
+    results: Callable[[Equation, Iterable[Any]], list[Any]]
 
     def default(self, eqn: Equation, *inputs: Any) -> Any:
         results = self.results(eqn, inputs)
