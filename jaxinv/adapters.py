@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Inputs, Network, Params, PyTree
+from jaxinv.typing import Constant, Inputs, Network, Params, PyTree
 
 # Arguments, attributes and fields that tell a model its mode, and the value for evaluation.
 _MODES = {
@@ -31,7 +31,7 @@ _MODES = {
 }
 
 
-def _evaluating(call: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluating(call: Callable[..., Any], given: Mapping[str, object]) -> dict[str, object]:
     """The arguments of a call that put it in evaluation mode, and those given, which win."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(call).parameters.values()
@@ -46,7 +46,7 @@ def _not_in_evaluation() -> InvalidInput:
     )
 
 
-def _changed(before: list[Any], after: list[Any]) -> bool:
+def _changed(before: list[Constant], after: list[Constant]) -> bool:
     """Whether arrays of a state are others than before: what is only read stays the same object."""
     return len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True))
 
@@ -63,7 +63,7 @@ def _zeros(leaf: Any) -> jax.Array:
 
 
 def from_linen(
-    module: Any, variables: Mapping[str, PyTree], *, method: Any = None, **options: Any
+    module: Any, variables: Mapping[str, PyTree], *, method: Any = None, **options: object
 ) -> tuple[Network, Params]:
     """A flax linen module as `fn(params, x)`, and its parameters.
 
@@ -128,7 +128,7 @@ def from_linen(
     return fn, variables["params"]
 
 
-def from_nnx(model: Any, *, wrt: Any = None, **options: Any) -> tuple[Network, Params]:
+def from_nnx(model: Any, *, wrt: Any = None, **options: object) -> tuple[Network, Params]:
     """A flax nnx module as `fn(params, x)`, and its parameters.
 
     The model is split into its parameters and the rest; a copy of it is put in evaluation mode, so
@@ -199,7 +199,7 @@ def from_nnx(model: Any, *, wrt: Any = None, **options: Any) -> tuple[Network, P
 
 
 def from_equinox(
-    model: Any, state: Any = None, *, batched: bool = True, **options: Any
+    model: Any, state: Any = None, *, batched: bool = True, **options: object
 ) -> tuple[Network, Params]:
     """An equinox model as `fn(params, x)`, and its parameters.
 
@@ -252,7 +252,7 @@ def from_equinox(
 
 
 def from_haiku(
-    transformed: Any, params: Params, state: Any = None, *, rng: Any = None, **options: Any
+    transformed: Any, params: Params, state: Any = None, *, rng: Any = None, **options: object
 ) -> tuple[Network, Params]:
     """A transformed haiku function as `fn(params, x)`, and its parameters.
 
@@ -310,7 +310,7 @@ def from_haiku(
     return fn, params
 
 
-def from_keras(model: Any, **options: Any) -> tuple[Network, Params]:
+def from_keras(model: Any, **options: object) -> tuple[Network, Params]:
     """A keras 3 model or layer as `fn(params, x)`, and its parameters.
 
     Args:

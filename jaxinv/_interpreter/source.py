@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 
-def _directory(file: Any) -> str:
+def _directory(file: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(str(file))), "")
 
 

@@ -25,7 +25,7 @@ from jaxinv._interpreter.walk import (
     open_jaxpr,
     primitive,
 )
-from jaxinv.typing import Array, Inputs, Params
+from jaxinv.typing import Array, DTypeLike, Inputs, Params
 
 _EXACT = lax.Precision.HIGHEST
 _JIT = {primitive("jit"), primitive("pjit")} - {None}
@@ -88,7 +88,7 @@ class _Origin(Value):
         self.key, self.leaf, self.data = object(), leaf, data
 
 
-def _leaf_of(value: Any) -> int | None:
+def _leaf_of(value: object) -> int | None:
     return value.leaf if isinstance(value, _Origin) else None
 
 
@@ -235,7 +235,7 @@ def factors_of(
     one: Callable[[Params, Inputs], Array],
     params: Params,
     example: Inputs,
-    dtype: Any,
+    dtype: DTypeLike,
     factored: bool,
 ) -> Factors:
     """Plan the kernel of `one(params, example) -> (out,)`."""

@@ -15,6 +15,8 @@ from jaxinv._interpreter.walk import Body, Equation, Opaque, Value
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.paths import values as path
+from jaxinv.paths.values import Operand, Semantics
+from jaxinv.typing import Array
 
 # How a value is packed into arrays: a constant as itself, sums as (mantissa, exponent), a weight
 # as its value, mantissa and exponent, a weight that is no monomial as its value. Integers and
@@ -25,7 +27,7 @@ _ORDER = (CONSTANT, WEIGHT, DERIVED, PATHS)
 _CODES = (INDEX, INTEGER, MASK)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Operand) -> str:
     if isinstance(value, path.Code):
         return MASK if value.levels == (0.0, 1.0) else INTEGER if value.numeric else INDEX
     if isinstance(value, path.Paths):
@@ -49,11 +51,11 @@ def _join(a: str, b: str) -> str:
     return max(a, b, key=_ORDER.index)
 
 
-def _leaves(value: Any) -> frozenset[str]:
+def _leaves(value: Operand) -> frozenset[str]:
     return value.leaves if isinstance(value, path.Weight) else frozenset()
 
 
-def _pack(domain: Any, eqn: Equation, value: Any, kind: str) -> Any:
+def _pack(domain: Semantics, eqn: Equation, value: Any, kind: str) -> Any:
     if kind == INDEX:  # the sums mean nothing
         return jnp.ones(jnp.shape(value) if _kind(value) == CONSTANT else value.sums.mantissa.shape)
     if kind in (PATHS, *_CODES) or isinstance(value, path.Sign):
@@ -68,7 +70,7 @@ def _pack(domain: Any, eqn: Equation, value: Any, kind: str) -> Any:
     return array, *_arrays(length)
 
 
-def _arrays(s: Scaled) -> tuple[Any, Any]:
+def _arrays(s: Scaled) -> tuple[Array, Array]:
     """Mantissas and exponents of one shape, whatever the exponents are known to share."""
     return s.mantissa, scaled.every_exponent(s)
 
@@ -98,10 +100,10 @@ class _Form(NamedTuple):
     leaves: list[frozenset[str]]  # of which parameters a weight is made
 
     @classmethod
-    def of(cls, values: Sequence[Any]) -> _Form:
+    def of(cls, values: Sequence[Operand]) -> _Form:
         return cls([_kind(v) for v in values], [_leaves(v) for v in values])
 
-    def packed(self, domain: Any, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    def packed(self, domain: Semantics, eqn: Equation, values: Sequence[Operand]) -> list[Any]:
         return [_pack(domain, eqn, v, kind) for v, kind in zip(values, self.kinds, strict=True)]
 
     def unpacked(self, arrays: Sequence[Any]) -> list[Any]:
@@ -122,7 +124,7 @@ class _Form(NamedTuple):
 _Step = Callable[[_Form, list, list, Any], tuple[list, list]]
 
 
-def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
+def scan(domain: Semantics, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
     """`lax.scan` over sums of paths; the kind of each carry is found by fixpoint."""
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     if not length:
@@ -138,7 +140,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
         rest = iter(moved)
         return [v if f else next(rest) for v, f in zip(init, fixed, strict=True)]
 
-    def run(form: _Form, carry: list, slices: list, domain: Any) -> tuple[list, list]:
+    def run(form: _Form, carry: list, slices: list, domain: Semantics) -> tuple[list, list]:
         state = whole(form.unpacked(carry))
         outs = body(*consts, *state, *slices_form.unpacked(slices), domain=domain)
         after = [v for v, f in zip(outs, fixed, strict=False) if not f]
@@ -161,7 +163,7 @@ def scan(domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: l
 
 
 def _settled(
-    run: _Step, domain: Any, eqn: Equation, init: list, first: list
+    run: _Step, domain: Semantics, eqn: Equation, init: list, first: list
 ) -> tuple[_Form, _Form]:
     """The forms of the carry and of what is stacked, when going round no longer widens them."""
     form = _Form.of(init)
@@ -174,7 +176,7 @@ def _settled(
 
 
 def _forms_after(
-    run: _Step, domain: Any, form: _Form, start: list, first: list
+    run: _Step, domain: Semantics, form: _Form, start: list, first: list
 ) -> tuple[_Form, _Form]:
     """The forms of the carry and of what is stacked, after one step."""
     found: list[_Form] = []
@@ -190,7 +192,9 @@ def _forms_after(
     return after, stacked
 
 
-def switch(domain: Any, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+def switch(
+    domain: Semantics, eqn: Equation, index: Operand, branches: list[Body], inputs: list
+) -> list:
     """`cond` by a constant that is known only at run time (a closed-over flag under jit)."""
     if isinstance(index, Value):
         raise eqn.refuse(

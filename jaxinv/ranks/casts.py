@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxinv._interpreter.program import dependent_equations
 from jaxinv._interpreter.walk import Equation
+from jaxinv.typing import DTypeLike
 
 # What moves numbers, and rounds none.
 _MOVES = {"reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "rev"} | {
@@ -19,13 +21,13 @@ _MOVES = {"reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", 
 }  # fmt: skip
 
 
-def casts_of(closed: Any, dtype: Any) -> tuple[str, ...]:
+def casts_of(closed: jex.Jaxpr | jex.ClosedJaxpr, dtype: DTypeLike) -> tuple[str, ...]:
     """The source lines of a program where values of its arguments are rounded below `dtype`."""
     lines = (eqn.source for eqn in dependent_equations(closed) if _rounds(eqn, dtype))
     return tuple(dict.fromkeys(lines))
 
 
-def _rounds(eqn: Equation, dtype: Any) -> bool:
+def _rounds(eqn: Equation, dtype: DTypeLike) -> bool:
     name, digits = eqn.name, jnp.finfo(dtype).nmant
     if name == "reduce_precision":
         return bool(eqn.params["mantissa_bits"] < digits)

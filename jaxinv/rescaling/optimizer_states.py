@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv.errors import InvalidInput
+from jaxinv.typing import PyTree
 
 
 class _Kind(NamedTuple):
@@ -60,12 +61,12 @@ _INNER = ("inner_state", "inner_states", "inner_opt_state", "base_optimizer_stat
 
 
 def transport(
-    state: Any,
+    state: optax.OptState,
     act: Callable[[Any, int], Any],
-    is_params: Callable[[Any], bool],
+    is_params: Callable[[object], bool],
     powers: Mapping[str, int],
     power: Any,
-) -> tuple[Any, Any]:
+) -> tuple[optax.OptState, PyTree]:
     """(the state with every params-like field multiplied by its power of d, power passed on)."""
     return _Transport(act, is_params, powers).of(state, power)
 
@@ -75,7 +76,7 @@ class _Transport(NamedTuple):
     is_params: Callable[[Any], bool]
     powers: Mapping[str, int]  # those that the caller says
 
-    def of(self, state: Any, power: Any) -> tuple[Any, Any]:
+    def of(self, state: optax.OptState, power: Any) -> tuple[optax.OptState, PyTree]:
         if isinstance(state, dict):
             return self.of_mapping(state, power)
         if hasattr(state, "_fields"):
@@ -89,14 +90,14 @@ class _Transport(NamedTuple):
             )
         return state, power
 
-    def of_mapping(self, states: dict[Any, Any], power: Any) -> tuple[Any, Any]:
+    def of_mapping(self, states: dict[Any, Any], power: Any) -> tuple[optax.OptState, PyTree]:
         """States side by side, each of some of the parameters."""
         moved = {key: self.of(state, power) for key, state in states.items()}
         outs = {out for _, out in moved.values()}
         passed_on = outs.pop() if len(outs) == 1 else None
         return {key: state for key, (state, _) in moved.items()}, passed_on
 
-    def of_chain(self, states: tuple[Any, ...], power: Any) -> tuple[Any, Any]:
+    def of_chain(self, states: tuple[Any, ...], power: Any) -> tuple[optax.OptState, PyTree]:
         """States one after another: what one passes on is what the next sees."""
         moved = []
         for state in states:
@@ -104,7 +105,7 @@ class _Transport(NamedTuple):
             moved.append(state)
         return tuple(moved), power
 
-    def of_fields(self, state: Any, power: Any) -> tuple[Any, Any]:
+    def of_fields(self, state: optax.OptState, power: Any) -> tuple[optax.OptState, PyTree]:
         """The state of one transformation, maybe with the state of another in a field."""
         name = type(state).__name__
         kind = _KINDS.get(name, _UNKNOWN)
@@ -119,7 +120,7 @@ class _Transport(NamedTuple):
                 fields[field] = value
         return state._replace(**fields), self.powers.get(name, out)
 
-    def is_moved(self, kind: _Kind, field: str, key: str, value: Any) -> bool:
+    def is_moved(self, kind: _Kind, field: str, key: str, value: object) -> bool:
         return key in self.powers or field in kind.multiples or self.is_params(value)
 
     def power_of(self, kind: _Kind, field: str, key: str, power: Any) -> Any:
@@ -142,10 +143,10 @@ class _Transport(NamedTuple):
         return kind.multiples[field] * power
 
 
-def like(tree: Any, shapes: tuple[tuple[int, ...], ...]) -> Callable[[Any], bool]:
+def like(tree: PyTree, shapes: tuple[tuple[int, ...], ...]) -> Callable[[object], bool]:
     """A test for pytrees with the structure and shapes of the parameters, masked leaves allowed."""
 
-    def matches(value: Any) -> bool:
+    def matches(value: object) -> bool:
         leaves, structure = jax.tree.flatten(value, is_leaf=is_masked)
         if structure != tree:
             return False
@@ -157,6 +158,6 @@ def like(tree: Any, shapes: tuple[tuple[int, ...], ...]) -> Callable[[Any], bool
     return matches
 
 
-def is_masked(value: Any) -> bool:
+def is_masked(value: object) -> bool:
     """Whether optax put a placeholder here."""
     return isinstance(value, optax.MaskedNode)

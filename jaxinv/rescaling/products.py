@@ -12,10 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Result, rule_table
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.equations import System
-from jaxinv.rescaling.values import Form, Fresh, Scale, Step, Term, minus, relaid, variables
+from jaxinv.rescaling.values import (
+    Form,
+    Fresh,
+    Scale,
+    Scaling,
+    Step,
+    Term,
+    minus,
+    relaid,
+    variables,
+)
 
 RULES, rule = rule_table()
 
@@ -68,7 +78,7 @@ class _Side:
 
 
 @rule("dot_general")
-def _dot_general(domain: Any, eqn: Equation, left: Any, right: Any) -> Any:
+def _dot_general(domain: Scaling, eqn: Equation, left: Operand, right: Operand) -> Result:
     (left_k, right_k), (left_b, right_b) = eqn.params["dimension_numbers"]
     shapes = [aval.shape for aval in eqn.inputs]
     left_m = [a for a in range(len(shapes[0])) if a not in (*left_k, *left_b)]
@@ -130,7 +140,7 @@ class _Blocks(NamedTuple):
         return r if self.number == 1 else np.take(r, np.maximum(labels, 0), axis=1)
 
 
-def _contract(domain: Any, a: Any, w: Any) -> Scale:
+def _contract(domain: Scaling, a: Any, w: Any) -> Scale:
     """s(Y)[b,m,n] from s(A)[b,m,k], and s(W)[b,k,n] by way of new unknowns."""
     system: System = domain.system
     (batch, rows, _), columns = a.shape, w.shape[2]
@@ -158,7 +168,7 @@ def _contract(domain: Any, a: Any, w: Any) -> Scale:
     return Scale(out, result, wild)
 
 
-def _first_assigned(domain: Any, a: Any) -> Any:
+def _first_assigned(domain: Scaling, a: Any) -> Any:
     """The first of two undecided operands, at scales p[m] + q[k]."""
     batch, rows, terms = a.shape
     first = domain.system.new((batch, 1, terms))
@@ -190,7 +200,7 @@ def _separated(
     return tuple(p), tuple(q)
 
 
-def _require(domain: Any, kernel: Any, form: Form, dead: np.ndarray) -> None:
+def _require(domain: Scaling, kernel: Any, form: Form, dead: np.ndarray) -> None:
     """The kernel has these scales; what it is at `dead` places meets nothing but zeros."""
     if isinstance(kernel, Fresh):
         if dead.any():
@@ -270,7 +280,7 @@ class _Channels(NamedTuple):
 
 
 @rule("conv_general_dilated")
-def _conv(domain: Any, eqn: Equation, image: Any, kernel: Any) -> Any:
+def _conv(domain: Scaling, eqn: Equation, image: Operand, kernel: Operand) -> Result:
     if eqn.params["batch_group_count"] != 1:
         return domain.default(eqn, image, kernel)
     image, kernel = domain.scale(image), domain.undecided_or_scale(kernel)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.domain import ScalingDomain, gather_parts
 from jaxinv.rescaling.equations import check_exact, independent_columns, ranges
+from jaxinv.typing import PyTree
 
 
 @jax.tree_util.register_static
@@ -50,7 +51,7 @@ class _Classes(NamedTuple):
 
 
 def assembled(
-    domain: ScalingDomain, leaves: list[scaling.Leaf], tree: Any
+    domain: ScalingDomain, leaves: list[scaling.Leaf], tree: PyTree
 ) -> tuple[Any, Any, Any, tuple[tuple[Any, ...], ...], Structure]:
     """The fields of the group: free unknowns become generators with integer exponents."""
     system = domain.system
