@@ -26,6 +26,7 @@ import optax
 from jax import lax
 
 from jaxinv._checks import check_like, check_network, check_params, integer, one_of, real
+from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.lapack import thin_svd, triangle
@@ -282,14 +283,16 @@ def natural_gradient_direction(
         dtype = np.float64 if dense else own
     dtype = jnp.dtype(dtype)
     fixed = isinstance(damping, float)
+    # In another precision jax.random draws other numbers: those of fn as it is are kept.
+    network = fn if dtype == own else traced_in(dtype, fn, params, x)
 
     def of(params: Params, x: Inputs, gradient: PyTree, *traced: Array) -> NaturalGradient:
         # A number is made an array here, in the scope: outside it would be a float32.
         lam = jnp.asarray(damping, dtype=dtype) if fixed else traced[0]
         if dense:
-            found = _exact(fn, params, x, gradient, likelihood, lam, rtol, chunk, dtype)
+            found = _exact(network, params, x, gradient, likelihood, lam, rtol, chunk, dtype)
         else:
-            product = _operator(fn, params, x, likelihood)
+            product = _operator(network, params, x, likelihood)
             found = _conjugate_residuals(product, gradient, lam, max_iterations, tol)
         v = jax.tree.map(lambda a, dtype: a.astype(dtype), found.v, dtypes)
         return found._replace(v=v, residual=found.residual.astype(own))

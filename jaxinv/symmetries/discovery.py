@@ -24,6 +24,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxinv import _checks
+from jaxinv._interpreter.draws import traced_in
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.group import RescalingGroup, checked_leaves, log_scales
 from jaxinv.symmetries.null_spaces import (
@@ -160,11 +161,13 @@ def discover(
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((params, x))):
         raise InvalidInput("discover decides shapes by ranks and cannot run under jit or vmap.")
     # Constants that fn closes over may well be float32: let them be promoted.
+    with jax.numpy_dtype_promotion("standard"):
+        network = traced_in(jnp.float64, fn, params, x)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         key = jax.random.key(0) if key is None else key
         theta, unravel = ravel_pytree(jax.tree.map(as_double, params))
         problem = Problem(
-            fn, unravel, inputs_of(x), [jnp.shape(a) for a in jax.tree.leaves(params)]
+            network, unravel, inputs_of(x), [jnp.shape(a) for a in jax.tree.leaves(params)]
         )
         with _checks.calling("fn(params, x)", params, x):
             rows = problem.rows()

@@ -1,5 +1,6 @@
 """Functions that draw random numbers: in float64 they are the functions that the user wrote."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from jaxinv import (
     UnsupportedOperation,
     degrees_of_freedom,
+    discover,
     jacobian,
     jacobian_rank,
     jacobian_spectrum,
@@ -17,6 +19,7 @@ from jaxinv import (
 )
 from jaxinv._interpreter.batch import traced_network
 from jaxinv._interpreter.draws import traced_in
+from jaxinv.jacobians import natural_gradient_direction
 
 KEY = jax.random.key(7)
 OLD_KEY = jax.random.PRNGKey(1)
@@ -159,3 +162,17 @@ def test_in_the_users_own_float64_draws_are_what_they_are(x64):
     assert traced_in(jnp.float64, dropout, w, x) == traced_network(dropout, w, x)
     kept = int(mask_of(KEY).sum())
     assert jacobian_rank(dropout, w, x).rank == 4 * kept
+
+
+def test_symmetries_and_natural_gradients_are_of_the_functions_own_draws():
+    """A mask of the wrong units would give other symmetries, and another metric."""
+    kept = int(mask_of(KEY).sum())
+    found = discover(dropout, W, jax.ShapeDtypeStruct((1, 3), np.float32), kinds=("scaling",))
+    # Weights of dropped units scale freely, one by one; the others unit by unit.
+    assert found.scaling.dimension == (4 - kept) * (3 + 2) + kept
+    gradient = jax.grad(lambda w: jnp.mean(dropout(w, X) ** 2) / 2)(W)
+    exact, measured = (
+        natural_gradient_direction(dropout, W, X, gradient, "gaussian", damping=1.0, dtype=d)
+        for d in (np.float64, np.float32)
+    )
+    chex.assert_trees_all_close(exact.v, measured.v, rtol=1e-4, atol=1e-5)
