@@ -54,6 +54,7 @@ class Opaque(Value):
 Operand = Value | jax.typing.ArrayLike  # a value of the domain, or a constant
 Result = Operand | Sequence[Operand]  # several of an operation with several results
 Primitive = jex.Primitive
+AnyJaxpr = jex.Jaxpr | jex.ClosedJaxpr
 Rule = Callable[..., Any]
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxinv._interpreter.program import dependent_equations
-from jaxinv._interpreter.walk import Equation
+from jaxinv._interpreter.walk import AnyJaxpr, Equation
 from jaxinv.typing import DTypeLike
 
 # What moves numbers, and rounds none.
@@ -21,7 +20,7 @@ _MOVES = {"reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", 
 }  # fmt: skip
 
 
-def casts_of(closed: jex.Jaxpr | jex.ClosedJaxpr, dtype: DTypeLike) -> tuple[str, ...]:
+def casts_of(closed: AnyJaxpr, dtype: DTypeLike) -> tuple[str, ...]:
     """The source lines of a program where values of its arguments are rounded below `dtype`."""
     lines = (eqn.source for eqn in dependent_equations(closed) if _rounds(eqn, dtype))
     return tuple(dict.fromkeys(lines))
