@@ -55,7 +55,7 @@ def root_product(y: Array, v: Array, likelihood: str) -> Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinv.jacobians import root_product
+        >>> from jaxinv.jacobians.fisher_information import root_product
         >>> print(root_product(jnp.zeros(1), jnp.ones(1), "bernoulli"))  # √(½·½)
         [0.5]
     """

@@ -174,7 +174,7 @@ def fold_rows(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinv.jacobians import fold_rows
+        >>> from jaxinv.jacobians.jacobians import fold_rows
         >>> x = jnp.ones((5, 2))
         >>> fold_rows(lambda w, x: x @ w, jnp.ones((2, 1)), x, jnp.zeros(()),
         ...           lambda total, rows: total + rows.sum(), chunk=2).item()

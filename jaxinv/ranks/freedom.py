@@ -239,7 +239,7 @@ def with_others(x: Inputs, count: int) -> Inputs:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinv.ranks import with_others
+        >>> from jaxinv.ranks.freedom import with_others
         >>> with_others(jnp.ones((3, 2)), 5).shape
         (8, 2)
     """

@@ -144,7 +144,8 @@ def test_path_norms_of_device_varying_parameters_with_default_checks():
         return jax.tree.map(lambda a: a[None], results)
 
     stacked = jax.tree.map(lambda a: a[None], DENSE)
-    norm, kappa = jax.shard_map(norms, mesh=mesh, in_specs=spec, out_specs=spec)(stacked)
+    spread = jax.shard_map(norms, mesh=mesh, in_specs=spec, out_specs=spec)
+    norm, kappa = jax.jit(spread)(stacked)
     np.testing.assert_allclose(norm[0], jaxinv.path_norm(dense, DENSE, x), rtol=1e-6)
     expected = jaxinv.path_kappa(dense, DENSE, x)
     chex.assert_trees_all_close(jax.tree.map(lambda a: a[0], kappa), expected, rtol=1e-6)
