@@ -26,6 +26,7 @@ def test_there_are_notebooks_and_the_site_has_them_all():
     assert sorted(pages) == [path.stem for path in NOTEBOOKS]
 
 
+@pytest.mark.slow  # `make docs` executes them too, whole
 @pytest.mark.parametrize("notebook", CASES)
 def test_notebook_runs(notebook, tmp_path):
     for library in re.findall(r"^(?:from|import) (sklearn|matplotlib)", notebook.read_text(), re.M):

@@ -25,7 +25,15 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxinv._checks import check_like, check_network, check_params, integer, one_of, real
+from jaxinv._checks import (
+    check_inputs,
+    check_like,
+    check_network,
+    check_params,
+    integer,
+    one_of,
+    real,
+)
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics import tolerances as policy
@@ -275,6 +283,7 @@ def natural_gradient_direction(
     damping = check_options(likelihood, damping, solver, rtol, max_iterations, dtype)
     check_params(params)
     check_like(gradient, params, "gradient")
+    check_inputs(x, values=True, finite=True)
     leaves = jax.tree.leaves(params)
     size = sum(leaf.size for leaf in leaves)
     dense = solver == "exact" or (solver == "auto" and size <= _DENSE_PARAMETERS)
