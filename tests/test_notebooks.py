@@ -10,12 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
-# Also in their short form they compile dozens of programs.
-LONG = ("degrees_of_freedom_of_your_network", "the_talk_figure_by_figure")
-CASES = [
-    pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.stem)
-    for path in NOTEBOOKS
-]
+CASES = [pytest.param(path, id=path.stem) for path in NOTEBOOKS]
 # Flags that make compilation fast, and what other tests have compiled.
 PASSED_ON = ("XLA_FLAGS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "JAX_PLATFORMS", "HOME")
 
