@@ -192,11 +192,12 @@ def batch_first(fn: Network, batch_axis: int | None) -> Network:
     _check_axis(batch_axis)
     check_network(fn)
 
+    canonical = with_leading_inputs(fn, batch_axis)
+    if batch_axis is None:
+        return canonical
+
     def first(params: Params, x: Inputs) -> PyTree:
-        y = fn(params, _as_given(x, batch_axis))
-        if batch_axis is None:
-            return jax.tree.map(lambda a: jnp.asarray(a)[None], y)
-        return jax.tree.map(lambda a: jnp.moveaxis(a, batch_axis, 0), y)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, batch_axis, 0), canonical(params, x))
 
     return first
 
