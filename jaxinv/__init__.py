@@ -25,6 +25,7 @@ from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent
 from jaxinv.optimizers import (
     data_dependent_path_sgd,
     natural_gradient,
+    pass_full_params,
     path_metric_product,
     path_metric_sgd,
     path_metric_solve,
@@ -33,7 +34,6 @@ from jaxinv.optimizers import (
     scale_by_natural_gradient,
     scale_by_path_kappa,
     scale_by_path_metric,
-    share_params,
 )
 from jaxinv.paths import (
     data_dependent_path_kappa,
@@ -47,7 +47,7 @@ from jaxinv.paths import (
 from jaxinv.ranks import degrees_of_freedom, jacobian_rank, jacobian_spectrum, saturating_inputs
 from jaxinv.reparam import (
     batch_norm_as_reparam,
-    ddp_normalize,
+    data_dependent_normalize,
     project_to_unit_norm,
     weight_normalize,
 )
@@ -63,7 +63,7 @@ from jaxinv.rescaling import (
     rescaling_group,
     tangent_vectors,
 )
-from jaxinv.symmetries import discover
+from jaxinv.symmetries import discover_symmetries
 
 __version__ = "0.1.0"
 
@@ -77,9 +77,9 @@ __all__ = [
     "data_dependent_path_kappa",
     "data_dependent_path_norm",
     "data_dependent_path_sgd",
-    "ddp_normalize",
+    "data_dependent_normalize",
     "degrees_of_freedom",
-    "discover",
+    "discover_symmetries",
     "distance_mod_rescaling",
     "equivariance_error",
     "fisher_rao_norm",
@@ -119,7 +119,7 @@ __all__ = [
     "scale_by_natural_gradient",
     "scale_by_path_kappa",
     "scale_by_path_metric",
-    "share_params",
+    "pass_full_params",
     "spectral_norms",
     "tangent_kernel",
     "tangent_vectors",

@@ -11,7 +11,7 @@
 # Jacobian over enough inputs:
 #
 # $$d = \operatorname{rank} \frac{\partial f}{\partial w} + \text{rescalings} + \text{dead} +
-# \text{hidden}$$
+# \text{unexplained}$$
 #
 # Everything else of the $d$ parameters is an ambiguity, and most of it has a name. The network here
 # is a small residual one in flax; put yours in its place.
@@ -79,8 +79,10 @@ assert group.dim == 2 * CHANNELS
 # %%
 found = degrees_of_freedom(fn, params, x)
 print(found)
-assert found.parameters == found.rank + found.rescaling + found.dead + found.hidden + found.unseen
-assert found.rescaling == group.dim and found.hidden == 0 and found.certain
+assert (
+    found.parameters == found.rank + found.rescaling + found.dead + found.unexplained + found.unseen
+)
+assert found.rescaling == group.dim and found.unexplained == 0 and found.certain
 
 # %% [markdown]
 # ## What is certain, and what is not
@@ -167,7 +169,7 @@ assert dead.dead == 2 * 9 * CHANNELS + 1 and dead.rescaling == group.dim - 1
 # %% [markdown]
 # Inputs kill parameters too. Some pixels of the digits are always 0, and the weights behind them
 # cannot be seen on these data, whatever the network. Directions that the images do not show either,
-# but that are none of a single weight, count as hidden.
+# but that are none of a single weight, count as unexplained.
 
 # %%
 dense = init_mlp(jax.random.key(1), (64, 4 if SHORT else 8, 10))
@@ -188,7 +190,7 @@ _ = panels[1].set(title="all weights dead", xlabel="column", ylabel="row")
 # %% [markdown]
 # ## Hidden ones
 #
-# What is left of the null space after rescalings and dead parameters is counted as hidden, and
+# What is left of the null space after rescalings and dead parameters is counted as unexplained, and
 # `basis=True` returns its directions. Two units that are never cut off by their ReLU are linear on
 # these inputs, and two linear units can be mixed by any invertible $2 \times 2$ matrix: beside their
 # two rescalings there are two further directions. A bias after them takes up any constant that they
@@ -200,10 +202,12 @@ normal = jax.random.normal(jax.random.key(3), (200, 6))
 small["Dense_0"]["bias"] = small["Dense_0"]["bias"].at[:2].set(50.0)  # units 0 and 1 always fire
 linear = degrees_of_freedom(mlp, small, normal, basis=True)
 print(linear)
-assert linear.hidden + linear.unseen == 2 + 2 == len(linear.basis) and linear.evidence.clear
+assert linear.unexplained + linear.unseen == 2 + 2 == len(linear.basis) and linear.evidence.clear
 
-# %% alt="Share of the hidden directions in the incoming weights of each of five units: all of it is in units 0 and 1, nothing in the others."
-direction = np.asarray(linear.basis)  # (hidden, parameters): Dense_0's bias, then its kernel, ...
+# %% alt="Share of the unexplained directions in the incoming weights of each of five units: all of it is in units 0 and 1, nothing in the others."
+direction = np.asarray(
+    linear.basis
+)  # (unexplained, parameters): Dense_0's bias, then its kernel, ...
 incoming = (direction[:, :35] ** 2).sum(0).reshape(7, 5).sum(0)
 figure, panel = plt.subplots(figsize=(5, 2.6), layout="constrained")
 panel.bar(range(5), incoming)

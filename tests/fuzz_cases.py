@@ -325,7 +325,9 @@ OF_VALUES = {
     "data_dependent_path_sgd": lambda w, x: _updated(
         jaxinv.data_dependent_path_sgd(0.1, net, alpha=0.5), w, batch=x
     ),
-    "ddp_normalize": lambda w, x: jaxinv.ddp_normalize(net, alpha=0.5).fn(w, x),
+    "data_dependent_normalize": lambda w, x: jaxinv.data_dependent_normalize(net, alpha=0.5).fn(
+        w, x
+    ),
     "batch_norm_as_reparam": lambda w, x: jaxinv.batch_norm_as_reparam(net).statistics(w, x),
 }
 

@@ -26,7 +26,7 @@ from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
 from jaxinv._interpreter.source import source_line
-from jaxinv._numerics.varying import together
+from jaxinv._numerics.varying import vary_alike
 from jaxinv.errors import UnsupportedOperation
 
 # A `while` whose trip count is a constant is walked once per trip. Above this many trips the
@@ -176,7 +176,7 @@ class Equation(NamedTuple):
 
     def bind(self, *values: Any, **changed: Any) -> Any:
         """The same operation on other arrays."""
-        return self.primitive.bind(*together(*values), **{**self.params, **changed})
+        return self.primitive.bind(*vary_alike(*values), **{**self.params, **changed})
 
     @property
     def source(self) -> str:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxinv._numerics.varying import together
+from jaxinv._numerics.varying import vary_alike
 from jaxinv.typing import Array, ArrayLike, DTypeLike, PyTree
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def call_in(dtype: DTypeLike, function: Callable[..., T], *arguments: PyTree) ->
 
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
         return inside(*arguments)
-    arguments = together(*arguments)
+    arguments = vary_alike(*arguments)
     return _vmapped_inside(inside, dtype)(*arguments)
 
 

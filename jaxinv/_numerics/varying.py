@@ -48,6 +48,6 @@ def varying_like(tree: T, *others: PyTree) -> T:
     return jax.tree.map(one, tree)
 
 
-def together(*trees: PyTree) -> tuple[PyTree, ...]:
+def vary_alike(*trees: PyTree) -> tuple[PyTree, ...]:
     """The pytrees, each varying over what any of them varies over."""
     return varying_like(trees, trees)

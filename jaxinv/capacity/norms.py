@@ -405,7 +405,7 @@ class RescalingInvariance(NamedTuple):
     value: PyTree  # measure(params)
     rescaled: PyTree  # each leaf (draws, ...): at random members of the orbit
     deviation: PyTree  # scalars: largest |rescaled − value|, relative to the largest |value|
-    invariant: PyTree  # bools: deviation <= tol
+    invariant: PyTree  # bools: deviation <= rtol
 
 
 def rescaling_invariance(
@@ -416,7 +416,7 @@ def rescaling_invariance(
     *,
     draws: int = 4,
     std: float = 1.0,
-    tol: float | None = None,
+    rtol: float | None = None,
 ) -> RescalingInvariance:
     """Does a measure see more than the function? Its values on the orbit of the rescalings.
 
@@ -431,7 +431,7 @@ def rescaling_invariance(
         key: a PRNG key.
         draws: members of the orbit, >= 1.
         std: standard deviation of log-factors.
-        tol: largest deviation that counts as none; default 1e-10 for float64, else 1e-5.
+        rtol: largest deviation that counts as none; default 1e-10 for float64, else 1e-5.
 
     Returns:
         A `RescalingInvariance`. The deviation of a measure that is not finite is NaN, and it is not
@@ -468,7 +468,7 @@ def rescaling_invariance(
         return jnp.max(abs(values[1:] - values[0])) / jnp.where(largest > 0, largest, 1)
 
     def invariant(d: Array) -> Array:
-        return d <= (default_tolerance(d.dtype) if tol is None else tol)
+        return d <= (default_tolerance(d.dtype) if rtol is None else rtol)
 
     deviations = jax.tree.map(deviation, found)
     return RescalingInvariance(
@@ -476,7 +476,7 @@ def rescaling_invariance(
         jax.tree.map(lambda a: a[1:], found),
         deviations,
         jax.tree.map(
-            lambda d: d <= (default_tolerance(d.dtype) if tol is None else tol), deviations
+            lambda d: d <= (default_tolerance(d.dtype) if rtol is None else rtol), deviations
         ),
     )
 

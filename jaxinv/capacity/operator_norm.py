@@ -78,7 +78,7 @@ def _row_times_matrix(matrix: Array, row: Array) -> Array:
     return jnp.matmul(row, matrix, precision=_EXACT)
 
 
-def operator_norm(op: Operator, dtype: DTypeLike, tol: float, max_iterations: int) -> OperatorNorm:
+def operator_norm(op: Operator, dtype: DTypeLike, rtol: float, max_iterations: int) -> OperatorNorm:
     """‖A‖₂ with an estimate of its error; differentiable in the weights."""
     weight = op.weight.astype(dtype)
     none = jnp.zeros((), jnp.int32)
@@ -112,7 +112,7 @@ def operator_norm(op: Operator, dtype: DTypeLike, tol: float, max_iterations: in
         return forward(fixed, back(v)[0])
 
     smaller = min(size, out_size)
-    found = _largest(gram, smaller, dtype, tol, min(max_iterations, smaller))
+    found = _largest(gram, smaller, dtype, rtol, min(max_iterations, smaller))
     v = found.vector if size <= out_size else back(found.vector)[0]
     length = jnp.linalg.norm(v)
     v = lax.stop_gradient(v / jnp.where(length > 0, length, 1))
@@ -135,14 +135,14 @@ class _State(NamedTuple):
     step: Array
     basis: Array  # (steps + 1, n), rows orthonormal, those to come 0
     diagonal: Array
-    beside: Array
+    off_diagonal: Array
     theta: Array
     residual: Array
     weights: Array  # of the eigenvector in the basis
 
 
 def _largest(
-    product: Callable[[Array], Array], n: int, dtype: DTypeLike, tol: float, steps: int
+    product: Callable[[Array], Array], n: int, dtype: DTypeLike, rtol: float, steps: int
 ) -> _Eigenpair:
     """The largest eigenvalue of a positive semidefinite operator, by Lanczos iteration."""
     start = jax.random.normal(jax.random.key(0), (n,), dtype)
@@ -153,7 +153,7 @@ def _largest(
     )
 
     def unfinished(s: _State) -> Array:
-        return (s.step < steps) & ((s.step < 2) | (s.residual > tol * s.theta))
+        return (s.step < steps) & ((s.step < 2) | (s.residual > rtol * s.theta))
 
     def advance(s: _State) -> _State:
         v = s.basis[s.step]
@@ -162,8 +162,8 @@ def _largest(
         for _ in range(2):  # once leaves rounding errors that grow
             w = w - jnp.matmul(jnp.matmul(s.basis, w, precision=_EXACT), s.basis, precision=_EXACT)
         beta = jnp.linalg.norm(w)
-        beside = s.beside.at[s.step].set(beta)
-        off = jnp.where(jnp.arange(steps, dtype=jnp.int32) < s.step, beside, 0)[: steps - 1]
+        off_diagonal = s.off_diagonal.at[s.step].set(beta)
+        off = jnp.where(jnp.arange(steps, dtype=jnp.int32) < s.step, off_diagonal, 0)[: steps - 1]
         tridiagonal = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
         # Rows to come are 0: eigenvalues 0, which are never above the largest of the others.
         values, vectors = jnp.linalg.eigh(tridiagonal)
@@ -171,7 +171,7 @@ def _largest(
         tiny = jnp.finfo(dtype).tiny
         basis = s.basis.at[s.step + 1].set(jnp.where(beta > tiny, w / jnp.maximum(beta, tiny), 0))
         residual = beta * abs(weights[s.step])
-        return _State(s.step + 1, basis, diagonal, beside, values[-1], residual, weights)
+        return _State(s.step + 1, basis, diagonal, off_diagonal, values[-1], residual, weights)
 
     s = lax.while_loop(unfinished, advance, state)
     vector = jnp.matmul(s.weights, s.basis[:-1], precision=_EXACT)

@@ -85,7 +85,7 @@ def spectral_norms(
     params: Params,
     x: Inputs,
     *,
-    tol: float | None = None,
+    rtol: float | None = None,
     max_iterations: int = 100,
     batch_axis: int | None = 0,
 ) -> SpectralNorms:
@@ -96,7 +96,7 @@ def spectral_norms(
 
     Args:
         fn, params, x, batch_axis: as for `jaxinv.group_norm`.
-        tol: relative error at which the iteration stops; by default 1e-10 for float64, else 1e-5.
+        rtol: relative error at which the iteration stops; by default 1e-10 for float64, else 1e-5.
         max_iterations: of Lanczos; the memory is that of so many copies of a layer's input.
 
     Returns:
@@ -107,7 +107,7 @@ def spectral_norms(
         was all but orthogonal to the largest ones.
 
     Raises:
-        InvalidInput: as for `jaxinv.group_norm`; tol or max_iterations not positive.
+        InvalidInput: as for `jaxinv.group_norm`; rtol or max_iterations not positive.
         UnsupportedOperation: as for `jaxinv.group_norm`.
 
     Example:
@@ -122,15 +122,19 @@ def spectral_norms(
         [2.8478]
     """
     layers, dtype = prepare(fn, params, x, batch_axis)
-    return _spectral_norms(layers, dtype, tol, max_iterations)
+    return _spectral_norms(layers, dtype, rtol, max_iterations)
 
 
 def _spectral_norms(
-    layers: Layers, dtype: DTypeLike, tol: float | None, max_iterations: int
+    layers: Layers, dtype: DTypeLike, rtol: float | None, max_iterations: int
 ) -> SpectralNorms:
-    tol = default_tolerance(dtype) if tol is None else real("tol", tol, lambda t: t > 0, "positive")
+    rtol = (
+        default_tolerance(dtype)
+        if rtol is None
+        else real("rtol", rtol, lambda t: t > 0, "positive")
+    )
     max_iterations = integer("max_iterations", max_iterations, 1)
-    found = [operator_norm(op, dtype, tol, max_iterations) for op in layers.operators]
+    found = [operator_norm(op, dtype, rtol, max_iterations) for op in layers.operators]
     if not found:
         return SpectralNorms(*(jnp.zeros(0, t) for t in (dtype, dtype, jnp.int32)))
     return SpectralNorms(*(jnp.stack(column) for column in zip(*found, strict=True)))
@@ -141,7 +145,7 @@ def log_spectral_product(
     params: Params,
     x: Inputs,
     *,
-    tol: float | None = None,
+    rtol: float | None = None,
     max_iterations: int = 100,
     batch_axis: int | None = 0,
 ) -> Array:
@@ -151,7 +155,7 @@ def log_spectral_product(
     over disjoint windows; 1/√k for a mean of k elements; the factor of a multiplication.
 
     Args:
-        fn, params, x, tol, max_iterations, batch_axis: as for `spectral_norms`; the layers form a
+        fn, params, x, rtol, max_iterations, batch_axis: as for `spectral_norms`; the layers form a
             chain.
 
     Returns:
@@ -176,7 +180,7 @@ def log_spectral_product(
     """
     layers, dtype = prepare(fn, params, x, batch_axis)
     check_chain(layers)
-    return _log_lipschitz(layers, _spectral_norms(layers, dtype, tol, max_iterations))
+    return _log_lipschitz(layers, _spectral_norms(layers, dtype, rtol, max_iterations))
 
 
 def _log_lipschitz(layers: Layers, found: SpectralNorms) -> Array:
@@ -190,7 +194,7 @@ def log_spectral_complexity(
     params: Params,
     x: Inputs,
     *,
-    tol: float | None = None,
+    rtol: float | None = None,
     max_iterations: int = 100,
     batch_axis: int | None = 0,
 ) -> Array:
@@ -213,7 +217,7 @@ def log_spectral_complexity(
     """
     layers, dtype = prepare(fn, params, x, batch_axis)
     check_chain(layers)
-    found = _spectral_norms(layers, dtype, tol, max_iterations)
+    found = _spectral_norms(layers, dtype, rtol, max_iterations)
     sums = [sum_of_unit_norms(op, dtype) for op in layers.operators]
     logs = jnp.stack([jnp.log(s) + jnp.log(scale) for s, scale in sums]) - jnp.log(found.values)
     correction = logsumexp(logs * jnp.asarray(2 / 3, dtype)) * jnp.asarray(1.5, dtype)

@@ -59,7 +59,7 @@ EXPERIMENTS = {
     ),
     "degrees-of-freedom": Experiment(
         "jaxinv.experiments.degrees_of_freedom",
-        "Spectrum of the Jacobian and d = rank + rescaling + dead + hidden, on noise and on images",
+        "Spectrum of the Jacobian; d = rank + rescaling + dead + unexplained, on noise and images",
     ),
     "learning-coefficient": Experiment(
         "jaxinv.experiments.learning_coefficient",

@@ -2,9 +2,9 @@
 
 Of the d parameters, dim(group) are lost to node-wise rescaling, on any inputs. Inputs lose more:
 a pixel that is always 0 and a unit that never fires make parameters dead, and what then remains of
-the null space is hidden:
+the null space is unexplained:
 
-    d = rank + rescaling + dead + hidden + unseen
+    d = rank + rescaling + dead + unexplained + unseen
 
 Both terms are measured on standard normal inputs and on images. The rank is that of float64, with
 its error bounds; next to it stands what NumPy's default tolerance, max(n·out, d)·ε·σ₁, makes of the
@@ -81,7 +81,7 @@ class Split(NamedTuple):
     rank: int
     rescaling: int
     dead: int
-    hidden: int
+    unexplained: int
     unseen: int
     certain: bool
     smallest: float  # σ_rank
@@ -102,14 +102,14 @@ class Result(NamedTuple):
 
 @training.driver
 def run(config: Config, running: Running) -> Result:
-    """Split the parameters, d = rank + rescaling + dead + hidden + unseen, and compute the spectra.
+    """Split d = rank + rescaling + dead + unexplained + unseen, and compute the spectra.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
 
     >>> result = run(Config(hidden=(2,), examples=200))
     >>> normal, digits = result.splits
-    >>> normal.parameters, normal.rank, normal.rescaling, normal.dead, normal.hidden
+    >>> normal.parameters, normal.rank, normal.rescaling, normal.dead, normal.unexplained
     (160, 158, 2, 0, 0)
     """
     data = datasets.load(config.data)
@@ -163,7 +163,7 @@ def _split(params: Params, x: jax.Array, name: str, seed: int, progress: Progres
         rank=int(found.rank),
         rescaling=int(found.rescaling),
         dead=int(found.dead),
-        hidden=int(found.hidden),
+        unexplained=int(found.unexplained),
         unseen=int(found.unseen),
         certain=bool(found.certain),
         smallest=float(spectra["float64"][int(found.rank) - 1]),
@@ -197,10 +197,10 @@ def numpy_rank(values: np.ndarray, rows: int, columns: int) -> int:
 
 
 def table(result: Result) -> Table:
-    """Write every sum d = rank + rescaling + dead + hidden + unseen, and what is dead."""
+    """Write every sum d = rank + rescaling + dead + unexplained + unseen, and what is dead."""
     rows, notes = [], []
     for split in result.splits:
-        terms = (split.rank, split.rescaling, split.dead, split.hidden, split.unseen)
+        terms = (split.rank, split.rescaling, split.dead, split.unexplained, split.unseen)
         rows.append(
             [
                 split.inputs,
@@ -216,8 +216,8 @@ def table(result: Result) -> Table:
             where = ", ".join(f"{count} in {leaf}" for leaf, count in split.dead_by_leaf.items())
             notes.append(f"dead on {split.inputs}, seed {split.seed}: {where}")
     net = "-".join(map(str, result.sizes))
-    title = f"{net} with biases, d = rank + rescaling + dead + hidden + unseen"
-    columns = ["inputs", "seed", "n", "d", "rank", "rescaling", "dead", "hidden"]
+    title = f"{net} with biases, d = rank + rescaling + dead + unexplained + unseen"
+    columns = ["inputs", "seed", "n", "d", "rank", "rescaling", "dead", "unexplained"]
     columns += ["unseen", "certain"]
     columns += [f"NumPy\n{precision}" for precision in PRECISIONS]
     return Table("\n".join([title, *notes]), columns, rows)

@@ -1,18 +1,18 @@
 """Is node-wise rescaling all we should worry about? Six studies of the rank of the Jacobian.
 
 A ReLU network with d parameters and h hidden units has at most d − h degrees of freedom. Each study
-asks when the rank on n inputs is less, that is hidden = d − h − rank > 0 (dead parameters count
-here as hidden):
+asks when the rank on n inputs is less, that is unexplained = d − h − rank > 0 (dead parameters
+count here as unexplained):
 
 - examples: how many inputs show the whole rank?
 - inputs: does it depend on the distribution of the inputs?
-- draws: how is hidden distributed over random networks?
+- draws: how is unexplained distributed over random networks?
 - training: does SGD lower the rank on its training set, the batch functional dimension?
   Bona-Pellissier, Malgouyres & Bachoc, "Geometry-induced implicit regularization in deep ReLU
   neural networks", 2024 (arXiv:2402.08269), report that it does.
 - shape: rank/(d − h) against depth at about fixed numbers of parameters, each larger than the last.
-- depth: how likely is hidden = 0? Grigsby, Lindsey & Rolnick, "Hidden symmetries of ReLU networks",
-  ICML 2023 (arXiv:2306.06179): ever less with depth, ever more with width.
+- depth: how likely is unexplained = 0? Grigsby, Lindsey & Rolnick, "Hidden symmetries of ReLU
+  networks", ICML 2023 (arXiv:2306.06179): ever less with depth, ever more with width.
 
 A study consists of cells, each of which a run that was interrupted does not compute again.
 """
@@ -237,7 +237,7 @@ def shape(config: Config) -> Thunks:
 
 
 def depth(config: Config) -> Thunks:
-    """How often hidden = 0, in networks with one output and layers as wide as the input.
+    """How often unexplained = 0, in networks with one output and layers as wide as the input.
 
     Also on half of the inputs: what that lacks, yet more inputs would add.
     """
@@ -297,10 +297,10 @@ def ratio(cell: Mapping[str, Any]) -> np.ndarray:
     return np.array(cell["rank"]) / (cell["d"] - cell["group"])
 
 
-def hidden(cell: Mapping[str, Any]) -> np.ndarray:
+def unexplained(cell: Mapping[str, Any]) -> np.ndarray:
     """d − h − rank of every network of a cell.
 
-    >>> hidden({"d": 10, "group": 2, "rank": [8, 4]}).tolist()
+    >>> unexplained({"d": 10, "group": 2, "rank": [8, 4]}).tolist()
     [0, 4]
     """
     return cell["d"] - cell["group"] - np.array(cell["rank"])
@@ -321,7 +321,7 @@ def _lines(study: str, cells: Cells) -> dict[str, tuple[list[Any], list[float]]]
         elif study == "inputs":
             add("", name, ratio(cell).mean())
         elif study == "draws":
-            for value in hidden(cell):
+            for value in unexplained(cell):
                 add(name, value, 1)
         elif study == "training":
             for images, found in cell["ranks"].items():
@@ -330,26 +330,26 @@ def _lines(study: str, cells: Cells) -> dict[str, tuple[list[Any], list[float]]]
             add(f"about {cell['budget']} parameters", cell["depth"], ratio(cell).mean())
         else:
             half = cell | {"rank": cell["rank_of_half"]}
-            add(f"width {cell['width']}", cell["depth"], (hidden(cell) == 0).mean())
-            add(f"width {cell['width']}, half", cell["depth"], (hidden(half) == 0).mean())
+            add(f"width {cell['width']}", cell["depth"], (unexplained(cell) == 0).mean())
+            add(f"width {cell['width']}, half", cell["depth"], (unexplained(half) == 0).mean())
     return lines
 
 
 _ASKED = {
     "examples": ("rank/(d − h) on n inputs", "n"),
     "inputs": ("rank/(d − h) by distribution of inputs", ""),
-    "draws": ("hidden = d − h − rank over draws", "hidden"),
+    "draws": ("unexplained = d − h − rank over draws", "unexplained"),
     "training": ("rank/(d − h) along SGD", "epoch"),
     "shape": ("rank/(d − h), fixed number of parameters", "hidden layers"),
-    "depth": ("probability of hidden = 0 (half: of the inputs)", "hidden layers"),
+    "depth": ("probability of unexplained = 0 (half: of the inputs)", "hidden layers"),
 }
 
 
 def _headline(study: str, cells: Cells) -> str:
     if study == "draws":
         found = [
-            f"{name}: {(hidden(cell) == 0).mean():.0%} none, median {np.median(hidden(cell)):g}, "
-            f"most {hidden(cell).max()}"
+            f"{name}: {(unexplained(cell) == 0).mean():.0%} none, "
+            f"median {np.median(unexplained(cell)):g}, most {unexplained(cell).max()}"
             for name, cell in cells.items()
         ]
     elif study == "inputs":

@@ -3,7 +3,7 @@
 Every method trains one ReLU network from a balanced and from an unbalanced
 start (the same function, random units rescaled), over a grid of learning rates:
 SGD and Adam; Path-SGD, with the diagonal and with all of the path metric;
-data-dependent path normalisation (DDP-SGD) from the paths, α = 0, to the data,
+data-dependent path normalisation from the paths, α = 0, to the data,
 α = 1; natural gradient; and plain SGD on the weight-normalised and the
 batch-normalised network. After Neyshabur, Tomioka, Salakhutdinov & Srebro,
 "Data-dependent path normalization in neural networks", ICLR 2016
@@ -61,9 +61,9 @@ class Method(NamedTuple):
     network: Callable[[Network, Params, Any], tuple[Network, Params]] = lambda fn, w, x: (fn, w)
 
 
-def _ddp(alpha: float) -> Method:
+def _data_dependent(alpha: float) -> Method:
     return Method(
-        f"DDP-SGD α = {alpha:g}",
+        f"Data-dependent Path-SGD α = {alpha:g}",
         lambda rate, x: data_dependent_path_sgd(rate, mlp, alpha=alpha),
     )
 
@@ -76,16 +76,16 @@ def _weight_normalized(fn: Network, params: Params, x: Any) -> tuple[Network, Pa
 METHODS = {
     "sgd": Method("SGD", lambda rate, x: optax.sgd(rate)),
     "adam": Method("Adam", lambda rate, x: optax.adam(rate)),
-    "path": Method("Path-SGD (DDP-SGD α = 0)", lambda rate, x: path_sgd(rate, mlp, x)),
+    "path": Method("Path-SGD (data-dependent, α = 0)", lambda rate, x: path_sgd(rate, mlp, x)),
     "metric": Method(
         "path metric",
-        lambda rate, x: path_metric_sgd(rate, mlp, x, damping=0.1, max_iterations=20, tol=1e-3),
+        lambda rate, x: path_metric_sgd(rate, mlp, x, damping=0.1, max_iterations=20, rtol=1e-3),
     ),
-    **{f"ddp-{alpha:g}": _ddp(alpha) for alpha in (0.25, 0.5, 0.75, 1.0)},
+    **{f"data-dependent-{alpha:g}": _data_dependent(alpha) for alpha in (0.25, 0.5, 0.75, 1.0)},
     "natural": Method(
         "natural gradient",
         lambda rate, x: natural_gradient(
-            rate, mlp, "softmax", damping=1e-3, solver="cr", max_iterations=20, tol=1e-3
+            rate, mlp, "softmax", damping=1e-3, solver="cr", max_iterations=20, rtol=1e-3
         ),
     ),
     "weight-norm": Method("weight norm", lambda rate, x: optax.sgd(rate), _weight_normalized),

@@ -55,6 +55,7 @@ Solver = Literal["auto", "exact", "cr"]
 
 # Up to this many parameters "auto" takes an SVD; beyond, a product at a time.
 _DENSE_PARAMETERS = 2000
+_RESIDUAL = 1e-6  # relative residual at which "cr" stops by default
 _EXACT = lax.Precision.HIGHEST
 
 
@@ -223,7 +224,6 @@ def natural_gradient_direction(
     solver: Solver = "auto",
     rtol: float | None = None,
     max_iterations: int = 100,
-    tol: float = 1e-6,
     dtype: DTypeLike | None = None,
     chunk: int = 64,
 ) -> NaturalGradient:
@@ -246,10 +246,10 @@ def natural_gradient_direction(
             params: a Krylov method like conjugate gradients, but what it makes smaller in every
             step is the residual. "auto" is "exact" up to 2000 parameters.
         rtol: "exact" without damping counts singular values of Z up to rtol·σ_1 as zero; by default
-            8·max(n·out, d) roundings.
-        max_iterations, tol: of "cr", which stops at a residual of tol, or when what is left of the
-            gradient is null to F within tol. Look at `residual` and `iterations`: an
-            ill-conditioned F without damping takes many more than 100.
+            8·max(n·out, d) roundings. "cr" stops at a relative residual of rtol, by default 1e-6,
+            or when what is left of the gradient is null to F within rtol.
+        max_iterations: of "cr". Look at `residual` and `iterations`: an ill-conditioned F without
+            damping takes many more than 100.
         dtype: precision inside, float64 (in a scope of its own) or float32. By default float64 for
             "exact"; for "cr" that of params, at least float32.
         chunk: examples at a time in "exact".
@@ -302,7 +302,8 @@ def natural_gradient_direction(
             found = _exact(network, params, x, gradient, likelihood, lam, rtol, chunk, dtype)
         else:
             product = _operator(network, params, x, likelihood)
-            found = _conjugate_residuals(product, gradient, lam, max_iterations, tol)
+            stop = _RESIDUAL if rtol is None else rtol
+            found = _conjugate_residuals(product, gradient, lam, max_iterations, stop)
         v = jax.tree.map(lambda a, dtype: a.astype(dtype), found.v, dtypes)
         return found._replace(v=v, residual=found.residual.astype(own))
 
@@ -403,7 +404,7 @@ def _conjugate_residuals(
     gradient: PyTree,
     damping: Array,
     max_iterations: int,
-    tol: float | Array,
+    rtol: float | Array,
 ) -> NaturalGradient:
     """Conjugate residuals: v minimises ‖A v − g‖ over the Krylov space of A = F + λ and g.
 
@@ -418,7 +419,7 @@ def _conjugate_residuals(
     def open_(carry: _Carry) -> Array:
         k, _, r, _, Ar, _, _, top = carry
         # `top` is the largest Rayleigh quotient so far, up to λ_max.
-        return (k < max_iterations) & (_norm(r) > tol * size) & (_norm(Ar) > tol * top * _norm(r))
+        return (k < max_iterations) & (_norm(r) > rtol * size) & (_norm(Ar) > rtol * top * _norm(r))
 
     def step(carry: _Carry) -> _Carry:
         k, v, r, p, Ar, Ap, rAr, top = carry
@@ -431,7 +432,7 @@ def _conjugate_residuals(
         return k + 1, v, r, _plus(r, beta, p), Ar, _plus(Ar, beta, Ap), after, top
 
     g, size = gradient, _norm(gradient)
-    tol = jnp.asarray(tol, dtype=size.dtype)
+    rtol = jnp.asarray(rtol, dtype=size.dtype)
     Ag = A(g)
     start = optax.tree.zeros_like(g)
     top = _quotient(_norm(Ag), size)
@@ -443,7 +444,7 @@ def _conjugate_residuals(
     # It is null if the residual does not feel it, nor is it the last digits of a solved system.
     Ar = A(r)
     share = _quotient(_dot(r, v), _dot(r, r))
-    null = (damping == 0) & (_norm(r) > tol * size) & (abs(share) * _norm(Ar) <= 0.1 * _norm(r))
+    null = (damping == 0) & (_norm(r) > rtol * size) & (abs(share) * _norm(Ar) <= 0.1 * _norm(r))
     share = jnp.where(null, share, 0)
     v, r = _plus(v, -share, r), _plus(r, share, Ar)
     v = jax.tree.map(lambda a: jnp.where(damping >= 0, a, jnp.nan), v)

@@ -29,7 +29,7 @@ from jax import lax
 from jaxinv._checks import check_inputs, integer, one_of
 from jaxinv._interpreter.batch import leading
 from jaxinv._interpreter.program import find_equation
-from jaxinv._numerics.varying import together, varies, varying_like
+from jaxinv._numerics.varying import varies, vary_alike, varying_like
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import kernel_factors
 from jaxinv.jacobians.problem import Problem, flatten, outputs_of, problem_of, unflatten
@@ -134,7 +134,7 @@ def jacobian(
     """
     one_of("mode", mode, ("auto", "fwd", "rev"))
     _check_chunk(chunk)
-    params, x = together(params, x)
+    params, x = vary_alike(params, x)
     problem = problem_of(fn, params, x, batch_axis)
     passes = problem.outputs if problem.apart else problem.rows
     if mode == "fwd" or (mode == "auto" and passes > problem.parameters):
@@ -181,7 +181,7 @@ def fold_rows(
         10.0
     """
     _check_chunk(chunk)
-    params, x = together(params, x)
+    params, x = vary_alike(params, x)
     start = varying_like(start, params)
     problem = problem_of(fn, params, x, batch_axis)
     if not problem.apart:
@@ -364,7 +364,7 @@ def tangent_kernel(
          [11. 25.]]
     """
     _check_chunk(chunk)
-    params, x, x2 = together(params, x, x2)
+    params, x, x2 = vary_alike(params, x, x2)
     problem = problem_of(fn, params, x, batch_axis)
     network, x, dtype = problem.fn, problem.x, problem.dtype
     # A program that is taken apart is traced on shapes, which do not vary over devices.
@@ -452,7 +452,7 @@ def jacobian_operator(
         >>> bool(jnp.allclose(J.matvec(v), jacobian(networks.mlp, w, x) @ v, rtol=1e-4))
         True
     """
-    params, x = together(params, x)
+    params, x = vary_alike(params, x)
     problem = problem_of(fn, params, x, batch_axis)
 
     _check_reverse(problem)

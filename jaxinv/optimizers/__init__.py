@@ -8,10 +8,10 @@ from jaxinv.optimizers.natural import (
 )
 from jaxinv.optimizers.path_kappa import (
     data_dependent_path_sgd,
+    pass_full_params,
     path_sgd,
     scale_by_data_dependent_path_kappa,
     scale_by_path_kappa,
-    share_params,
 )
 from jaxinv.optimizers.path_metric import (
     PathMetricSolution,
@@ -37,5 +37,5 @@ __all__ = [
     "scale_by_natural_gradient",
     "scale_by_path_kappa",
     "scale_by_path_metric",
-    "share_params",
+    "pass_full_params",
 ]

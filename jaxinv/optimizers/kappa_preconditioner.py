@@ -13,7 +13,7 @@ from jaxinv._checks import check_like, check_start, integer
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.optimizers.masking import Mask, hidden
+from jaxinv.optimizers.masking import Mask, is_masked
 from jaxinv.paths.norms import check_exponent
 from jaxinv.typing import Array, ArrayLike, DTypeLike, Inputs, Params, PyTree
 
@@ -89,7 +89,9 @@ def scale_by(
         def fresh() -> PyTree:
             kappas = kappas_of(whole, state.count, batch)
             kappas = jax.tree.unflatten(jax.tree.structure(whole), kappas)
-            return jax.tree.map(lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=hidden)
+            return jax.tree.map(
+                lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=is_masked
+            )
 
         kappa, exponent = state.kappa, state.exponent
         if every == 1:
@@ -138,24 +140,24 @@ def _all_params(params: Params | None, full_params: Params | None) -> Params:
     whole = params if full_params is None else full_params
     if whole is None:
         raise InvalidInput(NEEDS_PARAMS)
-    if any(map(hidden, jax.tree.leaves(whole, is_leaf=hidden))):
+    if any(map(is_masked, jax.tree.leaves(whole, is_leaf=is_masked))):
         raise InvalidInput(
             "Some parameters are masked (by optax.masked or optax.partition), but κ of a weight "
-            "depends on all of them. Wrap the whole optimizer in jaxinv.share_params(...), or use "
-            "the mask argument of path_sgd instead of optax.masked."
+            "depends on all of them. Wrap the whole optimizer in jaxinv.pass_full_params(...), or "
+            "use the mask argument of path_sgd instead of optax.masked."
         )
     return whole
 
 
 def _where_unmasked(update: T, kappa: T) -> T:
-    return update if hidden(update) else kappa
+    return update if is_masked(update) else kappa
 
 
 def _selection(mask: Mask, params: Params, updates: PyTree) -> PyTree:
     if mask is None:
         return jax.tree.map(lambda _: True, updates)
     chosen = mask(params) if callable(mask) else mask
-    return jax.tree.map(_where_unmasked, updates, chosen, is_leaf=hidden)
+    return jax.tree.map(_where_unmasked, updates, chosen, is_leaf=is_masked)
 
 
 def _share_exponent(kappas: PyTree, updates: PyTree) -> tuple[PyTree, Array]:

@@ -14,18 +14,18 @@ from jaxinv.typing import Inputs, Network, Outputs, Params, PyTree
 Mask = PyTree | Callable[[Params], PyTree] | None  # True where a leaf is chosen; None for all
 
 
-def hidden(node: object) -> bool:
+def is_masked(node: object) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
 def of_visible(fn: Network, params: Params, full_params: Params | None) -> Network:
     """fn as a function of the unmasked parameters."""
-    if not any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
+    if not any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         return fn
     if full_params is None:
         raise InvalidInput(
             "Some parameters are masked (by optax.masked or optax.partition), but the network "
-            "needs all of them. Wrap the whole optimizer in jaxinv.share_params(...)."
+            "needs all of them. Wrap the whole optimizer in jaxinv.pass_full_params(...)."
         )
 
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
@@ -36,7 +36,8 @@ def of_visible(fn: Network, params: Params, full_params: Params | None) -> Netwo
             # A metric may be computed in another precision: all parameters follow.
             others = as_dtype(others, found[0])
         return fn(
-            jax.tree.map(lambda v, w: w if hidden(v) else v, visible, others, is_leaf=hidden), x
+            jax.tree.map(lambda v, w: w if is_masked(v) else v, visible, others, is_leaf=is_masked),
+            x,
         )
 
     return of_visible

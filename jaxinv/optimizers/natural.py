@@ -54,7 +54,6 @@ def scale_by_natural_gradient(
     solver: Solver = "auto",
     rtol: float | None = None,
     max_iterations: int = 100,
-    tol: float = 1e-6,
 ) -> optax.GradientTransformationExtraArgs:
     """Turn each gradient into the natural gradient (F + damping)⁺ gradient.
 
@@ -63,14 +62,15 @@ def scale_by_natural_gradient(
         likelihood: "softmax", "gaussian", "bernoulli" or "poisson"; see `jaxinv.jacobians.fisher`.
         damping: λ ≥ 0, added to F: a number, or a hyperparameter of `optax.inject_hyperparams`.
             0 is the invariant limit; with few examples or a noisy gradient it is usually too bold.
-        solver, rtol, max_iterations, tol: see `natural_gradient_direction`. The number of
+        solver, rtol, max_iterations: see `natural_gradient_direction`. The number of
             iterations and the residual of the last update are in the state.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. `update` needs `params` and `batch`: the inputs
         x of `fn` over which F is averaged, as a rule those of the gradient. Other extra arguments
-        are ignored, except `full_params`: with it (see `jaxinv.share_params`) inside `optax.masked`
-        or `optax.partition`, F is that of the unmasked parameters, the others held fixed.
+        are ignored, except `full_params`: with it (see `jaxinv.pass_full_params`) inside
+        `optax.masked` or `optax.partition`, F is that of the unmasked parameters, the others held
+        fixed.
 
     Raises:
         InvalidInput: bad options; at `update`, params or batch missing, params masked or not
@@ -126,7 +126,6 @@ def scale_by_natural_gradient(
             solver=solver,
             rtol=rtol,
             max_iterations=max_iterations,
-            tol=tol,
         )
         v = optax.tree.cast_like(found.v, updates)
         count = optax.safe_increment(state.count)
@@ -147,13 +146,12 @@ def natural_gradient(
     solver: Solver = "auto",
     rtol: float | None = None,
     max_iterations: int = 100,
-    tol: float = 1e-6,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient descent: Δw = −η (F + damping)⁺ ∂L/∂w, optionally with momentum.
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, likelihood, damping, solver, rtol, max_iterations, tol: see `scale_by_natural_gradient`.
+        fn, likelihood, damping, solver, rtol, max_iterations: see `scale_by_natural_gradient`.
         momentum: decay of the running sum of natural gradients, or None for none. The sum is over
             different points of a curved space, so it is invariant under linear w(θ) alone.
         nesterov: use Nesterov's form of momentum.
@@ -200,7 +198,6 @@ def natural_gradient(
         solver=solver,
         rtol=rtol,
         max_iterations=max_iterations,
-        tol=tol,
     )
     accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
     chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))

@@ -59,7 +59,7 @@ def scale_by_path_kappa(
             learning rate.
         mask: pytree of bools like params, or a function of params that gives one: gradients of the
             leaves with False pass through unchanged. κ always uses all parameters. To combine with
-            `optax.masked` or `optax.partition`, which hide parameters, see `share_params`.
+            `optax.masked` or `optax.partition`, which hide parameters, see `pass_full_params`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. `update` needs `params`. Extra arguments are
@@ -192,7 +192,7 @@ def scale_by_data_dependent_path_kappa(
     match_gradient_norm: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divide each gradient by the data-dependent κ_e: the core of DDP-SGD.
+    """Divide each gradient by the data-dependent κ_e: the core of `data_dependent_path_sgd`.
 
     u_e = g_e / (κ_e(w) + eps), with κ as in `jaxinv.data_dependent_path_kappa` on the batch.
 
@@ -205,7 +205,7 @@ def scale_by_data_dependent_path_kappa(
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. `update` needs `params` and `batch`, the inputs
-        x of `fn`; other extra arguments are ignored, except `full_params` (`share_params`).
+        x of `fn`; other extra arguments are ignored, except `full_params` (`pass_full_params`).
 
     Raises:
         InvalidInput: bad options; at `update`, params or batch missing, or as for
@@ -264,7 +264,7 @@ def data_dependent_path_sgd(
     match_gradient_norm: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """DDP-SGD: Δw_e = −η/κ_e · ∂L/∂w_e with the data-dependent κ, optionally with momentum.
+    """Path-SGD by the data-dependent κ: Δw_e = −η/κ_e · ∂L/∂w_e, optionally with momentum.
 
     Args:
         learning_rate: η, a number or a schedule.
@@ -323,7 +323,7 @@ _NEEDS_BATCH = (
 )
 
 
-def share_params(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def pass_full_params(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Hand the unmasked parameters to transformations inside `optax.masked` or `optax.partition`.
 
     Those wrappers hide from each inner transformation the parameters that it does not update. κ of
@@ -341,11 +341,11 @@ def share_params(inner: optax.GradientTransformation) -> optax.GradientTransform
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from jaxinv import path_sgd, share_params
+        >>> from jaxinv import path_sgd, pass_full_params
         >>> def net(w, x):
         ...     return jax.nn.relu(x @ w["body"]) @ w["head"]
         >>> w = {"body": jnp.ones((2, 3)), "head": jnp.ones((3, 1))}
-        >>> tx = share_params(optax.partition(
+        >>> tx = pass_full_params(optax.partition(
         ...     {"path": path_sgd(0.1, net, jnp.zeros((1, 2))), "plain": optax.sgd(0.1)},
         ...     {"body": "path", "head": "plain"}))
         >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, w), tx.init(w), w)

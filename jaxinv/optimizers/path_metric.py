@@ -156,7 +156,7 @@ def path_metric_solve(
     gradient: PyTree,
     *,
     max_iterations: int = 50,
-    tol: float = 1e-5,
+    rtol: float = 1e-5,
     damping: float | Array = 0.0,
     batch_axis: int | None = 0,
 ) -> PathMetricSolution:
@@ -169,7 +169,7 @@ def path_metric_solve(
     Args:
         fn, params, x, batch_axis: as for `path_metric_product`.
         gradient: pytree like params, of a loss that depends on params through the function alone.
-        max_iterations, tol: of the conjugate gradients; tol bounds the relative residual.
+        max_iterations, rtol: of the conjugate gradients; rtol bounds the relative residual.
         damping: solve (G + damping·diag κ) v = gradient. Rescalings are respected at any damping.
 
     Returns:
@@ -192,7 +192,7 @@ def path_metric_solve(
         >>> [round(a.item(), 5) for a in solved.v]  # dΦ = 3·v₀ + 2·v₁ = 1, w₀ and w₁ alike
         [0.16667, 0.25]
     """
-    _check_solver(max_iterations, tol, damping)
+    _check_solver(max_iterations, rtol, damping)
     slopes = _checked(gradient, params, "gradient")
     metric = _metric(fn, params, x, batch_axis)
     roots = [_root(k) for k in metric.kappa]
@@ -205,7 +205,7 @@ def path_metric_solve(
     top = jnp.stack([jnp.max(abs(a), initial=0) for a in right]).max()
     unit = jnp.where(top > 0, top, 1)
     right = [a / unit for a in right]
-    solved, _ = cg(apply, right, tol=tol, maxiter=max_iterations)
+    solved, _ = cg(apply, right, tol=rtol, maxiter=max_iterations)
     left = [a - b for a, b in zip(apply(solved), right, strict=True)]
     size = _norm(right)
     residual = _norm(left) / jnp.where(size > 0, size, 1)
@@ -246,7 +246,7 @@ def scale_by_path_metric(
     x: Inputs,
     *,
     max_iterations: int = 50,
-    tol: float = 1e-5,
+    rtol: float = 1e-5,
     damping: float | Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Turn each gradient g into G⁺g: steepest descent in the metric of the path lift.
@@ -258,11 +258,11 @@ def scale_by_path_metric(
         fn: the network `fn(params, x) -> y`, deterministic.
         x: inputs with a leading batch axis (else see `jaxinv.batch_first`); only shapes and dtypes
             are kept.
-        max_iterations, tol, damping: see `path_metric_solve`.
+        max_iterations, rtol, damping: see `path_metric_solve`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; `update` needs `params`. Extra arguments are
-        ignored, except `full_params` (`jaxinv.share_params`): inside `optax.masked` or
+        ignored, except `full_params` (`jaxinv.pass_full_params`): inside `optax.masked` or
         `optax.partition` G is that of the unmasked parameters, the others held fixed.
 
     Raises:
@@ -289,7 +289,7 @@ def scale_by_path_metric(
         [0.16667, 0.25]
     """
     shapes = abstract_batch_of_one(x)
-    _check_solver(max_iterations, tol, damping)
+    _check_solver(max_iterations, rtol, damping)
 
     def init_fn(params: Params) -> ScaleByPathMetricState:
         check_start(params)
@@ -316,7 +316,7 @@ def scale_by_path_metric(
             shapes,
             updates,
             max_iterations=max_iterations,
-            tol=tol,
+            rtol=rtol,
             damping=damping,
         )
         v = optax.tree.cast_like(solved.v, updates)
@@ -334,14 +334,14 @@ def path_metric_sgd(
     momentum: float | None = None,
     nesterov: bool = False,
     max_iterations: int = 50,
-    tol: float = 1e-5,
+    rtol: float = 1e-5,
     damping: float | Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Steepest descent in the path metric: Δw = −η (G + damping·diag κ)⁺ ∂L/∂w.
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, x, max_iterations, tol, damping: see `scale_by_path_metric`.
+        fn, x, max_iterations, rtol, damping: see `scale_by_path_metric`.
         momentum: decay of the running sum of preconditioned gradients, or None for none.
         nesterov: use Nesterov's form of momentum.
 
@@ -375,15 +375,15 @@ def path_metric_sgd(
         True
     """
     precondition = scale_by_path_metric(
-        fn, x, max_iterations=max_iterations, tol=tol, damping=damping
+        fn, x, max_iterations=max_iterations, rtol=rtol, damping=damping
     )
     accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
     chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))
     return optax.with_extra_args_support(chained)
 
 
-def _check_solver(max_iterations: object, tol: object, damping: object) -> None:
+def _check_solver(max_iterations: object, rtol: object, damping: object) -> None:
     integer("max_iterations", max_iterations, 1)
-    for name, value in (("tol", tol), ("damping", damping)):
+    for name, value in (("rtol", rtol), ("damping", damping)):
         if not isinstance(value, jax.core.Tracer):
             real(name, value, lambda v: 0 <= v < float("inf"), "a finite number >= 0")

@@ -223,7 +223,10 @@ def _freedom(fn: Network, params: Params, x: Inputs, d: int, limit: int) -> dict
     proven = not math.isfinite(float(found.evidence.largest))  # by a factorisation, not a spectrum
     return {
         "inputs": source,
-        **{k: int(getattr(found, k)) for k in ("rank", "rescaling", "dead", "hidden", "unseen")},
+        **{
+            k: int(getattr(found, k))
+            for k in ("rank", "rescaling", "dead", "unexplained", "unseen")
+        },
         "certain": bool(found.certain),
         "evidence": f"rank {int(found.rank)}, proven by a Cholesky factorisation"
         if proven

@@ -58,7 +58,7 @@ function model() {
   const f = data.freedom, group = data.group;
   page.append(el("div", { class: "sub" }, `What jaxinv ${data.version} sees in this network. All numbers are in this file; it loads nothing.`));
   const cards = el("div", { class: "cards" }, card("parameters", data.parameters, "parameters"), card("dimension", group.dimension, "dimension of the rescaling group"));
-  if (!f.refused) cards.append(card("rank", f.rank, "degrees of freedom (rank)"), card("dead", f.dead, "dead"), card("hidden", f.hidden, "hidden"));
+  if (!f.refused) cards.append(card("rank", f.rank, "degrees of freedom (rank)"), card("dead", f.dead, "dead"), card("unexplained", f.unexplained, "unexplained"));
   const norm = data.log10_path_norm;
   const text = norm === null ? "–" : Math.abs(norm) < 5 ? show(Math.pow(10, norm)) : `10^${show(norm)}`;
   cards.append(el("div", { class: "card" }, el("b", { "data-field": "path-norm" }, data.refused ? "refused" : text), el("span", {}, "path norm γ₂")));
@@ -66,7 +66,7 @@ function model() {
 
   const limits = section("What the counts say", null);
   if (f.refused) limits.append(warning("No degrees of freedom", f.refused));
-  else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings + ${show(f.dead)} dead + ${show(f.hidden)} hidden${f.unseen > 0 ? ` + ${show(f.unseen)} unseen` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
+  else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings + ${show(f.dead)} dead + ${show(f.unexplained)} unexplained${f.unseen > 0 ? ` + ${show(f.unseen)} unseen` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
   if (data.refused) limits.append(warning("No path norm and no κ", data.refused));
   if (group.pinned_by.length) limits.append(el("p", {}, "What limits the group: these operations fix the scale of their operands."), table([["operation"], ["where"]], group.pinned_by.map((p) => [p.operation, p.where]), "pinned"));
   else limits.append(el("p", {}, "No operation limits the group: every hidden unit can be rescaled."));

@@ -91,15 +91,15 @@ def _merged(group: RescalingGroup) -> RescalingGroup:
         rest = constant if varying[0][0].size > 1 else constant[1:]
         varying[0] = varying[0] + [np.broadcast_to(c, varying[0][0].shape) for c in rest]
         found = []
-        for together in varying:
-            if not together:
+        for varying_ids in varying:
+            if not varying_ids:
                 continue
-            stacked = np.stack([ids.ravel() for ids in together])
+            stacked = np.stack([ids.ravel() for ids in varying_ids])
             combinations, where = np.unique(stacked, axis=1, return_inverse=True)
             count = combinations.shape[1]
-            new.append(np.tile(np.arange(total, total + count), len(together)))
+            new.append(np.tile(np.arange(total, total + count), len(varying_ids)))
             old.append(combinations.ravel())
-            found.append(np.reshape(where, together[0].shape) + total)
+            found.append(np.reshape(where, varying_ids[0].shape) + total)
             total += count
         indices.append(tuple(found))
     fresh = np.concatenate([*new, np.zeros(0, np.int64)]).astype(np.int64)

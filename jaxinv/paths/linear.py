@@ -388,7 +388,7 @@ def _times(value: Paths, slope: Scaled) -> Paths:
         return read
 
     multiples = {key: scaled(entry) for key, entry in multiples_of(value).items()}
-    (rows, factor), runs = _path_runs.together([(value.rows, value.runs), (slope, {})])
+    (rows, factor), runs = _path_runs.joined([(value.rows, value.runs), (slope, {})])
     return Paths(_scaled.normalize(_scaled.multiply(rows, factor)), multiples, runs=runs)
 
 
@@ -490,7 +490,7 @@ def _add(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Res
             )  # fmt: skip
     if isinstance(left, Paths) or isinstance(right, Paths):
         paths = [as_paths(domain, eqn, v) for v in (left, right)]
-        terms, runs = _path_runs.together([(v.rows, v.runs) for v in paths])
+        terms, runs = _path_runs.joined([(v.rows, v.runs) for v in paths])
         edges = tuple(not isinstance(v, Paths) for v in (left, right))
         return Paths(_scaled.add(terms, edges), runs=runs)
     return domain.default(eqn, left, right)

@@ -132,7 +132,7 @@ def sliding(rows: Scaled, runs: Runs, windows: Mapping[int, tuple]) -> tuple[Sca
     return _resized_rows(rows, changes), out
 
 
-def together(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[int, Run]]:
+def joined(arrays: Sequence[tuple[Scaled, Runs]]) -> tuple[list[Scaled], dict[int, Run]]:
     """Arrays for an elementwise operation, with runs where all of them have one."""
     changes: list[list] = [[] for _ in arrays]
     common: dict[int, Run] = {}

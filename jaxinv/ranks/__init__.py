@@ -1,6 +1,6 @@
 """Ranks of Jacobians, how far they can be trusted, and the degrees of freedom of a network."""
 
-from jaxinv.ranks.freedom import (
+from jaxinv.ranks.degrees import (
     DegreesOfFreedom,
     Saturation,
     dead_names,

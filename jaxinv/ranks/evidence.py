@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinv._numerics.varying import together, varying_like
+from jaxinv._numerics.varying import vary_alike, varying_like
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.jacobians.jacobians import flatten as flattened
 from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
@@ -81,7 +81,7 @@ def sizes_of(fn: Network, params: Params, x: Inputs, dtype: DTypeLike, chunk: in
         )
 
     try:
-        params, x = together(params, x)
+        params, x = vary_alike(params, x)
         start = varying_like(start, params)
         return _fold_rounded_rows(fn, params, x, shapes, dtype, start, add, chunk)
     except UnsupportedOperation:
@@ -192,19 +192,19 @@ def _measured(fn: Network, params: Params, x: Inputs, scale: Array, dtype: DType
     rows, d = operator.shape
     eps = 2 * float(jnp.finfo(dtype).eps)
     leaves, tree = jax.tree.flatten((params, x))
-    nudged = [
+    perturbed = [
         a * (1 + eps * _signs(a.size, jnp.uint32(64 + i), a.dtype).reshape(a.shape))
         if jnp.issubdtype(a.dtype, jnp.floating)
         else a
         for i, a in enumerate(map(jnp.asarray, leaves))
     ]
-    beside = jacobian_operator(fn, *jax.tree.unflatten(tree, nudged))
+    nearby = jacobian_operator(fn, *jax.tree.unflatten(tree, perturbed))
 
     def probe(seed: Array) -> Array:
         v, c = scale * _signs(d, 2 * seed, dtype), _signs(rows, 2 * seed + 1, dtype)
         Jv = operator.matvec(v)
         both = jnp.vdot(c, Jv) - jnp.vdot(operator.rmatvec(c), v)
-        return both**2 + jnp.sum((beside.matvec(v) - Jv) ** 2)
+        return both**2 + jnp.sum((nearby.matvec(v) - Jv) ** 2)
 
     return 2 * jnp.sqrt(jnp.mean(lax.map(probe, jnp.arange(_PROBES, dtype=jnp.uint32))))
 

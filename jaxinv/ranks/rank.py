@@ -1,6 +1,6 @@
 """Degrees of freedom: the rank of the Jacobian, and how far it can be trusted.
 
-    number of parameters d = rank + rescalings + dead + hidden + unseen
+    number of parameters d = rank + rescalings + dead + unexplained + unseen
 
 A rank read off computed singular values is a decision. Every singular value is known up to an error
 ε: rounding in computing J (bounded by an error analysis of the program, or measured) plus that of

@@ -4,7 +4,7 @@ from jaxinv.reparam.data_dependent import (
     NormalizedNetwork,
     UnitStatistics,
     batch_norm_as_reparam,
-    ddp_normalize,
+    data_dependent_normalize,
     moving_average,
 )
 from jaxinv.reparam.gauge_fixed import (
@@ -21,7 +21,7 @@ __all__ = [
     "UnitStatistics",
     "WeightNormalized",
     "batch_norm_as_reparam",
-    "ddp_normalize",
+    "data_dependent_normalize",
     "in_gauge",
     "incoming_norms",
     "moving_average",

@@ -111,10 +111,10 @@ def batch_norm_as_reparam(fn: Network, *, eps: float = 1e-5) -> NormalizedNetwor
         >>> bool(jnp.allclose(bn.fn(params, x), bn.fn(doubled, x), atol=1e-3))
         True
     """
-    return ddp_normalize(fn, alpha=1.0, centered=True, eps=eps)
+    return data_dependent_normalize(fn, alpha=1.0, centered=True, eps=eps)
 
 
-def ddp_normalize(
+def data_dependent_normalize(
     fn: Network, *, alpha: float, centered: bool = False, eps: float = 1e-5
 ) -> NormalizedNetwork:
     """Data-dependent path normalisation of every hidden layer, w̃ = w/(wᵀRw)^{1/2}.
@@ -138,13 +138,16 @@ def ddp_normalize(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinv import ddp_normalize
+        >>> from jaxinv import data_dependent_normalize
         >>> def net(w, x):
         ...     return jnp.maximum(x @ w[0], 0) @ w[1]
         >>> w = [jnp.array([[3.0], [4.0]]), jnp.array([[10.0]])]
         >>> x = jnp.array([[1.0, 1.0]])  # z = 7, and ‖w‖² = 25
-        >>> [round(ddp_normalize(net, alpha=a, eps=0.0).fn(w, x).item(), 4) for a in (0, 0.5, 1)]
-        [14.0, 11.5079, 10.0]
+        >>> for a in (0, 0.5, 1):
+        ...     print(round(data_dependent_normalize(net, alpha=a, eps=0.0).fn(w, x).item(), 4))
+        14.0
+        11.5079
+        10.0
     """
     alpha = check_alpha(alpha)
     eps = real("eps", eps, lambda e: 0 <= e < float("inf"), "a finite number >= 0")

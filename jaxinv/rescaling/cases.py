@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Operand, Result, Value, is_concrete
 from jaxinv.rescaling import values as scaling
-from jaxinv.rescaling.values import Peek, Root, Scale, Scaling
+from jaxinv.rescaling.values import Predicate, Root, Scale, Scaling
 
 # A value is taken apart into at most so many cases; beyond, they share one scale. Every case costs
 # a pass through the rules.
@@ -49,9 +49,9 @@ def collected(domain: Scaling, index: int, axes: tuple[int, ...], values: Sequen
     elif all(is_concrete(v) and np.array_equal(v, values[0]) for v in values):
         return values[0]
     if all(isinstance(v, Scale) for v in values):
-        alive = [v for v in values if not v.all_wild]
+        alive = [v for v in values if not v.all_absorbing]
         if not alive:
-            return Scale(values[0].shape, (), values[0].wild)
+            return Scale(values[0].shape, (), values[0].absorbing)
         forms = [scaling.signature(scaling.tidy(domain.system, v.form)) for v in alive]
         if all(f == forms[0] for f in forms):
             return Scale(alive[0].shape, alive[0].form, _common(values))
@@ -60,11 +60,13 @@ def collected(domain: Scaling, index: int, axes: tuple[int, ...], values: Sequen
 
 
 def _common(values: Sequence[Scale]) -> np.ndarray | None:
-    """Elements that are wild in every case."""
-    wild = values[0].wild
+    """Elements that are absorbing in every case."""
+    absorbing = values[0].absorbing
     for value in values[1:]:
-        wild = None if wild is None or value.wild is None else wild & value.wild
-    return wild
+        absorbing = (
+            None if absorbing is None or value.absorbing is None else absorbing & value.absorbing
+        )
+    return absorbing
 
 
 def by_case(
@@ -107,7 +109,7 @@ def _case(value: Cases, e: int) -> Operand:
 
 def root(value: Any) -> Root:
     """Which index a value repeats: itself, unless it is known to be another that was moved."""
-    if isinstance(value, (Scale, Peek)) and value.root is not None:
+    if isinstance(value, (Scale, Predicate)) and value.root is not None:
         return value.root
     axes = tuple(a for a, n in enumerate(value.shape) if n > 1)
     return Root(getattr(value, "key", object()), axes)
@@ -115,9 +117,9 @@ def root(value: Any) -> Root:
 
 def note_root(eqn: Equation, operand: Operand, result: Result) -> None:
     """Follow an index or a truth value through the operations that only move it."""
-    if eqn.name not in _MOVES or not isinstance(operand, (Scale, Peek)):
+    if eqn.name not in _MOVES or not isinstance(operand, (Scale, Predicate)):
         return
-    if not isinstance(result, (Scale, Peek)) or not hasattr(operand, "key"):
+    if not isinstance(result, (Scale, Predicate)) or not hasattr(operand, "key"):
         return
     truth = jnp.issubdtype(eqn.inputs[0].dtype, jnp.bool_)
     if not truth and not jnp.issubdtype(eqn.inputs[0].dtype, jnp.integer):

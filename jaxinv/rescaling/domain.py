@@ -27,7 +27,7 @@ from jaxinv.rescaling import (
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.cases import Cases, by_case, note_root
 from jaxinv.rescaling.equations import System
-from jaxinv.rescaling.values import Form, Fresh, Guarded, Leaf, Nudged, Peek, Scale
+from jaxinv.rescaling.values import Form, Fresh, Guarded, Leaf, Predicate, Scale, WithEpsilon
 from jaxinv.typing import ArrayLike
 
 # A parameter is taken apart into at most so many slices (`stacked[i]`); others go elementwise.
@@ -95,14 +95,14 @@ class ScalingDomain:
         if isinstance(value, Fresh):
             value.assign(scaling.variables(self.system.new(value.compact)))
             value = value.decided()
-        if isinstance(value, (Nudged, Guarded)):
+        if isinstance(value, (WithEpsilon, Guarded)):
             return value.pin()
         if isinstance(value, Cases):
             scales = [self.scale(v) for v in value.values]
             assert self.equation is not None
             return reduce(partial(self.joined, self.equation), scales)
-        if isinstance(value, Peek):
-            self.seen(value.looked)
+        if isinstance(value, Predicate):
+            self.seen(value.compared)
             return Scale(value.shape)
         return value if isinstance(value, Scale) else self.constant(value)
 
@@ -120,7 +120,7 @@ class ScalingDomain:
         if not is_concrete(value) or np.ndim(value) == 0 or id(value) in self.origins:
             return value
         scale = scaling.constant(value)
-        if scale.wild is not None and not self.trust_zeros and scaling.uniform(value):
+        if scale.absorbing is not None and not self.trust_zeros and scaling.uniform(value):
             generic = Scale(np.shape(value))
             generic.key = ("captured", id(value))
             self.held.append(value)
@@ -144,7 +144,7 @@ class ScalingDomain:
 
     def constant(self, value: ArrayLike) -> Scale:
         scale = scaling.constant(value)
-        if scale.wild is not None:
+        if scale.absorbing is not None:
             self.rely(value)
         return scale
 
@@ -177,8 +177,8 @@ class ScalingDomain:
         value = self.scale(value)
         if scaling.tidy(self.system, value.form):
             self.blame(eqn)
-        keep = None if value.wild is None else ~value.wild
-        scaling.vanish(self.system, value.form, keep)
+        keep = None if value.absorbing is None else ~value.absorbing
+        scaling.require_zero(self.system, value.form, keep)
 
     def pinned(self, eqn: Equation, value: Scale) -> Scale:
         self.pin(eqn, value)
@@ -193,7 +193,7 @@ class ScalingDomain:
         """Operands of equal scale elementwise; one of scale 0 pins the other, which is recorded."""
         a, b = self.scale(left), self.scale(right)
         for one, other in ((a, b), (b, a)):
-            if not (one.all_wild or scaling.tidy(self.system, one.form)):
+            if not (one.all_absorbing or scaling.tidy(self.system, one.form)):
                 if scaling.tidy(self.system, other.form):
                     self.blame(eqn)
         if shape is None:
@@ -203,12 +203,12 @@ class ScalingDomain:
     def level(self, value: Operand, axes: Sequence[int]) -> Scale:
         """Equal scales along axes; returns the scales with length one there."""
         value = self.refresh(value)
-        if isinstance(value, Fresh) and not value.spread and value.wild is None:
+        if isinstance(value, Fresh) and not value.spread and value.absorbing is None:
             shape = [1 if a in axes else n for a, n in enumerate(value.shape)]
             value.assign(scaling.variables(self.system.new(shape)))
         return scaling.level(self.system, self.scale(value), axes)
 
-    def without_epsilon(self, eqn: Equation, value: Nudged) -> Scale:
+    def without_epsilon(self, eqn: Equation, value: WithEpsilon) -> Scale:
         self.ignored[f"epsilon {value.epsilon:g}", eqn.source] = None
         return value.base
 
@@ -216,7 +216,7 @@ class ScalingDomain:
         """The form, with an unknown of its own for every element that only meets zeros."""
         own = np.zeros(dead.shape, np.int64)
         own[dead] = self.system.new((int(dead.sum()),))
-        return scaling.blend(
+        return scaling.assemble(
             [scaling.masked(~dead, form), ((lambda ids: ids), scaling.variables(own))]
         )
 
@@ -228,7 +228,7 @@ class ScalingDomain:
 
     def parts(self, value: Fresh, axis: int, sizes: Sequence[int]) -> list[Fresh] | None:
         """The pieces of an undecided parameter along one axis, each undecided for itself."""
-        if value.spread or value.wild is not None:
+        if value.spread or value.absorbing is not None:
             return None
         pieces = []
         for n in sizes:

@@ -17,11 +17,11 @@ from jaxinv.rescaling.values import (
     Form,
     Fresh,
     Guarded,
-    Nudged,
-    Peek,
+    Predicate,
     Scale,
     Scaling,
     Step,
+    WithEpsilon,
     relaid,
     times,
 )
@@ -40,7 +40,7 @@ LARGEST_EPSILON = float(np.nextafter(np.float32(1e-3), np.float32(1)))  # 1e-3 i
 def _power(exponent: Fraction | int) -> Callable:
     def apply(domain: Scaling, eqn: Equation, value: Operand) -> Result:
         factor = Fraction(exponent)
-        if isinstance(value, Nudged) and factor.denominator > 1:
+        if isinstance(value, WithEpsilon) and factor.denominator > 1:
             value = domain.without_epsilon(eqn, value)
         value = domain.refresh(value)
         if isinstance(value, Fresh):
@@ -53,7 +53,7 @@ def _power(exponent: Fraction | int) -> Callable:
             return value.through(value.shape, Step(lambda f: times(f, factor), pull), value.compact)
         value = domain.scale(value)
         form = domain.seen(value.form) if factor < 0 else value.form
-        return Scale(value.shape, times(form, factor), value.wild)
+        return Scale(value.shape, times(form, factor), value.absorbing)
 
     return apply
 
@@ -150,15 +150,20 @@ def _join(domain: Scaling, eqn: Equation, left: Any, right: Any) -> Result:
     for one, other in ((left, right), (right, left)):
         if isinstance(other, Value):
             continue
-        if isinstance(one, Fresh) and one.shape == shape and domain.scale(other).all_wild:
+        if isinstance(one, Fresh) and one.shape == shape and domain.scale(other).all_absorbing:
             return one.through(shape, Step(lambda f: f, lambda f: f), one.compact)
         if domain.ignore_epsilon and eqn.name in ("add", "max") and _is_epsilon(other):
             base = domain.scale(one)
-            return Nudged(base, _size(other), partial(domain.joined, eqn, base, other))
+            return WithEpsilon(base, _size(other), partial(domain.joined, eqn, base, other))
     for one, other in ((left, right), (right, left)):
-        if isinstance(one, Fresh) and not one.spread and one.shape == shape and one.wild is None:
+        if (
+            isinstance(one, Fresh)
+            and not one.spread
+            and one.shape == shape
+            and one.absorbing is None
+        ):
             scale = other if isinstance(other, Scale) else None
-            if scale is not None and scale.wild is None:
+            if scale is not None and scale.absorbing is None:
                 one.assign(scale.form)
                 return Scale(shape, scale.form)
     joined = domain.joined(eqn, left, right)
@@ -181,7 +186,7 @@ def _is_epsilon(value: Operand) -> bool:
 
 @rule("eq", "ne", "gt", "ge", "lt", "le")
 def _compare(domain: Scaling, eqn: Equation, left: Operand, right: Operand) -> Result:
-    result = Peek(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
+    result = Predicate(eqn.outputs[0].shape, domain.joined(eqn, left, right).form)
     if (
         eqn.name == "eq"
         and is_concrete(right)
@@ -195,33 +200,33 @@ def _compare(domain: Scaling, eqn: Equation, left: Operand, right: Operand) -> R
 @rule("not", "and", "or", "xor", "reduce_and", "reduce_or", "reduce_xor")
 def _logic(domain: Scaling, eqn: Equation, *inputs: Operand) -> Result:
     """Truth values have scale 0 already; integers are pinned where they are made."""
-    if eqn.name == "not" and isinstance(inputs[0], Peek):
-        return Peek(inputs[0].shape, inputs[0].looked)
+    if eqn.name == "not" and isinstance(inputs[0], Predicate):
+        return Predicate(inputs[0].shape, inputs[0].compared)
     return domain.free(eqn, *inputs)
 
 
 @rule("select_n")
 def _select(domain: Scaling, eqn: Equation, which: Any, *cases: Operand) -> Result:
-    if isinstance(which, Value) and not isinstance(which, Peek):
+    if isinstance(which, Value) and not isinstance(which, Predicate):
         domain.pin(eqn, which)
     elif is_concrete(which):
         domain.rely(which)
         return _chosen(domain, eqn, np.asarray(which), cases)
-    guarded = isinstance(which, Peek) and len(cases) == 2 and is_concrete(cases[1])
+    guarded = isinstance(which, Predicate) and len(cases) == 2 and is_concrete(cases[1])
     if guarded and isinstance(cases[0], Scale) and which.fact == ("zero", cases[0].key):
         pinned = partial(domain.joined, eqn, cases[0], cases[1])
         return Guarded(cases[0], pinned)
     scales = [domain.scale(case) for case in cases]
     if not isinstance(which, Value):  # known at run time only
-        which = Peek(np.shape(which), ())
+        which = Predicate(np.shape(which), ())
     index, axes = root(which)
     result = collected(domain, domain.index_number((index, "choice")), axes, scales)
-    if isinstance(which, Peek):
+    if isinstance(which, Predicate):
         form = result.form if isinstance(result, Scale) else ()
         seen = scaling.signature(scaling.tidy(domain.system, form))
-        looked = scaling.signature(scaling.tidy(domain.system, which.looked))
-        if any(term not in seen for term in looked):
-            domain.seen(which.looked)
+        compared = scaling.signature(scaling.tidy(domain.system, which.compared))
+        if any(term not in seen for term in compared):
+            domain.seen(which.compared)
     return result
 
 
@@ -230,16 +235,16 @@ def _chosen(domain: Scaling, eqn: Equation, which: np.ndarray, cases: Sequence[O
     shape = eqn.outputs[0].shape
     rank = len(shape)
     which = scaling.shrunk(scaling.lifted(which.astype(np.int64), rank))
-    parts, wild = [], np.zeros((1,) * rank, bool)
+    parts, absorbing = [], np.zeros((1,) * rank, bool)
     for i, case in enumerate(cases):
         if not (which == i).any():
             continue
         scale = domain.scale(case)
         form = relaid(scale.form, lambda ids: scaling.lifted(ids, rank))
         parts.append(scaling.masked(which == i, form))
-        if scale.wild is not None:
-            wild = wild | ((which == i) & scaling.lifted(scale.wild, rank))
-    return Scale(shape, scaling.tidy(domain.system, scaling.blend(parts)), wild)
+        if scale.absorbing is not None:
+            absorbing = absorbing | ((which == i) & scaling.lifted(scale.absorbing, rank))
+    return Scale(shape, scaling.tidy(domain.system, scaling.assemble(parts)), absorbing)
 
 
 @rule("clamp")
@@ -254,7 +259,7 @@ def _clamp(domain: Scaling, eqn: Equation, low: Operand, value: Operand, high: O
 def _product(sign: int) -> Callable:
     def apply(domain: Scaling, eqn: Equation, left: Operand, right: Operand) -> Result:
         shape = eqn.outputs[0].shape
-        if sign < 0 and isinstance(right, Nudged):
+        if sign < 0 and isinstance(right, WithEpsilon):
             right = domain.without_epsilon(eqn, right)
         if sign < 0 and isinstance(right, Guarded) and right.divides(left):
             right = right.base
@@ -271,11 +276,11 @@ def _product(sign: int) -> Callable:
             domain.seen(b.form)
         rank = len(shape)
         fa, fb = (relaid(v.form, lambda ids: scaling.lifted(ids, rank)) for v in (a, b))
-        wild = [scaling.lifted(v.wild, rank) for v in (a, b) if v.wild is not None]
+        absorbing = [scaling.lifted(v.absorbing, rank) for v in (a, b) if v.absorbing is not None]
         form = scaling.tidy(domain.system, (*fa, *times(fb, sign)))
         if len(form) < len(fa) + len(fb):  # scales cancel: x / ‖x‖ sees x, at any scale
             domain.seen((*fa, *fb))
-        return Scale(shape, form, wild[0] | wild[-1] if wild else None)
+        return Scale(shape, form, absorbing[0] | absorbing[-1] if absorbing else None)
 
     return apply
 
@@ -313,11 +318,13 @@ def _multiplied(
     compact = fresh.compact if fresh.shape == shape else (1,) * rank
     if any(m < n for _, ids in form for m, n in zip(compact, ids.shape, strict=True)):
         return None
-    if other.wild is not None and (other.all_wild or fresh.spread or fresh.wild is not None):
+    if other.absorbing is not None and (
+        other.all_absorbing or fresh.spread or fresh.absorbing is not None
+    ):
         return None
     old_rank = len(fresh.shape)
     # Elements that are multiplied by a constant 0 are dead here: any scale, each its own.
-    dead = None if other.wild is None else scaling.lifted(other.wild, rank)
+    dead = None if other.absorbing is None else scaling.lifted(other.absorbing, rank)
 
     def push(f: Form) -> Form:
         raised = relaid(f, lambda ids: scaling.lifted(ids, rank))
@@ -331,5 +338,5 @@ def _multiplied(
         return f if old_rank == rank else relaid(f, lambda ids: ids.reshape((1,) * old_rank))
 
     view = fresh.through(shape, Step(push, pull), compact)
-    view.wild = fresh.wild if dead is None else dead
+    view.absorbing = fresh.absorbing if dead is None else dead
     return view

@@ -66,8 +66,8 @@ def _cholesky(domain: Scaling, eqn: Equation, matrix: Operand) -> Scale:
     stack = np.broadcast_shapes((), *(ids.shape[:-2] for _, ids in value.form)) or shape[:-2]
     p = system.new((*stack, shape[-1], 1))
     both = (*variables(p), *variables(p.swapaxes(-1, -2)))
-    keep = None if value.wild is None else ~value.wild
-    scaling.vanish(system, scaling.minus(value.form, both), keep)
+    keep = None if value.absorbing is None else ~value.absorbing
+    scaling.require_zero(system, scaling.minus(value.form, both), keep)
     domain.seen(value.form)
     return Scale(shape, variables(p))
 

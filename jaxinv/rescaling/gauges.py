@@ -20,7 +20,7 @@ from jax import lax
 
 from jaxinv import _checks
 from jaxinv._numerics import scaled
-from jaxinv._numerics.varying import together
+from jaxinv._numerics.varying import vary_alike
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.action import transpose
 from jaxinv.rescaling.group import RescalingGroup, checked_leaves, rescale
@@ -48,7 +48,7 @@ class Gauge(NamedTuple):
     value: Array  # scalar: what was minimised, at the representative
     steps: Array  # int32 scalar
     error: Array  # scalar: largest remaining imbalance of a unit, relative
-    converged: Array  # bool scalar: error <= tol
+    converged: Array  # bool scalar: error <= rtol
 
 
 def default_tolerance(dtype: DTypeLike) -> float:
@@ -70,14 +70,14 @@ def _positive(value: float) -> bool:
     return 0 < value < float("inf")
 
 
-def _tolerance(tol: float | None, leaves: Sequence[Array]) -> float:
-    if tol is None:
+def _tolerance(rtol: float | None, leaves: Sequence[Array]) -> float:
+    if rtol is None:
         return default_tolerance(scaled.working_dtype(leaves))
-    return _checks.real("tol", tol, lambda t: t >= 0, "a fixed number >= 0")
+    return _checks.real("rtol", rtol, lambda t: t >= 0, "a fixed number >= 0")
 
 
 def balance(
-    group: RescalingGroup, params: Params, norm: float = 2.0, *, tol: float | None = None
+    group: RescalingGroup, params: Params, p: float = 2.0, *, rtol: float | None = None
 ) -> Gauge:
     """The member of the orbit with the smallest norm: min_u Σ_e |w_e|^p exp(p (Bu)_e).
 
@@ -88,8 +88,8 @@ def balance(
     Args:
         group: as `jaxinv.rescaling_group` returns it.
         params: pytree of float arrays.
-        norm: the exponent p > 0.
-        tol: largest |Σ_in − Σ_out| / (Σ_in + Σ_out) of a unit to stop at; default 1e-10 in float64
+        p: the exponent, > 0.
+        rtol: largest |Σ_in − Σ_out| / (Σ_in + Σ_out) of a unit to stop at; default 1e-10 in float64
             and 1e-5 in float32. The norm itself is then exact to about the square of that.
 
     Returns:
@@ -97,7 +97,7 @@ def balance(
         but 0 (the norm then has no minimum along its rescaling) stays where it is.
 
     Raises:
-        InvalidInput: if params do not fit the group, or for a norm that is not positive.
+        InvalidInput: if params do not fit the group, or for a p that is not positive.
 
     References:
         Stock, Graham, Gribonval, Jégou, "Equi-normalization of neural networks", ICLR 2019
@@ -115,12 +115,12 @@ def balance(
         >>> round(balance(group, w).value.item(), 4)  # 2·(3·1 + 0.5·2)
         8.0
     """
-    norm = _checks.real("norm", norm, _positive, "a fixed number > 0")
+    p = _checks.real("p", p, _positive, "a fixed number > 0")
     leaves = checked_leaves(group, params, "params", finite=True)
-    tol = _tolerance(tol, leaves)
-    v, log_sum, steps, error = least_norm(group, leaves, norm, tol)
-    u = v / norm
-    return Gauge(rescale(group, params, u), u, jnp.exp(log_sum), steps, error, error <= tol)
+    rtol = _tolerance(rtol, leaves)
+    v, log_sum, steps, error = least_norm(group, leaves, p, rtol)
+    u = v / p
+    return Gauge(rescale(group, params, u), u, jnp.exp(log_sum), steps, error, error <= rtol)
 
 
 def path_condition(
@@ -129,7 +129,7 @@ def path_condition(
     log_kappa: PyTree,
     *,
     p: float = 2.0,
-    tol: float | None = None,
+    rtol: float | None = None,
 ) -> Gauge:
     """The member of the orbit whose path sensitivities κ are the most equal.
 
@@ -138,7 +138,7 @@ def path_condition(
     grows by a constant under a common factor of all κ, so it asks for equal κ, not for small ones.
 
     Args:
-        group, params, tol: as for `balance`.
+        group, params, rtol: as for `balance`.
         log_kappa: log κ, pytree like params, as `jaxinv.log_path_kappa(fn, params, x, p=p)` returns
             it; -inf for a parameter on no path, which is then left out of the sum.
         p: exponent of the path norm that κ belongs to.
@@ -177,18 +177,18 @@ def path_condition(
                 f"{name} has NaN or inf: log κ must be a number, or -inf for a weight on no path. "
                 "A κ that float32 has lost is NaN; compute it in float64."
             )
-    tol = _tolerance(tol, leaves)
+    rtol = _tolerance(rtol, leaves)
     dtype = scaled.working_dtype([*leaves, *logs])
     weights = Weights([k.astype(dtype) for k in logs])
     counted = [jnp.where(k > -jnp.inf, 1, 0).astype(dtype) for k in weights.logs]
     linear = transpose(group, counted)
     problem = Problem(group, weights, total(counted), linear, most_terms(group))
-    v, value, steps, error = minimize(problem, tol)
+    v, value, steps, error = minimize(problem, rtol)
     u = -v / p
-    return Gauge(rescale(group, params, u), u, value, steps, error, error <= tol)
+    return Gauge(rescale(group, params, u), u, value, steps, error, error <= rtol)
 
 
-def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge:
+def normalize(group: RescalingGroup, params: Params, p: float = 2.0) -> Gauge:
     """The member of the orbit in which every hidden unit's incoming weights have norm one.
 
     Σ_{e into j} |w_e|^p = 1 for all generators j: incoming weights are divided by their norm,
@@ -202,14 +202,14 @@ def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge
     Args:
         group: as `jaxinv.rescaling_group` returns it, outside `jit`.
         params: pytree of float arrays.
-        norm: the exponent p > 0.
+        p: the exponent, > 0.
 
     Returns:
         A `Gauge`; its `error` is the largest |Σ − 1|. Units whose incoming weights are all 0 stay
         where they are.
 
     Raises:
-        InvalidInput: if params do not fit the group, for a norm that is not positive, or where a
+        InvalidInput: if params do not fit the group, for a p that is not positive, or where a
             weight is an incoming weight of several units.
 
     Example:
@@ -224,10 +224,10 @@ def normalize(group: RescalingGroup, params: Params, norm: float = 2.0) -> Gauge
         >>> {name: round(leaf.item(), 4) for name, leaf in gauge.params.items()}
         {'a': 1.0, 'b': 4.0, 'in': 1.0, 'out': 4.0}
     """
-    norm = _checks.real("norm", norm, _positive, "a fixed number > 0")
-    weights = Weights.powers(checked_leaves(group, params, "params", finite=True), norm)
+    p = _checks.real("p", p, _positive, "a fixed number > 0")
+    weights = Weights.powers(checked_leaves(group, params, "params", finite=True), p)
     v, steps, error = _unit_norms(group, weights, *units_of(group))
-    u, converged = v / norm, error <= default_tolerance(v.dtype)
+    u, converged = v / p, error <= default_tolerance(v.dtype)
     return Gauge(rescale(group, params, u), u, error, steps, error, converged)
 
 
@@ -250,16 +250,16 @@ def _unit_norms(
     # Each step puts right all units whose sources are right, so `depth` steps do it; rounding of
     # long sums may stay above the tolerance.
     v = jnp.zeros(dim, weights.logs[0].dtype)
-    tol = 16 * float(jnp.finfo(v.dtype).eps)
+    rtol = 16 * float(jnp.finfo(v.dtype).eps)
 
     def unfinished(state: tuple) -> Array:
         _, found, steps = state
-        return (error_of(found) > tol) & (steps < depth + 2)
+        return (error_of(found) > rtol) & (steps < depth + 2)
 
     def error_of(found: Array) -> Array:
         return jnp.max(abs(jnp.expm1(found)), initial=0.0)
 
-    state = together(v, log_sums(v), jnp.zeros((), jnp.int32))
+    state = vary_alike(v, log_sums(v), jnp.zeros((), jnp.int32))
     v, found, steps = lax.while_loop(unfinished, step, state)
     return v, steps, error_of(found)
 

@@ -134,8 +134,8 @@ def rescaling_group(
     outputs = walk.interpret(program.trace, fresh, inputs, domain)
     for output in outputs:
         scale = domain.scale(output)
-        keep = None if scale.wild is None else ~scale.wild
-        scaling.vanish(domain.system, scale.form, keep)
+        keep = None if scale.absorbing is None else ~scale.absorbing
+        scaling.require_zero(domain.system, scale.form, keep)
     return RescalingGroup(*assembled(domain, leaves, jax.tree.structure(params)))
 
 

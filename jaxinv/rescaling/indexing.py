@@ -122,10 +122,10 @@ def _moved(domain: Scaling, eqn: Equation, scale: Scale, starts: _Starts, case: 
 
     form = scaling.tidy(domain.system, relaid(scale.form, ids))
     outside = move(np.ones((1,) * len(full), np.int64)) != 1
-    wild = np.zeros_like(outside) if _fills_with_numbers(eqn) else outside
-    if scale.wild is not None:
-        wild = wild | (move(scale.wild.astype(np.int64)) == 1)
-    return Scale(eqn.outputs[0].shape, form, wild)
+    absorbing = np.zeros_like(outside) if _fills_with_numbers(eqn) else outside
+    if scale.absorbing is not None:
+        absorbing = absorbing | (move(scale.absorbing.astype(np.int64)) == 1)
+    return Scale(eqn.outputs[0].shape, form, absorbing)
 
 
 def _whole_part(
@@ -210,18 +210,18 @@ def _update_slice(
             return np.pad(np.broadcast_to(array, target), widths)
 
         inside = place(np.ones((1,) * len(shape), bool))
-        form = scaling.blend([(place, b.form), scaling.masked(~inside, a.form)])
+        form = scaling.assemble([(place, b.form), scaling.masked(~inside, a.form)])
         none = np.zeros((1,) * len(shape), bool)
-        wild = (none if b.wild is None else place(b.wild)) | (
-            none if a.wild is None else a.wild & ~inside
+        absorbing = (none if b.absorbing is None else place(b.absorbing)) | (
+            none if a.absorbing is None else a.absorbing & ~inside
         )
-        return Scale(shape, scaling.tidy(domain.system, form), wild)
+        return Scale(shape, scaling.tidy(domain.system, form), absorbing)
     for i in index:
         if isinstance(i, Value):
             domain.pin(eqn, i)
     levelled = [domain.level(v, axes) for v in (a, b)]
     parts = [
-        Scale([1 if i in axes else n for i, n in enumerate(shape)], v.form, v.wild)
+        Scale([1 if i in axes else n for i, n in enumerate(shape)], v.form, v.absorbing)
         for v in levelled
     ]
     joined = scaling.join(domain.system, parts[0], parts[1], parts[0].shape)
@@ -257,7 +257,7 @@ def _scatter(
             lengths[i] = array.shape[u]
         return array.reshape(lengths)
 
-    moved = Scale(target, relaid(b.form, onto), None if b.wild is None else onto(b.wild))
+    moved = Scale(target, relaid(b.form, onto), None if b.absorbing is None else onto(b.absorbing))
     joined = scaling.join(
         domain.system, a, moved, [1 if i in axes else n for i, n in enumerate(shape)]
     )
@@ -280,11 +280,17 @@ def _overwritten(domain: Scaling, eqn: Equation, a: Scale, index: Operand, b: Sc
             return np.asarray(lax.scatter(first, jnp.asarray(index), second, **options))
 
     zero, one = np.zeros((1,) * len(shape), np.int64), np.ones((1,) * len(b.shape), np.int64)
-    form = scaling.blend(
+    form = scaling.assemble(
         [
             (lambda ids: write(zero, ids).astype(np.int64), b.form),
             scaling.masked(write(zero, one) == 0, a.form),
         ]
     )
-    wild = write(zero if a.wild is None else a.wild, one * 0 if b.wild is None else b.wild) > 0
-    return Scale(shape, scaling.tidy(domain.system, form), wild)
+    absorbing = (
+        write(
+            zero if a.absorbing is None else a.absorbing,
+            one * 0 if b.absorbing is None else b.absorbing,
+        )
+        > 0
+    )
+    return Scale(shape, scaling.tidy(domain.system, form), absorbing)

@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxinv._interpreter.walk import Equation, Operand, Result, rule_table
 from jaxinv.rescaling import values as scaling
-from jaxinv.rescaling.values import Fresh, Nudged, Peek, Scale, Scaling, Step, relaid
+from jaxinv.rescaling.values import Fresh, Predicate, Scale, Scaling, Step, WithEpsilon, relaid
 from jaxinv.typing import ArrayLike
 
 RULES, rule = rule_table()
@@ -26,11 +26,11 @@ def _layout(
 
     def apply(domain: Scaling, eqn: Equation, value: Operand, *rest: Operand) -> Any:
         shape = eqn.outputs[0].shape
-        if isinstance(value, Nudged):
+        if isinstance(value, WithEpsilon):
             base = apply(domain, eqn, value.base)
-            return Nudged(base, value.epsilon, lambda: domain.pinned(eqn, base))
-        if isinstance(value, Peek):
-            return Peek(shape, relaid(value.looked, lambda ids: move(eqn, ids)))
+            return WithEpsilon(base, value.epsilon, lambda: domain.pinned(eqn, base))
+        if isinstance(value, Predicate):
+            return Predicate(shape, relaid(value.compared, lambda ids: move(eqn, ids)))
         value = domain.refresh(value)
         if isinstance(value, Fresh) and back is not None:
             step = Step(
@@ -39,11 +39,11 @@ def _layout(
             )
             compact = move(eqn, np.broadcast_to(np.int8(0), value.compact)).shape
             view = value.through(shape, step, compact)
-            view.wild = None if value.wild is None else move(eqn, value.wild)
+            view.absorbing = None if value.absorbing is None else move(eqn, value.absorbing)
             return view
         value = domain.scale(value)
-        wild = None if value.wild is None else move(eqn, value.wild)
-        return Scale(shape, relaid(value.form, lambda ids: move(eqn, ids)), wild)
+        absorbing = None if value.absorbing is None else move(eqn, value.absorbing)
+        return Scale(shape, relaid(value.form, lambda ids: move(eqn, ids)), absorbing)
 
     return apply
 
@@ -148,7 +148,7 @@ def _split(domain: Scaling, eqn: Equation, value: Operand) -> Result:
             Scale(
                 [n if a == axis else m for a, m in enumerate(whole.shape)],
                 relaid(whole.form, lambda ids, i=i: cut(ids, i)),  # type: ignore[misc]
-                None if whole.wild is None else cut(whole.wild, i),
+                None if whole.absorbing is None else cut(whole.absorbing, i),
             )
             for i, n in enumerate(sizes)
         ]
@@ -165,14 +165,14 @@ def without_axis(value: Fresh | Scale, axis: int) -> Fresh | Scale:
     if isinstance(value, Fresh):
         compact = [n for a, n in enumerate(value.compact) if a != axis]
         return value.through(shape, step, compact)
-    wild = None if value.wild is None else value.wild.squeeze(axis)
-    return Scale(shape, step.push(value.form), wild)
+    absorbing = None if value.absorbing is None else value.absorbing.squeeze(axis)
+    return Scale(shape, step.push(value.form), absorbing)
 
 
 def _with_axis(value: Scale, axis: int) -> Scale:
     shape = (*value.shape[:axis], 1, *value.shape[axis:])
-    wild = None if value.wild is None else np.expand_dims(value.wild, axis)
-    return Scale(shape, relaid(value.form, lambda ids: np.expand_dims(ids, axis)), wild)
+    absorbing = None if value.absorbing is None else np.expand_dims(value.absorbing, axis)
+    return Scale(shape, relaid(value.form, lambda ids: np.expand_dims(ids, axis)), absorbing)
 
 
 @rule("concatenate", "stack")
@@ -194,12 +194,12 @@ def _concatenate(domain: Scaling, eqn: Equation, *inputs: Operand) -> Result:
     parts = [
         (lambda ids, i=i, n=s.shape[axis]: place(ids, i, n), s.form) for i, s in enumerate(scales)
     ]
-    wild = None
+    absorbing = None
     for i, s in enumerate(scales):
-        if s.wild is not None:
-            placed = place(s.wild, i, s.shape[axis])
-            wild = placed if wild is None else wild | placed
-    return Scale(shape, scaling.tidy(domain.system, scaling.blend(parts)), wild)
+        if s.absorbing is not None:
+            placed = place(s.absorbing, i, s.shape[axis])
+            absorbing = placed if absorbing is None else absorbing | placed
+    return Scale(shape, scaling.tidy(domain.system, scaling.assemble(parts)), absorbing)
 
 
 @rule("pad")
@@ -219,8 +219,8 @@ def _pad(domain: Scaling, eqn: Equation, value: Operand, filler: Operand) -> Res
 
     inside = place(np.ones((1,) * rank, bool))
     spread = relaid(filler.form, lambda ids: scaling.lifted(ids, rank))
-    form = scaling.blend([(place, value.form), scaling.masked(~inside, spread)])
-    wild = np.zeros((1,) * rank, bool) if value.wild is None else place(value.wild)
-    if filler.wild is not None:
-        wild = wild | ~inside
-    return Scale(eqn.outputs[0].shape, scaling.tidy(domain.system, form), wild)
+    form = scaling.assemble([(place, value.form), scaling.masked(~inside, spread)])
+    absorbing = np.zeros((1,) * rank, bool) if value.absorbing is None else place(value.absorbing)
+    if filler.absorbing is not None:
+        absorbing = absorbing | ~inside
+    return Scale(eqn.outputs[0].shape, scaling.tidy(domain.system, form), absorbing)

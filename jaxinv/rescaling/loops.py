@@ -28,8 +28,8 @@ def _at(domain: Scaling, value: Any, t: int) -> Any:
     def take(a: np.ndarray) -> np.ndarray:
         return a[0 if a.shape[0] == 1 else t]
 
-    wild = None if value.wild is None else take(value.wild)
-    return _keyed(Scale(value.shape[1:], relaid(value.form, take), wild))
+    absorbing = None if value.absorbing is None else take(value.absorbing)
+    return _keyed(Scale(value.shape[1:], relaid(value.form, take), absorbing))
 
 
 def _keyed(value: Any) -> Any:
@@ -52,8 +52,10 @@ def _signature(domain: Scaling, values: Sequence[Operand]) -> list:
             continue
         scale = domain.scale(value)
         form = scaling.tidy(domain.system, scale.form)
-        wild = None if scale.wild is None else (scale.wild.shape, scale.wild.tobytes())
-        out.append((scaling.signature(form), wild))
+        absorbing = (
+            None if scale.absorbing is None else (scale.absorbing.shape, scale.absorbing.tobytes())
+        )
+        out.append((scaling.signature(form), absorbing))
     return out
 
 
@@ -115,14 +117,14 @@ def _stacked(domain: Scaling, values: Sequence[Scale], shape: Sequence[int]) -> 
     forms = [scaling.tidy(domain.system, v.form) for v in values]
     signatures = _signature(domain, values)
     if all(s == signatures[0] for s in signatures):
-        wild = None if values[0].wild is None else values[0].wild[None]
-        return Scale(shape, relaid(forms[0], lambda a: a[None]), wild)
+        absorbing = None if values[0].absorbing is None else values[0].absorbing[None]
+        return Scale(shape, relaid(forms[0], lambda a: a[None]), absorbing)
     lifted = [relaid(f, lambda a: a[None]) for f in forms]
     form = scaling.side_by_side(domain.system, lifted, [1] * len(forms), 0)
     none = np.zeros((1,) * (len(shape) - 1), bool)
-    wilds = [none if v.wild is None else v.wild for v in values]
-    full = np.broadcast_shapes(*(w.shape for w in wilds))
-    return Scale(shape, form, np.stack([np.broadcast_to(w, full) for w in wilds]))
+    absorbing_masks = [none if v.absorbing is None else v.absorbing for v in values]
+    full = np.broadcast_shapes(*(w.shape for w in absorbing_masks))
+    return Scale(shape, form, np.stack([np.broadcast_to(w, full) for w in absorbing_masks]))
 
 
 def switch(
@@ -167,4 +169,4 @@ def unbounded_while(
 
 
 def _copy(scale: Scale) -> Scale:
-    return Scale(scale.shape, scale.form, scale.wild)
+    return Scale(scale.shape, scale.form, scale.absorbing)

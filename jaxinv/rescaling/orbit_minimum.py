@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv._numerics import scaled
-from jaxinv._numerics.varying import together, varying_like
+from jaxinv._numerics.varying import vary_alike, varying_like
 from jaxinv.rescaling.action import log_add, transpose
 from jaxinv.rescaling.group import RescalingGroup, class_scales
 from jaxinv.typing import Array
@@ -120,18 +120,18 @@ class Problem(NamedTuple):
 
 
 def least_norm(
-    group: RescalingGroup, leaves: Sequence[Array], p: float, tol: float
+    group: RescalingGroup, leaves: Sequence[Array], p: float, rtol: float
 ) -> tuple[Array, Array, Array, Array]:
     """(p·u, log Σ_e |w_e|^p, steps, error) of the member of the orbit with the smallest p-norm."""
     weights = Weights.powers(leaves, p)
     zero = jnp.zeros(group.dim, weights.logs[0].dtype)
-    return minimize(Problem(group, weights, 1.0, zero, most_terms(group)), tol)
+    return minimize(Problem(group, weights, 1.0, zero, most_terms(group)), rtol)
 
 
-def minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
+def minimize(problem: Problem, rtol: Any) -> tuple[Array, Array, Array, Array]:
     """(u, value, steps, error): majorisation from afar, then Newton with conjugate gradients."""
     group, weights = _stacked(problem.group, problem.weights)
-    return _minimize(problem._replace(group=group, weights=weights), tol)
+    return _minimize(problem._replace(group=group, weights=weights), rtol)
 
 
 def _stacked(group: RescalingGroup, weights: Weights) -> tuple[RescalingGroup, Weights]:
@@ -167,8 +167,8 @@ class _State(NamedTuple):
 
 
 @jax.jit  # else every call would compile its loops anew
-def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
-    problem = together(problem)[0]
+def _minimize(problem: Problem, rtol: Any) -> tuple[Array, Array, Array, Array]:
+    problem = vary_alike(problem)[0]
     zero, count = varying_like(
         (jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype), jnp.zeros((), jnp.int32)),
         problem,
@@ -185,7 +185,7 @@ def _minimize(problem: Problem, tol: Any) -> tuple[Array, Array, Array, Array]:
 
     def unfinished(state: _State) -> Array:
         steps_left = state.steps < near.steps + _MOST_NEWTON_STEPS
-        return (state.error > tol) & ~state.stuck & steps_left
+        return (state.error > rtol) & ~state.stuck & steps_left
 
     point, _, steps, error, _ = lax.while_loop(unfinished, search.newton, near)
     return point.u, problem.value(point.u, point.log_sum), steps, error
@@ -292,9 +292,9 @@ def _balancing(log_up: Array, log_down: Array, c: Array) -> Array:
     return jnp.where(both, half + jnp.sign(c) * turn, alone)
 
 
-def _conjugate_gradients(product: Any, b: Array, diagonal: Array, tol: Array) -> Array:
-    """Approximate solution of H x = b, to ‖r‖ <= tol·‖b‖ in the norm of 1/diagonal."""
-    target = tol**2 * jnp.vdot(b, b / diagonal)
+def _conjugate_gradients(product: Any, b: Array, diagonal: Array, rtol: Array) -> Array:
+    """Approximate solution of H x = b, to ‖r‖ <= rtol·‖b‖ in the norm of 1/diagonal."""
+    target = rtol**2 * jnp.vdot(b, b / diagonal)
 
     def unfinished(state: tuple) -> Array:
         _, _, _, rho, steps = state
@@ -312,7 +312,7 @@ def _conjugate_gradients(product: Any, b: Array, diagonal: Array, tol: Array) ->
 
     p = b / diagonal
     state = (jnp.zeros_like(b), b, p, jnp.vdot(b, p), jnp.zeros((), jnp.int32))
-    state = together(*state)
+    state = vary_alike(*state)
     return lax.while_loop(unfinished, step, state)[0]
 
 

@@ -71,10 +71,10 @@ class _Side:
         if isinstance(value, Fresh):
             step = Step(lambda f: relaid(f, self.enter), lambda f: relaid(f, self.leave))
             view = value.through(self.shape, step)
-            view.wild = None if value.wild is None else self.enter(value.wild)
+            view.absorbing = None if value.absorbing is None else self.enter(value.absorbing)
             return view
-        wild = None if value.wild is None else self.enter(value.wild)
-        return Scale(self.shape, relaid(value.form, self.enter), wild)
+        absorbing = None if value.absorbing is None else self.enter(value.absorbing)
+        return Scale(self.shape, relaid(value.form, self.enter), absorbing)
 
 
 @rule("dot_general")
@@ -89,7 +89,7 @@ def _dot_general(domain: Scaling, eqn: Equation, left: Operand, right: Operand) 
     # The undecided operand, or else the one without structural zeros, plays the kernel.
     swap = isinstance(left, Fresh) and not isinstance(right, Fresh)
     if not isinstance(left, Fresh) and not isinstance(right, Fresh):
-        swap = a.wild is None and w.wild is not None
+        swap = a.absorbing is None and w.absorbing is not None
     if swap:
         y = _contract(domain, _turned(w), _turned(a))
         y = Scale((y.shape[0], y.shape[2], y.shape[1]), *_turned_parts(y))
@@ -97,8 +97,8 @@ def _dot_general(domain: Scaling, eqn: Equation, left: Operand, right: Operand) 
         y = _contract(domain, a, w)
     shape = eqn.outputs[0].shape
     out = [(lambda array: scaling.reshaped(array, y.shape, shape))]
-    wild = None if y.wild is None else out[0](y.wild)
-    return Scale(shape, relaid(y.form, out[0]), wild)
+    absorbing = None if y.absorbing is None else out[0](y.absorbing)
+    return Scale(shape, relaid(y.form, out[0]), absorbing)
 
 
 def _swap(array: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ def _swap(array: np.ndarray) -> np.ndarray:
 
 
 def _turned_parts(value: Scale) -> tuple[Form, np.ndarray | None]:
-    return relaid(value.form, _swap), None if value.wild is None else _swap(value.wild)
+    return relaid(value.form, _swap), None if value.absorbing is None else _swap(value.absorbing)
 
 
 def _turned(value: Any) -> Any:
@@ -114,7 +114,7 @@ def _turned(value: Any) -> Any:
     if isinstance(value, Fresh):
         step = Step(lambda f: relaid(f, _swap), lambda f: relaid(f, _swap))
         view = value.through(shape, step)
-        view.wild = None if value.wild is None else _swap(value.wild)
+        view.absorbing = None if value.absorbing is None else _swap(value.absorbing)
         return view
     return Scale(shape, *_turned_parts(value))
 
@@ -129,8 +129,8 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, a: Scale) -> _Blocks:
-        if a.wild is not None and a.wild.shape[0] == 1:
-            edges = np.broadcast_to(~a.wild[0], a.shape[1:])
+        if a.absorbing is not None and a.absorbing.shape[0] == 1:
+            edges = np.broadcast_to(~a.absorbing[0], a.shape[1:])
         else:  # zeros that differ over the batch: counted as pinned, exact if not complete
             edges = np.ones((1, 1), bool)
         return cls(edges, *components(edges))
@@ -145,7 +145,7 @@ def _contract(domain: Scaling, a: Any, w: Any) -> Scale:
     system: System = domain.system
     (batch, rows, _), columns = a.shape, w.shape[2]
     out = (batch, rows, columns)
-    if any(v.wild is not None and bool(v.wild.all()) for v in (a, w)):
+    if any(v.absorbing is not None and bool(v.absorbing.all()) for v in (a, w)):
         return Scale(out, (), np.ones((1, 1, 1), bool))
     if isinstance(a, Fresh):
         a, w = _first_assigned(domain, a), domain.refresh(w)
@@ -161,11 +161,11 @@ def _contract(domain: Scaling, a: Any, w: Any) -> Scale:
         domain.seen((*form, *w.form))  # they may cancel, as in Σ_k h_k / h_k
     kernel = minus(variables(blocks.spread(r, blocks.of_term)), relaid(q, _swap))
     _require(domain, w, kernel, (blocks.of_term < 0)[None, :, None])
-    wild = np.broadcast_to((blocks.of_row < 0)[None, :, None], (1, len(blocks.of_row), 1))
-    if w.wild is not None:
-        wild = wild | w.wild.all(axis=1, keepdims=True)
+    absorbing = np.broadcast_to((blocks.of_row < 0)[None, :, None], (1, len(blocks.of_row), 1))
+    if w.absorbing is not None:
+        absorbing = absorbing | w.absorbing.all(axis=1, keepdims=True)
     result = scaling.tidy(system, (*p, *variables(blocks.spread(r, blocks.of_row))))
-    return Scale(out, result, wild)
+    return Scale(out, result, absorbing)
 
 
 def _first_assigned(domain: Scaling, a: Any) -> Any:
@@ -194,7 +194,7 @@ def _separated(
         in_row[:, first_row] = 0
         in_term = system.new((full[0], 1, shape[2]))
         separable = (*variables(in_row), *variables(in_term))
-        scaling.vanish(system, minus(tuple(coupled), separable), blocks.edges[None])
+        scaling.require_zero(system, minus(tuple(coupled), separable), blocks.edges[None])
         p += variables(in_row)
         q += variables(in_term)
     return tuple(p), tuple(q)
@@ -207,9 +207,9 @@ def _require(domain: Scaling, kernel: Any, form: Form, dead: np.ndarray) -> None
             form = domain.with_dead(np.broadcast_to(dead, kernel.shape), form)
         kernel.assign(form)
     else:
-        absent = dead if kernel.wild is None else dead | kernel.wild
+        absent = dead if kernel.absorbing is None else dead | kernel.absorbing
         keep = ~absent if absent.any() else None
-        scaling.vanish(domain.system, minus(kernel.form, form), keep)
+        scaling.require_zero(domain.system, minus(kernel.form, form), keep)
 
 
 def _batch(*forms: Form) -> int:
@@ -308,10 +308,10 @@ def _conv(domain: Scaling, eqn: Equation, image: Operand, kernel: Operand) -> Re
     weight = relaid(weight, lambda ids: _unflat(ids, taps, rhs))
     _require(domain, kernel, weight, _unflat(dead, taps, rhs))
     out_positions = [shape[a] for a in out[:-1]]
-    wild = _unflat((geometry.component(0) < 0)[:, None], out_positions, out)
+    absorbing = _unflat((geometry.component(0) < 0)[:, None], out_positions, out)
     result = relaid(output, lambda ids: _unflat(ids, out_positions, out))
-    along = [n if m > 1 else 1 for n, m in zip(shape, wild.shape, strict=True)]
-    return Scale(shape, scaling.tidy(domain.system, result), np.broadcast_to(wild, along))
+    along = [n if m > 1 else 1 for n, m in zip(shape, absorbing.shape, strict=True)]
+    return Scale(shape, scaling.tidy(domain.system, result), np.broadcast_to(absorbing, along))
 
 
 def _filter(
@@ -368,9 +368,9 @@ def _present(
     """
     lengths = [image.shape[a] for a in order]
     everywhere = [np.ones(n, bool) for n in lengths[:spatial]]
-    if image.wild is None:
+    if image.absorbing is None:
         return everywhere, None
-    alive = np.broadcast_to(~image.wild.transpose(order), lengths)
+    alive = np.broadcast_to(~image.absorbing.transpose(order), lengths)
     if not alive.any():
         return None, None
     per_axis = [
@@ -414,7 +414,7 @@ def _positional(
         return ids[base][np.maximum(of_input, 0)]
 
     grown = relaid(variables(d), lambda v: np.repeat(v, channels.ins, axis=1))
-    scaling.vanish(
+    scaling.require_zero(
         system, (*form, *scaling.times(relaid(form, rebased), -1), *scaling.times(grown, -1)), live
     )
     of_output, _, count = components(valid)

@@ -18,7 +18,9 @@ def _dropped(value: Scale, axes: Sequence[int], shape: Sequence[int]) -> Scale:
     def drop(a: np.ndarray) -> np.ndarray:
         return a.squeeze(tuple(axes))
 
-    return Scale(shape, relaid(value.form, drop), None if value.wild is None else drop(value.wild))
+    return Scale(
+        shape, relaid(value.form, drop), None if value.absorbing is None else drop(value.absorbing)
+    )
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min")
@@ -54,7 +56,7 @@ def _reduce_prod(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     axes = eqn.params["axes"]
     count = int(np.prod([eqn.inputs[0].shape[a] for a in axes]))
     scale = _dropped(domain.level(value, axes), axes, eqn.outputs[0].shape)
-    return Scale(scale.shape, times(scale.form, count), scale.wild)
+    return Scale(scale.shape, times(scale.form, count), scale.absorbing)
 
 
 @rule("cumsum", "cummax", "cummin", "cumlogsumexp")
@@ -98,7 +100,7 @@ def _reduce_window(domain: Scaling, eqn: Equation, value: Operand) -> Result:
     form = scaling.tidy(domain.system, value.form)
     varying = tuple(t for t in form if any(t.ids.shape[a] > 1 for a in axes))
     rest = tuple(t for t in form if not any(t.ids.shape[a] > 1 for a in axes))
-    if not varying and value.wild is None:
+    if not varying and value.absorbing is None:
         return Scale(shape, form)
     sources, inside = {}, {}
     for a in axes:
@@ -107,7 +109,7 @@ def _reduce_window(domain: Scaling, eqn: Equation, value: Operand) -> Result:
         at, off = np.divmod(at, p["base_dilation"][a])
         inside[a] = (at >= 0) & (at < value.shape[a]) & (off == 0)
         sources[a] = np.clip(at, 0, value.shape[a] - 1)
-    present = np.ones((1,) * rank, bool) if value.wild is None else ~value.wild
+    present = np.ones((1,) * rank, bool) if value.absorbing is None else ~value.absorbing
     lengths = np.broadcast_shapes(present.shape, *(t.ids.shape for t in varying))
     out = [shape[a] if a in axes else lengths[a] for a in range(rank)]
     common = scaling.variables(domain.system.new(out)) if varying else ()
@@ -124,5 +126,5 @@ def _reduce_window(domain: Scaling, eqn: Equation, value: Operand) -> Result:
         for a in axes:
             keep = keep & inside[a][:, tap[a]].reshape([-1 if b == a else 1 for b in range(rank)])
         met = met | keep
-        scaling.vanish(domain.system, minus(relaid(varying, gathered), common), keep)
+        scaling.require_zero(domain.system, minus(relaid(varying, gathered), common), keep)
     return Scale(shape, scaling.tidy(domain.system, (*rest, *common)), ~met)

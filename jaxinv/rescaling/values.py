@@ -41,24 +41,24 @@ class Root(NamedTuple):
 
 
 class Scale(Value):
-    """Log-scales of an array. `wild` marks elements that are 0 or ±∞ whatever the parameters are.
+    """Log-scales of an array. `absorbing` marks elements that are 0 or ±∞ for all parameters.
 
-    Those fit any scale, so they take part in no equation. `wild` is None where there are none.
+    Those fit any scale, so they take part in no equation. `absorbing` is None where there are none.
     `root` says which index they repeat, where they are one that was moved; `fact` what else is
     known of them (see `Guarded`).
     """
 
-    __slots__ = ("fact", "form", "root", "shape", "wild")
+    __slots__ = ("fact", "form", "root", "shape", "absorbing")
 
-    def __init__(self, shape: Sequence[int], form: Form = (), wild: np.ndarray | None = None):
+    def __init__(self, shape: Sequence[int], form: Form = (), absorbing: np.ndarray | None = None):
         self.shape, self.form = tuple(shape), form
-        self.wild = None if wild is None or not wild.any() else shrunk(wild)
+        self.absorbing = None if absorbing is None or not absorbing.any() else shrunk(absorbing)
         self.fact: Fact = None
         self.root: Root | None = None
 
     @property
-    def all_wild(self) -> bool:
-        return self.wild is not None and bool(self.wild.all())
+    def all_absorbing(self) -> bool:
+        return self.absorbing is not None and bool(self.absorbing.all())
 
 
 class Leaf:
@@ -99,7 +99,7 @@ class Scaling(Protocol):
         self, eqn: Equation, left: Operand, right: Operand, shape: Sequence[int] | None = None
     ) -> Scale: ...
     def level(self, value: Operand, axes: Sequence[int]) -> Scale: ...
-    def without_epsilon(self, eqn: Equation, value: Nudged) -> Scale: ...
+    def without_epsilon(self, eqn: Equation, value: WithEpsilon) -> Scale: ...
     def with_dead(self, dead: np.ndarray, form: Form) -> Form: ...
     def index_number(self, key: Hashable) -> int: ...
     def parts(self, value: Fresh, axis: int, sizes: Sequence[int]) -> list[Fresh] | None: ...
@@ -113,7 +113,7 @@ class Fresh(Value):
     `spread` says that it has been broadcast, so that not every form can be its own.
     """
 
-    __slots__ = ("leaf", "shape", "steps", "compact", "wild")
+    __slots__ = ("leaf", "shape", "steps", "compact", "absorbing")
 
     def __init__(
         self,
@@ -121,11 +121,11 @@ class Fresh(Value):
         shape: Sequence[int],
         steps: tuple[Step, ...] = (),
         compact: Sequence[int] | None = None,
-        wild: np.ndarray | None = None,
+        absorbing: np.ndarray | None = None,
     ):
         self.leaf, self.shape, self.steps = leaf, tuple(shape), steps
         self.compact = self.shape if compact is None else tuple(compact)
-        self.wild = wild
+        self.absorbing = absorbing
 
     @property
     def spread(self) -> bool:
@@ -134,7 +134,7 @@ class Fresh(Value):
     def through(
         self, shape: Sequence[int], step: Step, compact: Sequence[int] | None = None
     ) -> Fresh:
-        return Fresh(self.leaf, shape, (*self.steps, step), compact, self.wild)
+        return Fresh(self.leaf, shape, (*self.steps, step), compact, self.absorbing)
 
     def assign(self, form: Form) -> None:
         """Decide the form of the leaf by the form of this view of it."""
@@ -149,10 +149,10 @@ class Fresh(Value):
         assert form is not None
         for step in self.steps:
             form = step.push(form)
-        return Scale(self.shape, form, self.wild)
+        return Scale(self.shape, form, self.absorbing)
 
 
-class Nudged(Value):
+class WithEpsilon(Value):
     """value + ε: pinned by ε, unless a normalisation consumes it and ε may be ignored."""
 
     __slots__ = ("base", "epsilon", "pin")
@@ -175,16 +175,16 @@ class Guarded(Value):
         return fact is not None and getattr(value, "fact", None) == ("min", *fact[1:])
 
 
-class Peek(Value):
-    """A truth value that depends on values of scales `looked`, but not on their scale.
+class Predicate(Value):
+    """A truth value that depends on values of scales `compared`, but not on their scale.
 
     Only a gate that picks between multiples of those same values leaves no other trace of it.
     """
 
-    __slots__ = ("fact", "looked", "root", "shape")
+    __slots__ = ("fact", "compared", "root", "shape")
 
-    def __init__(self, shape: Sequence[int], looked: Form):
-        self.shape, self.looked = tuple(shape), looked
+    def __init__(self, shape: Sequence[int], compared: Form):
+        self.shape, self.compared = tuple(shape), compared
         self.root: Root | None = None
         self.fact: Fact = None  # ("zero", key): whether the value of that key is 0
 
@@ -313,7 +313,7 @@ def columns_of(terms: Sequence[Term]) -> np.ndarray:
     return np.stack([a.ravel() for a in np.broadcast_arrays(*(t.ids for t in terms))], axis=1)
 
 
-def vanish(system: System, form: Form, keep: np.ndarray | None = None) -> None:
+def require_zero(system: System, form: Form, keep: np.ndarray | None = None) -> None:
     """Require the form to be zero, at the elements `keep` (default: at all).
 
     Terms that vary along different axes can only cancel if each group is constant: that turns
@@ -352,7 +352,7 @@ def vanish(system: System, form: Form, keep: np.ndarray | None = None) -> None:
         system.equation([t.coefficient for t in terms], columns_of(terms))
 
 
-def blend(parts: Sequence[tuple[Callable[[np.ndarray], np.ndarray], Form]]) -> Form:
+def assemble(parts: Sequence[tuple[Callable[[np.ndarray], np.ndarray], Form]]) -> Form:
     """The form that is each of `parts` in a region of its own.
 
     Every part comes with a function that puts its ids there, with id 0 (nothing) elsewhere.
@@ -369,7 +369,7 @@ def blend(parts: Sequence[tuple[Callable[[np.ndarray], np.ndarray], Form]]) -> F
 
 
 def masked(mask: np.ndarray, form: Form) -> tuple[Callable[[np.ndarray], np.ndarray], Form]:
-    """A part of `blend`: the form where the mask is true."""
+    """A part of `assemble`: the form where the mask is true."""
     return (lambda ids: np.where(mask, ids, 0)), form
 
 
@@ -377,23 +377,23 @@ def join(system: System, a: Scale, b: Scale, shape: Sequence[int]) -> Scale:
     """Two arrays that are added, compared or selected between elementwise: equal scales."""
     rank = len(shape)
     fa, fb = (tuple(Term(c, lifted(i, rank)) for c, i in v.form) for v in (a, b))
-    wa, wb = (None if v.wild is None else lifted(v.wild, rank) for v in (a, b))
-    if a.all_wild and b.all_wild:
+    wa, wb = (None if v.absorbing is None else lifted(v.absorbing, rank) for v in (a, b))
+    if a.all_absorbing and b.all_absorbing:
         return Scale(shape, (), np.ones((1,) * rank, bool))
-    if a.all_wild:
+    if a.all_absorbing:
         return Scale(shape, fb, wb)
-    if b.all_wild:
+    if b.all_absorbing:
         return Scale(shape, fa, wa)
     if wa is None and wb is None:
-        vanish(system, minus(fa, fb))
+        require_zero(system, minus(fa, fb))
         return Scale(shape, min(tidy(system, fa), tidy(system, fb), key=weight))
     no = np.zeros((1,) * rank, bool)
     wa, wb = no if wa is None else wa, no if wb is None else wb
-    vanish(system, minus(fa, fb), ~(wa | wb))
+    require_zero(system, minus(fa, fb), ~(wa | wb))
     fa, fb = tidy(system, fa), tidy(system, fb)
     form = fa
     if signature(fa) != signature(fb):
-        form = blend([masked(wa & ~wb, fb), masked(~(wa & ~wb), fa)])
+        form = assemble([masked(wa & ~wb, fb), masked(~(wa & ~wb), fa)])
     return Scale(shape, tidy(system, form), wa & wb)
 
 
@@ -405,19 +405,19 @@ def level(system: System, value: Scale, axes: Sequence[int]) -> Scale:
     form = tidy(system, value.form)
     varying = [t for t in form if any(t.ids.shape[a] > 1 for a in axes)]
     rest = tuple(t for t in form if not any(t.ids.shape[a] > 1 for a in axes))
-    wild = value.wild
-    if wild is not None:
-        gone = np.asarray(wild.all(axis=tuple(axes), keepdims=True)) if axes else wild
+    absorbing = value.absorbing
+    if absorbing is not None:
+        gone = np.asarray(absorbing.all(axis=tuple(axes), keepdims=True)) if axes else absorbing
     else:
         gone = None
     if not varying:
         return Scale(shape, form, gone)
     full = np.broadcast_shapes(
-        *(t.ids.shape for t in varying), (1,) * rank if wild is None else wild.shape
+        *(t.ids.shape for t in varying), (1,) * rank if absorbing is None else absorbing.shape
     )
     remaining = tuple(1 if a in axes else n for a, n in enumerate(full))
     common = variables(system.new(remaining))
-    vanish(system, minus(tuple(varying), common), None if wild is None else ~wild)
+    require_zero(system, minus(tuple(varying), common), None if absorbing is None else ~absorbing)
     return Scale(shape, tidy(system, (*rest, *common)), gone)
 
 
@@ -436,4 +436,4 @@ def side_by_side(system: System, forms: Sequence[Form], lengths: Sequence[int], 
         return place
 
     forms = [tidy(system, form) for form in forms]
-    return tidy(system, blend([(put(i), f) for i, f in enumerate(forms)]))
+    return tidy(system, assemble([(put(i), f) for i, f in enumerate(forms)]))

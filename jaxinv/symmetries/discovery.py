@@ -1,7 +1,8 @@
 """Infinitesimal symmetries of any network, found numerically.
 
 A vector field ξ on parameter space is a symmetry of fn if J(θ) ξ(θ) = 0 for all θ, where J is the
-Jacobian of the outputs. `discover` looks for three kinds of ξ, linear in unknown coefficients:
+Jacobian of the outputs. `discover_symmetries` looks for three kinds of ξ, linear in unknown
+coefficients:
 
 * scaling: ξ(θ) = c∘θ, one exponent per parameter;
 * translation: ξ(θ) = v, constant;
@@ -51,8 +52,8 @@ class Symmetries(NamedTuple):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinv.symmetries import discover
-        >>> found = discover(lambda w, x: x * (w[0] + w[1]), [jnp.ones(1), jnp.ones(1)],
+        >>> from jaxinv.symmetries import discover_symmetries
+        >>> found = discover_symmetries(lambda w, x: x * (w[0] + w[1]), [jnp.ones(1), jnp.ones(1)],
         ...                  jnp.ones((2, 1)), kinds=["translation"]).translation
         >>> found.dimension, [v.round(3).tolist() for v in found.basis]  # (1, −1)/√2, up to a sign
         (1, [[[...]], [[...]]])
@@ -70,12 +71,12 @@ class Symmetries(NamedTuple):
 
 
 class Discovered(NamedTuple):
-    """What `discover` found; a kind that was not asked for is None.
+    """What `discover_symmetries` found; a kind that was not asked for is None.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinv.symmetries import discover
-        >>> print(discover(lambda w, x: x * w, jnp.ones(1), jnp.ones((2, 1))))
+        >>> from jaxinv.symmetries import discover_symmetries
+        >>> print(discover_symmetries(lambda w, x: x * w, jnp.ones(1), jnp.ones((2, 1))))
         scaling      0  certain, gap ...
         translation  0  certain, gap ...
         linear       0  certain, gap ...
@@ -98,7 +99,7 @@ class Discovered(NamedTuple):
         return "\n".join(lines)
 
 
-def discover(
+def discover_symmetries(
     fn: Network,
     params: Params,
     x: Inputs,
@@ -146,9 +147,9 @@ def discover(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jaxinv.symmetries import discover
+        >>> from jaxinv.symmetries import discover_symmetries
         >>> w = [jnp.ones((2, 3)), jnp.ones((3, 2))]
-        >>> linear = discover(lambda w, x: x @ w[0] @ w[1], w, jnp.eye(2))
+        >>> linear = discover_symmetries(lambda w, x: x @ w[0] @ w[1], w, jnp.eye(2))
         >>> linear.scaling.dimension, linear.translation.dimension, linear.linear.dimension  # GL(3)
         (3, 0, 9)
     """
@@ -159,7 +160,9 @@ def discover(
         if kind not in KINDS:
             raise InvalidInput(f"kinds must be among {', '.join(KINDS)}; {kind!r} is not.")
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((params, x))):
-        raise InvalidInput("discover decides shapes by ranks and cannot run under jit or vmap.")
+        raise InvalidInput(
+            "discover_symmetries decides shapes by ranks and cannot run under jit or vmap."
+        )
     # Constants that fn closes over may well be float32: let them be promoted.
     with jax.numpy_dtype_promotion("standard"):
         network = traced_in(jnp.float64, fn, params, x)
@@ -181,10 +184,10 @@ def discover(
         needed = memory(rows, theta.size, sizes, samples)
         if needed > max_bytes:
             raise InvalidInput(
-                f"discover would need about {needed / 1e9:.1f} GB for {sizes} unknowns and {rows} "
-                f"rows per sample, more than max_bytes = {max_bytes / 1e9:.1f} GB. Ask for fewer "
-                "kinds ('linear' needs the most), pass fewer inputs, make the layers narrower, or "
-                "raise max_bytes."
+                f"discover_symmetries would need about {needed / 1e9:.1f} GB for {sizes} unknowns "
+                f"and {rows} rows per sample, more than max_bytes = {max_bytes / 1e9:.1f} GB. Ask "
+                "for fewer kinds ('linear' needs the most), pass fewer inputs, make the layers "
+                "narrower, or raise max_bytes."
             )
         draw = sampler(params, theta, sample)
         equations = equations_of(problem, draw, samples, list(kinds))
@@ -233,10 +236,10 @@ class Comparison(NamedTuple):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxinv.rescaling import rescaling_group
-        >>> from jaxinv.symmetries import compare, discover
+        >>> from jaxinv.symmetries import compare, discover_symmetries
         >>> net = lambda w, x: jax.nn.softmax(jax.nn.relu(x @ w[0]) @ w[1] + w[2])
         >>> w, x = [jnp.ones((2, 3)), jnp.ones((3, 2)), jnp.ones(2)], jnp.eye(2)
-        >>> print(compare(discover(net, w, x), rescaling_group(net, w, x)))
+        >>> print(compare(discover_symmetries(net, w, x), rescaling_group(net, w, x)))
         3 of 3 generators of the group confirmed
         4 shifts: 3 of 1, 1 of 2
         0 scalings beyond the group
@@ -276,7 +279,7 @@ def compare(discovered: Discovered, group: RescalingGroup) -> Comparison:
     normalisation breaks its scale invariance, so what `ignore_epsilon` adds is not confirmed.)
 
     Args:
-        discovered: as `discover` returns it; kinds that it lacks are skipped.
+        discovered: as `discover_symmetries` returns it; kinds that it lacks are skipped.
         group: as `jaxinv.rescaling.rescaling_group` returns it for the same function.
 
     Returns:
@@ -288,10 +291,10 @@ def compare(discovered: Discovered, group: RescalingGroup) -> Comparison:
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxinv.rescaling import rescaling_group
-        >>> from jaxinv.symmetries import compare, discover
+        >>> from jaxinv.symmetries import compare, discover_symmetries
         >>> net, x = (lambda w, x: x @ w["a"] @ w["b"]), jnp.eye(2)
         >>> w = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
-        >>> compare(discover(net, w, x), rescaling_group(net, w, x)).linear  # 3² − 3
+        >>> compare(discover_symmetries(net, w, x), rescaling_group(net, w, x)).linear  # 3² − 3
         (('a + b', 6),)
     """
     if discovered.scaling is None:

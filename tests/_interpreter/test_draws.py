@@ -9,7 +9,7 @@ import pytest
 from jaxinv import (
     UnsupportedOperation,
     degrees_of_freedom,
-    discover,
+    discover_symmetries,
     jacobian,
     jacobian_rank,
     jacobian_spectrum,
@@ -167,7 +167,9 @@ def test_in_the_users_own_float64_draws_are_what_they_are(x64):
 def test_symmetries_and_natural_gradients_are_of_the_functions_own_draws():
     """A mask of the wrong units would give other symmetries, and another metric."""
     kept = int(mask_of(KEY).sum())
-    found = discover(dropout, W, jax.ShapeDtypeStruct((1, 3), np.float32), kinds=("scaling",))
+    found = discover_symmetries(
+        dropout, W, jax.ShapeDtypeStruct((1, 3), np.float32), kinds=("scaling",)
+    )
     # Weights of dropped units scale freely, one by one; the others unit by unit.
     assert found.scaling.dimension == (4 - kept) * (3 + 2) + kept
     gradient = jax.grad(lambda w: jnp.mean(dropout(w, X) ** 2) / 2)(W)

@@ -221,7 +221,7 @@ def test_operations_without_a_known_constant_are_refused(between):
 
 def test_bad_tolerances_are_refused():
     w, x = jnp.ones((2, 2)), jnp.zeros((1, 2))
-    with pytest.raises(InvalidInput, match="tol must be positive"):
-        spectral_norms(lambda w, x: x @ w, w, x, tol=0.0)
+    with pytest.raises(InvalidInput, match="rtol must be positive"):
+        spectral_norms(lambda w, x: x @ w, w, x, rtol=0.0)
     with pytest.raises(InvalidInput, match="max_iterations"):
         spectral_norms(lambda w, x: x @ w, w, x, max_iterations=0)

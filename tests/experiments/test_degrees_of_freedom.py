@@ -29,17 +29,17 @@ def small_run(tmp_path_factory):
 def test_every_parameter_is_counted_once(small_run):
     assert {"standard normal", "digits"} <= set(small_run[1])  # else the loops below see nothing
     for split in small_run[1].values():
-        terms = [split[name] for name in ("rank", "rescaling", "dead", "hidden", "unseen")]
+        terms = [split[name] for name in ("rank", "rescaling", "dead", "unexplained", "unseen")]
         assert sum(terms) == split["parameters"] == PARAMETERS
         # What no symmetry explains leaves the rank without a proof from above.
-        assert min(terms) >= 0 and split["certain"] == (split["hidden"] == 0)
+        assert min(terms) >= 0 and split["certain"] == (split["unexplained"] == 0)
         assert split["group_dimension"] == HIDDEN  # one rescaling per hidden unit
         assert split["rank"] <= PARAMETERS - HIDDEN
 
 
 def test_normal_inputs_lose_nothing_but_the_rescalings(small_run):
     split = small_run[1]["standard normal"]
-    found = split["rank"], split["rescaling"], split["dead"], split["hidden"]
+    found = split["rank"], split["rescaling"], split["dead"], split["unexplained"]
     assert found == (PARAMETERS - HIDDEN, HIDDEN, 0, 0)
 
 
@@ -86,7 +86,7 @@ def test_the_table_writes_the_sum_and_where_the_dead_are(small_run):
     split = small_run[1]["digits"]
     dead = split["dead_by_leaf"]["Dense_0/kernel"]
     assert f"dead on digits, seed 0: {dead} in Dense_0/kernel" in printed
-    names = ("parameters", "rank", "rescaling", "dead", "hidden", "unseen")
+    names = ("parameters", "rank", "rescaling", "dead", "unexplained", "unseen")
     terms = " ".join(str(split[name]) for name in names)
     assert f"digits 0 1437 {terms} {'yes' if split['certain'] else 'no'}" in printed
 
@@ -106,5 +106,5 @@ def test_the_default_network_has_3402_degrees_of_freedom_on_normal_inputs():
     result = degrees_of_freedom.run(degrees_of_freedom.Config())
     normal, digits = result.splits
     assert (normal.parameters, normal.rank, normal.rescaling) == (3466, 3402, 64)
-    assert (normal.dead, normal.hidden, normal.certain) == (0, 0, True)
-    assert digits.rank + digits.rescaling + digits.dead + digits.hidden == 3466
+    assert (normal.dead, normal.unexplained, normal.certain) == (0, 0, True)
+    assert digits.rank + digits.rescaling + digits.dead + digits.unexplained == 3466

@@ -19,7 +19,7 @@ def small_run(tmp_path_factory):
     """Three methods at two rates; the other methods have tests of their own."""
     out = tmp_path_factory.mktemp("geometry")
     with pytest.MonkeyPatch.context() as patch:
-        chosen = {name: geometry.METHODS[name] for name in ("sgd", "path", "ddp-0.5")}
+        chosen = {name: geometry.METHODS[name] for name in ("sgd", "path", "data-dependent-0.5")}
         patch.setattr(geometry, "METHODS", chosen)
         patch.setattr(geometry, "RATES", (0.1, 0.01))
         assert cli.main([*ARGV, "--seeds", "2", "--out", str(out)]) == 0

@@ -254,7 +254,7 @@ def _direction(damping, solver, dtype, iterations, tol):
     return jax.jit(
         lambda w, x, g: natural_gradient_direction(
             mlp, w, x, g, "softmax", damping=damping, solver=solver, dtype=dtype,
-            max_iterations=iterations, tol=tol,
+            max_iterations=iterations, rtol=tol,
         )
     )  # fmt: skip
 
@@ -270,7 +270,7 @@ def test_cr_without_damping_finds_the_least_norm_solution_of_any_gradient(null_p
     U = np.linalg.svd(np.asarray(x))[2][6:]
     g = g + null_part * U.T @ rng.normal(size=(6, 1))
     found = natural_gradient_direction(
-        lambda w, x: x @ w, w, x, jnp.asarray(g), "gaussian", solver="cr", tol=1e-10
+        lambda w, x: x @ w, w, x, jnp.asarray(g), "gaussian", solver="cr", rtol=1e-10
     )
     want = np.linalg.pinv(F, rcond=1e-10) @ g
     np.testing.assert_allclose(found.v, want, rtol=1e-7, atol=1e-8)
@@ -359,7 +359,7 @@ def test_derivatives_are_those_of_the_damped_inverse(solver, x64):
 
     def ours(flat, damping):
         found = natural_gradient_direction(
-            fn, back(flat), x, back(g), "softmax", damping=damping, solver=solver, tol=1e-12
+            fn, back(flat), x, back(g), "softmax", damping=damping, solver=solver, rtol=1e-12
         )
         return jax.flatten_util.ravel_pytree(found.v)[0] @ g
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxinv import InvalidInput, share_params
+from jaxinv import InvalidInput, pass_full_params
 from jaxinv.jacobians import natural_gradient_direction
 from jaxinv.optimizers import natural_gradient, scale_by_natural_gradient
 
@@ -220,15 +220,15 @@ def test_masked_and_partition_take_the_fisher_of_the_visible_parameters():
     found = natural_gradient_direction(of_out, params["out"], X, g["out"], "softmax", damping=0.01)
     want = jax.tree.map(lambda v: -0.1 * v, found.v)
     parts = {"natural": plain(), "sgd": optax.sgd(0.3)}
-    tx = share_params(optax.partition(parts, {"in": "sgd", "out": "natural"}))
+    tx = pass_full_params(optax.partition(parts, {"in": "sgd", "out": "natural"}))
     u, _ = update(tx, g, params)
     assert_close(u["out"], want)
     assert_close(u["in"], -0.3 * g["in"])
     masked = optax.masked(plain(), {"in": False, "out": True})
-    u, _ = update(share_params(masked), g, params)
+    u, _ = update(pass_full_params(masked), g, params)
     assert_close(u["out"], want)
     np.testing.assert_array_equal(u["in"], g["in"])
-    with pytest.raises(InvalidInput, match=r"Some parameters are masked.*share_params"):
+    with pytest.raises(InvalidInput, match=r"Some parameters are masked.*pass_full_params"):
         masked.update(g, masked.init(params), params, batch=X)
 
 

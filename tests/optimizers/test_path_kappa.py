@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxinv import (
     InvalidInput,
     UnsupportedOperation,
+    pass_full_params,
     path_kappa,
     path_sgd,
     scale_by_path_kappa,
-    share_params,
 )
 from jaxinv._numerics import stream
 from jaxinv.networks import cnn, init_cnn, init_mlp, mlp
@@ -425,16 +425,16 @@ def test_partition_and_masked_get_all_parameters_through_share_params():
     core = path_sgd(0.1, mlp, X, every=2)
     want = update(core, g, params)
     parts = {"path": core, "plain": optax.sgd(0.3)}
-    tx = share_params(optax.partition(parts, _labels(params)))
+    tx = pass_full_params(optax.partition(parts, _labels(params)))
     u, _ = jax.jit(tx.update)(g, tx.init(params), params)
     np.testing.assert_allclose(u["Dense_1"]["kernel"], want["Dense_1"]["kernel"], rtol=1e-5)
     np.testing.assert_allclose(u["Dense_0"]["kernel"], -0.3 * g["Dense_0"]["kernel"], rtol=1e-6)
     masked = optax.masked(core, {n: {"kernel": True, "bias": False} for n in params})
-    tx = share_params(masked)
+    tx = pass_full_params(masked)
     u, _ = jax.jit(tx.update)(g, tx.init(params), params)
     np.testing.assert_allclose(u["Dense_0"]["kernel"], want["Dense_0"]["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(u["Dense_0"]["bias"], g["Dense_0"]["bias"])
-    with pytest.raises(InvalidInput, match=r"Some parameters are masked.*share_params"):
+    with pytest.raises(InvalidInput, match=r"Some parameters are masked.*pass_full_params"):
         masked.update(g, masked.init(params), params)
 
 

@@ -183,12 +183,12 @@ def test_solution_of_least_kappa_norm(x64):
     k = lift.T @ lift / np.outer(root, root)
     expected = np.linalg.pinv(k, rcond=1e-10) @ (gradient / root) / root
     solved = path_metric_solve(
-        network.fn, params, x, unflatten(gradient, params), max_iterations=200, tol=1e-13
+        network.fn, params, x, unflatten(gradient, params), max_iterations=200, rtol=1e-13
     )
     np.testing.assert_allclose(flatten(solved.v), expected, rtol=1e-7, atol=1e-9)
     assert solved.residual < 1e-10
     damped = path_metric_solve(
-        network.fn, params, x, unflatten(gradient, params), max_iterations=200, tol=1e-13,
+        network.fn, params, x, unflatten(gradient, params), max_iterations=200, rtol=1e-13,
         damping=0.3,
     )  # fmt: skip
     expected = np.linalg.solve(k + 0.3 * np.eye(len(k)), gradient / root) / root
@@ -269,7 +269,7 @@ def test_range_of_float32():
     moved = rescale(group, params, u)
     gradient = jax.grad(loss)(params)
     moved_gradient = jaxinv.rescale_gradient(group, gradient, u)
-    options = {"max_iterations": 5, "tol": 0.0, "damping": 0.5}
+    options = {"max_iterations": 5, "rtol": 0.0, "damping": 0.5}
     solve = jax.jit(lambda w, g: path_metric_solve(mlp, w, X, g, **options).v)
     here, there = solve(params, gradient), solve(moved, moved_gradient)
     back = rescale(group, there, -u)
@@ -313,10 +313,10 @@ def test_the_metric_of_some_parameters_holds_the_others_fixed(x64):
     gradient = jax.grad(exact_loss)(params)
     labels = {"Dense_0": "path", "Dense_1": "plain"}
     inner = {
-        "path": scale_by_path_metric(wide, X, damping=0.1, tol=1e-12, max_iterations=99),
+        "path": scale_by_path_metric(wide, X, damping=0.1, rtol=1e-12, max_iterations=99),
         "plain": optax.identity(),
     }
-    tx = jaxinv.share_params(optax.partition(inner, labels))
+    tx = jaxinv.pass_full_params(optax.partition(inner, labels))
     updates, _ = tx.update(gradient, tx.init(params), params)
     head = params["Dense_1"]
 
@@ -325,10 +325,10 @@ def test_the_metric_of_some_parameters_holds_the_others_fixed(x64):
 
     expected = path_metric_solve(
         body, params["Dense_0"], X.astype(jnp.float64), gradient["Dense_0"], damping=0.1,
-        tol=1e-12, max_iterations=99,
+        rtol=1e-12, max_iterations=99,
     )  # fmt: skip
     close(updates["Dense_0"], expected.v, 1e-8)
-    with pytest.raises(InvalidInput, match="share_params"):
+    with pytest.raises(InvalidInput, match="pass_full_params"):
         hidden = optax.partition(inner, labels)
         hidden.update(gradient, hidden.init(params), params)
 

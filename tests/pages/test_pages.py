@@ -97,7 +97,7 @@ def test_the_numbers_in_the_page_are_those_of_jaxinv(mlp, page):
     np.testing.assert_allclose(data["outputs"]["y"], jaxinv.unit_path_norms(*mlp), rtol=1e-5)
     freedom = data["freedom"]
     found = jaxinv.degrees_of_freedom(*mlp)
-    for part in ("rank", "rescaling", "dead", "hidden"):
+    for part in ("rank", "rescaling", "dead", "unexplained"):
         assert freedom[part] == getattr(found, part)
     assert freedom["inputs"] == "the 60 given inputs"
     spectrum = np.asarray(jaxinv.jacobian_spectrum(*mlp))

@@ -435,7 +435,7 @@ def trajectory(tx, params, x, y, steps=5):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_ddp_sgd_does_not_see_rescalings(alpha, x64):
+def test_data_dependent_path_sgd_does_not_see_rescalings(alpha, x64):
     params = init_mlp(jax.random.key(1), (4, 6, 3), dtype=jnp.float64)
     x = jax.random.normal(jax.random.key(2), (12, 4), jnp.float64)
     y = jnp.arange(12) % 3
@@ -467,7 +467,7 @@ def test_transformation_in_optax():
     params = init_mlp(jax.random.key(1), (4, 6, 3))
     x, y = jax.random.normal(jax.random.key(2), (12, 4)), jnp.arange(12) % 3
     gradient = jax.grad(loss_of)(params, x, y)
-    tx = jaxinv.share_params(
+    tx = jaxinv.pass_full_params(
         optax.partition(
             {"a": jaxinv.data_dependent_path_sgd(0.1, mlp, alpha=0.5), "b": optax.sgd(0.1)},
             {"Dense_0": "a", "Dense_1": "b"},

@@ -250,7 +250,7 @@ def test_degrees_of_freedom_take_exact_ranks():
     w = networks.init_mlp(jax.random.key(0), (3, 5, 2), bias_std=0.3)
     x = jax.random.normal(jax.random.key(1), (40, 3))
     found = degrees_of_freedom(networks.mlp, w, x, method="exact")
-    assert int(found.rank) == 27 and bool(found.certain) and int(found.hidden) == 0
+    assert int(found.rank) == 27 and bool(found.certain) and int(found.unexplained) == 0
 
 
 def test_exact_ranks_are_those_of_singular_values_of_ordinary_networks():

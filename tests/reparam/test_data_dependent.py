@@ -9,7 +9,12 @@ import pytest
 from flax import linen as nn
 
 import jaxinv
-from jaxinv import InvalidInput, UnsupportedOperation, batch_norm_as_reparam, ddp_normalize
+from jaxinv import (
+    InvalidInput,
+    UnsupportedOperation,
+    batch_norm_as_reparam,
+    data_dependent_normalize,
+)
 from jaxinv.networks import init_mlp, mlp
 from jaxinv.reparam import UnitStatistics, moving_average
 
@@ -166,7 +171,7 @@ def test_weights_divided_by_the_root_of_w_r_w(alpha, centered, x64):
         h = np.maximum((h - mean) @ tilde + b[i], 0)
         gamma = 1 + b[i] ** 2
     expected = h @ w[2] + b[2]
-    ours = ddp_normalize(net, alpha=alpha, centered=centered, eps=0.0)
+    ours = data_dependent_normalize(net, alpha=alpha, centered=centered, eps=0.0)
     np.testing.assert_allclose(ours.fn((w, b), x), expected, rtol=1e-10)
 
 
@@ -176,7 +181,7 @@ def test_every_unit_of_alpha_zero_has_norm_one(x64):
     x = jax.random.normal(jax.random.key(1), (7, 4), jnp.float64)
     group = jaxinv.rescaling_group(mlp, params, x)
     expected = jaxinv.weight_normalize(mlp, group).fn(params, x)
-    found = ddp_normalize(mlp, alpha=0, eps=0.0).fn(params, x)
+    found = data_dependent_normalize(mlp, alpha=0, eps=0.0).fn(params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
@@ -236,7 +241,7 @@ def test_refusals_and_bad_arguments():
     with pytest.raises(InvalidInput, match="eps"):
         batch_norm_as_reparam(net, eps=-1.0)
     with pytest.raises(InvalidInput, match="alpha"):
-        ddp_normalize(net, alpha=2.0)
+        data_dependent_normalize(net, alpha=2.0)
     with pytest.raises(UnsupportedOperation, match="tanh"):
         batch_norm_as_reparam(lambda w, x: jnp.tanh(x @ w) @ w).fn(w, x)
     with pytest.raises(InvalidInput, match="statistics are given"):

@@ -118,7 +118,7 @@ def test_balance_is_the_minimum_that_scipy_finds(seed, widths, p):
         want = minimize(
             value, np.zeros(group.dim), jac=slope, method="BFGS", options={"gtol": 1e-9}
         )
-        gauge = balance(group, params, norm=p)
+        gauge = balance(group, params, p=p)
         assert gauge.converged
         np.testing.assert_allclose(gauge.value, want.fun, rtol=1e-10)
 
@@ -165,7 +165,7 @@ def test_gauges_leave_a_residual_conv_net_unchanged_and_forget_the_start(x64):
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_normalize_gives_every_unit_incoming_weights_of_norm_one(p, x64):
     group, params, _ = worked_example(True)
-    gauge = normalize(group, params, norm=p)
+    gauge = normalize(group, params, p=p)
     assert gauge.converged
     np.testing.assert_allclose(sums(group, gauge.params, p)[0], 1, rtol=1e-13)
 
@@ -273,8 +273,8 @@ def test_the_distance_is_a_metric_on_orbits(x64):
 def test_errors_say_what_does_not_fit(x64):
     group, params, log_kappa = worked_example(False)
     for call in (balance, normalize):
-        with pytest.raises(InvalidInput, match="norm must be a fixed number > 0, not 0"):
-            call(group, params, norm=0)
+        with pytest.raises(InvalidInput, match="p must be a fixed number > 0, not 0"):
+            call(group, params, p=0)
         with pytest.raises(InvalidInput, match="another tree structure"):
             call(group, {"Dense_0": params["Dense_0"]})
     with pytest.raises(InvalidInput, match="p must be a fixed number > 0"):

@@ -8,7 +8,7 @@ import pytest
 from jaxinv import InvalidInput
 from jaxinv.networks import cnn, init_cnn, mlp
 from jaxinv.rescaling import rescaling_group
-from jaxinv.symmetries import compare, discover
+from jaxinv.symmetries import compare, discover_symmetries
 
 
 def draw(seed=0, **shapes):
@@ -37,7 +37,7 @@ def dimensions(found):
 
 def test_a_relu_network_has_one_scaling_per_hidden_unit_and_nothing_else():
     w, x = dense(3, 4, 3, 2), shape(8, 3)
-    found = discover(mlp, w, x)
+    found = discover_symmetries(mlp, w, x)
     assert dimensions(found) == (7, 0, 7)
     result = compare(found, rescaling_group(mlp, w, x))
     assert result == (7, (), (), (), (), ())
@@ -51,7 +51,7 @@ def test_a_relu_network_has_one_scaling_per_hidden_unit_and_nothing_else():
 
 def test_a_tanh_network_has_none_and_the_group_of_relu_is_not_confirmed():
     w, x = dense(3, 4, 2), shape(8, 3)
-    found = discover(lambda w, x: mlp(w, x, activation=jnp.tanh), w, x)
+    found = discover_symmetries(lambda w, x: mlp(w, x, activation=jnp.tanh), w, x)
     assert dimensions(found) == (0, 0, 0)
     result = compare(found, rescaling_group(mlp, w, x))
     assert result.confirmed == 0 and len(result.missing) == 4
@@ -66,7 +66,7 @@ def test_a_deep_linear_network_has_one_general_linear_group_per_hidden_layer(siz
     def linear(w, x):
         return mlp(w, x, activation=lambda h: h)
 
-    found = discover(linear, w, x)
+    found = discover_symmetries(linear, w, x)
     hidden = np.array(sizes[1:-1])
     assert dimensions(found) == (hidden.sum(), 0, (hidden**2).sum())
     result = compare(found, rescaling_group(linear, w, x))
@@ -81,7 +81,7 @@ def test_a_softmax_output_does_not_see_the_shift_of_all_logits():
     def net(w, x):
         return jax.nn.softmax(mlp(w, x))
 
-    found = discover(net, w, x)
+    found = discover_symmetries(net, w, x)
     assert dimensions(found)[:2] == (4, 5)
     result = compare(found, rescaling_group(net, w, x))
     assert result.shifts == (("Dense_1/bias", 1), ("Dense_1/kernel", 4))
@@ -94,7 +94,7 @@ def test_weights_of_an_input_that_is_always_zero_are_dead():
     w = dense(3, 4, 2)
     x = draw(9, x=(8, 3))["x"]
     x[:, 1] = 0
-    found = discover(mlp, w, x, kinds=("scaling", "translation"))
+    found = discover_symmetries(mlp, w, x, kinds=("scaling", "translation"))
     assert (found.scaling.dimension, found.translation.dimension) == (8, 4)
     result = compare(found, rescaling_group(mlp, w, x))
     assert result.dead == (("Dense_0/kernel", 4),)
@@ -110,7 +110,7 @@ def attention(w, x):
 
 def test_attention_has_general_linear_groups_between_query_and_key_and_value_and_output():
     w, x = draw(q=(3, 2), k=(3, 2), v=(3, 2), o=(2, 3)), shape(3, 4, 3)
-    found = discover(attention, w, x)
+    found = discover_symmetries(attention, w, x)
     assert dimensions(found) == (4, 0, 8)
     result = compare(found, rescaling_group(attention, w, x))
     assert result.confirmed == 4
@@ -124,7 +124,7 @@ def test_attention_has_general_linear_groups_between_query_and_key_and_value_and
 def test_a_residual_convolutional_network_has_the_scalings_of_its_group():
     w = jax.jit(lambda: init_cnn(jax.random.key(0), 2, num_classes=2))()
     x = shape(6, 4, 4, 1)
-    found = discover(cnn, w, x, kinds=("scaling", "translation"))
+    found = discover_symmetries(cnn, w, x, kinds=("scaling", "translation"))
     group = rescaling_group(cnn, w, x)
     assert found.scaling.certain and found.scaling.dimension == group.dim == 4
     assert found.translation.dimension == 0
@@ -140,7 +140,7 @@ def normalized(w, x):
 
 def test_a_bias_in_front_of_a_batch_normalisation_has_no_effect_and_its_epsilon_counts():
     w, x = draw(kernel=(3, 2), bias=(2,), out=(2, 2)), shape(8, 3)
-    found = discover(normalized, w, x, kinds=("scaling", "translation"))
+    found = discover_symmetries(normalized, w, x, kinds=("scaling", "translation"))
     # Scales of the kernel would be symmetries but for ε: small singular values, and not 0.
     assert found.scaling.certain and found.scaling.dimension == 2
     result = compare(found, rescaling_group(normalized, w, x))
@@ -156,7 +156,7 @@ def test_a_scaling_that_the_symbolic_rules_do_not_see_is_reported_as_extra():
     def hidden(w, x):
         return x * jnp.exp(jnp.log(w["a"] ** 2) + jnp.log(w["b"] ** 2))
 
-    found = discover(hidden, w, x)
+    found = discover_symmetries(hidden, w, x)
     group = rescaling_group(hidden, w, x)
     assert group.dim == 0
     assert dimensions(found)[:2] == (3, 0)
@@ -174,7 +174,7 @@ def test_nothing_of_the_users_configuration_changes_and_float32_is_not_used():
         seen.append(w[0].dtype)
         return x * w[0]
 
-    found = discover(net, w, shape(3, 2))
+    found = discover_symmetries(net, w, shape(3, 2))
     assert set(seen) == {jnp.dtype("float64")}
     assert jnp.ones(1).dtype == jnp.float32
     assert found.scaling.singular_values.dtype == np.float64
@@ -188,7 +188,7 @@ def test_a_function_that_rounds_to_float32_is_not_certain():
     def net(w, x):
         return mlp(jax.tree.map(lambda a: a.astype(jnp.float32), w), x.astype(jnp.float32))
 
-    assert not discover(net, w, x, kinds=("scaling",)).scaling.certain
+    assert not discover_symmetries(net, w, x, kinds=("scaling",)).scaling.certain
 
 
 def test_inputs_that_are_indices_are_taken_as_they_are():
@@ -198,7 +198,7 @@ def test_inputs_that_are_indices_are_taken_as_they_are():
     def net(w, x):
         return w["table"][x] @ w["out"]
 
-    found = discover(net, w, x)
+    found = discover_symmetries(net, w, x)
     # Row 3 is never read: 2 dead weights; GL(2) otherwise.
     assert dimensions(found)[:2] == (4, 2)
     assert compare(found, rescaling_group(net, w, x)).dead == (("table", 2),)
@@ -211,8 +211,8 @@ def test_parameters_that_must_be_positive_are_drawn_by_the_user():
         return x / jnp.sqrt(w["variance"])
 
     with pytest.raises(InvalidInput, match=r"not finite.*sample="):
-        discover(net, w, x)
-    found = discover(
+        discover_symmetries(net, w, x)
+    found = discover_symmetries(
         net, w, x, sample=lambda key, w: {"variance": jax.random.uniform(key, (2,)) + 0.5}
     )
     assert dimensions(found) == (0, 0, 0)
@@ -221,14 +221,16 @@ def test_parameters_that_must_be_positive_are_drawn_by_the_user():
 def test_what_cannot_be_done_is_refused():
     big = [np.ones((100, 100), np.float32)]
     with pytest.raises(InvalidInput, match=r"needs? about .* GB for .*'linear': 20000.*max_bytes"):
-        discover(lambda w, x: x @ w[0], big, shape(2, 100))
+        discover_symmetries(lambda w, x: x @ w[0], big, shape(2, 100))
     with pytest.raises(InvalidInput, match="'rotation' is not"):
-        discover(mlp, dense(2, 2), shape(1, 2), kinds=("rotation",))
+        discover_symmetries(mlp, dense(2, 2), shape(1, 2), kinds=("rotation",))
     with pytest.raises(InvalidInput, match="cannot run under jit"):
-        jax.jit(lambda w: discover(mlp, w, shape(1, 2)).rows)(dense(2, 2))
+        jax.jit(lambda w: discover_symmetries(mlp, w, shape(1, 2)).rows)(dense(2, 2))
     with pytest.raises(InvalidInput, match="only floats can be drawn"):
-        discover(mlp, dense(2, 2), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    found = discover(lambda w, x: x * w[0], [np.ones(1, np.float32)], shape(2, 1), kinds=())
+        discover_symmetries(mlp, dense(2, 2), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    found = discover_symmetries(
+        lambda w, x: x * w[0], [np.ones(1, np.float32)], shape(2, 1), kinds=()
+    )
     group = rescaling_group(lambda w, x: x * w[0], [np.ones(1, np.float32)], shape(2, 1))
     with pytest.raises(InvalidInput, match="needs the discovered scalings"):
         compare(found, group)
@@ -237,7 +239,8 @@ def test_what_cannot_be_done_is_refused():
 def test_symmetries_do_not_depend_on_the_key():
     w, x = dense(2, 3, 2), shape(5, 2)
     spaces = [
-        discover(mlp, w, x, kinds=("scaling",), key=jax.random.key(k)).scaling for k in (1, 2)
+        discover_symmetries(mlp, w, x, kinds=("scaling",), key=jax.random.key(k)).scaling
+        for k in (1, 2)
     ]
     projections = []
     for space in spaces:

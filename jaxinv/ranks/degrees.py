@@ -1,6 +1,6 @@
 """Degrees of freedom: what becomes of every parameter of a network.
 
-number of parameters d = rank of the Jacobian + rescalings + dead + hidden + unseen
+number of parameters d = rank of the Jacobian + rescalings + dead + unexplained + unseen
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
 
 class DegreesOfFreedom(NamedTuple):
-    """d = rank + rescaling + dead + hidden + unseen.
+    """d = rank + rescaling + dead + unexplained + unseen.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -37,7 +37,7 @@ class DegreesOfFreedom(NamedTuple):
         >>> w = networks.init_mlp(jax.random.key(0), (3, 4, 2), bias=False)
         >>> x = jax.random.normal(jax.random.key(1), (40, 3)).at[:, 2].set(0)
         >>> print(degrees_of_freedom(networks.mlp, w, x))
-        20 parameters = 12 degrees of freedom + 4 rescalings + 4 dead + 0 hidden (certain)
+        20 parameters = 12 degrees of freedom + 4 rescalings + 4 dead + 0 unexplained (certain)
         dead: Dense_0/kernel[2, :]
     """
 
@@ -45,13 +45,13 @@ class DegreesOfFreedom(NamedTuple):
     rank: Array  # int32; -1: not certified, or J not finite (see `evidence`)
     rescaling: Array  # int32: known rescalings that move parameters which are not dead
     dead: Array  # int32: parameters that change no output on these inputs
-    hidden: Array  # int32: what remains unexplained, at most; -1 where the rank is
+    unexplained: Array  # int32: what remains unexplained, at most; -1 where the rank is
     unseen: Array  # int32: directions that act on other inputs, at least; -1 where the rank is
-    compared: Array  # bool: other inputs were looked at, to tell unseen from hidden
-    certain: Array  # bool: rank, hidden and unseen are proven
+    compared: Array  # bool: other inputs were looked at, to tell unseen from unexplained
+    certain: Array  # bool: rank, unexplained and unseen are proven
     evidence: Rank
     dead_mask: Params  # like params, bool
-    basis: Array | None  # (hidden + unseen, d): orthonormal, orthogonal to rescalings and dead
+    basis: Array | None  # (unexplained + unseen, d): orthonormal, orthogonal to rescalings and dead
 
     def __str__(self) -> str:
         """The sum, and the names of dead parameters."""
@@ -60,14 +60,21 @@ class DegreesOfFreedom(NamedTuple):
         word = "certain" if self.certain else "NOT CERTAIN"
         if self.evidence.clear and not self.certain:
             word = "clear, not proven"
-        what = "hidden" if self.compared or self.hidden == 0 else "hidden or unseen by these inputs"
-        rest = [f"{self.hidden} {what}"]
+        what = (
+            "unexplained"
+            if self.compared or self.unexplained == 0
+            else "unexplained or unseen by these inputs"
+        )
+        rest = [f"{self.unexplained} {what}"]
         if self.unseen > 0:
             rest.append(f"{self.unseen} unseen by these inputs")
         rank = f"{self.rank} degrees of freedom"
         rest[-1] += f" ({word})"
         if self.rank < 0:
-            rank, rest = f"at most {self.evidence.upper} degrees of freedom", ["unknown hidden"]
+            rank, rest = (
+                f"at most {self.evidence.upper} degrees of freedom",
+                ["unknown unexplained"],
+            )
         known = f"{rank} + {self.rescaling} rescalings + {self.dead} dead"
         lines = [f"{self.parameters} parameters = {' + '.join([known, *rest])}"]
         lines += [f"dead: {name}" for name in dead_names(self.dead_mask)]
@@ -119,18 +126,18 @@ def degrees_of_freedom(
     basis: bool = False,
     batch_axis: int | None = 0,
 ) -> DegreesOfFreedom:
-    """Split the number of parameters: d = rank + rescaling + dead + hidden + unseen.
+    """Split the number of parameters: d = rank + rescaling + dead + unexplained + unseen.
 
     Rescalings are those of `jaxinv.rescaling_group`. A parameter is dead if it changes no output
     on these inputs (a pixel that is always 0, a unit that never fires): its column of J is exactly
     zero. A rescaling of dead parameters alone counts as dead. The rest of the null space is unseen
-    if it acts on other inputs, and hidden if it does not: then it is another symmetry. To tell
+    if it acts on other inputs, and unexplained if it does not: then it is another symmetry. To tell
     them apart the rank is also taken on the first d/out of these inputs and as many others, drawn
     at random. Integer inputs, and networks that mix examples, are not compared.
 
     Args:
         fn, params, x, method, rtol, dtype, chunk, batch_axis: as for `jacobian_rank`.
-        basis: also return an orthonormal basis of the hidden directions (by a full SVD of J,
+        basis: also return an orthonormal basis of the unexplained directions (by a full SVD of J,
             outside `jit`).
 
     Returns:
@@ -145,7 +152,7 @@ def degrees_of_freedom(
         >>> w = networks.init_mlp(jax.random.key(0), (3, 4, 2), bias_std=0.1)
         >>> x = jax.random.normal(jax.random.key(1), (40, 3))
         >>> print(degrees_of_freedom(networks.mlp, w, x))
-        26 parameters = 22 degrees of freedom + 4 rescalings + 0 dead + 0 hidden (certain)
+        26 parameters = 22 degrees of freedom + 4 rescalings + 0 dead + 0 unexplained (certain)
     """
     dtype, rtol = checked_options(method, dtype, rtol)
     x = leading(x, batch_axis)
@@ -167,11 +174,21 @@ def degrees_of_freedom(
     rest = jnp.where(evidence.rank < 0, -1, d - num_dead - count - evidence.rank)
     others = _elsewhere(look, x, evidence, rest, network.apart)
     unknown, compared = rest < 0, others.rest >= 0
-    hidden = jnp.where(compared & ~unknown, jnp.minimum(rest, others.rest), rest)
-    unseen = jnp.where(unknown, -1, rest - hidden)
+    unexplained = jnp.where(compared & ~unknown, jnp.minimum(rest, others.rest), rest)
+    unseen = jnp.where(unknown, -1, rest - unexplained)
     certain = evidence.certain & ((rest == 0) | (others.certain & (others.rest == 0)))
     return DegreesOfFreedom(
-        d, evidence.rank, count, num_dead, hidden, unseen, compared, certain, evidence, mask, found
+        d,
+        evidence.rank,
+        count,
+        num_dead,
+        unexplained,
+        unseen,
+        compared,
+        certain,
+        evidence,
+        mask,
+        found,
     )
 
 
@@ -239,7 +256,7 @@ def with_others(x: Inputs, count: int) -> Inputs:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinv.ranks.freedom import with_others
+        >>> from jaxinv.ranks.degrees import with_others
         >>> with_others(jnp.ones((3, 2)), 5).shape
         (8, 2)
     """

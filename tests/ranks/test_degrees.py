@@ -1,4 +1,4 @@
-"""Where every parameter goes: the sum, the names of the dead, the hidden directions."""
+"""Where every parameter goes: the sum, the names of the dead, the unexplained directions."""
 
 import chex
 import jax
@@ -36,8 +36,8 @@ def test_on_the_digits_the_sum_is_exact_and_known(digits):
     params, _, found = digits
     d = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert d == 1482 == int(found.parameters)
-    parts = (found.rank, found.rescaling, found.dead, found.hidden, found.unseen)
-    assert sum(map(int, parts)) == d and int(found.hidden) >= 0 and int(found.unseen) >= 0
+    parts = (found.rank, found.rescaling, found.dead, found.unexplained, found.unseen)
+    assert sum(map(int, parts)) == d and int(found.unexplained) >= 0 and int(found.unseen) >= 0
     assert found.evidence.clear and int(found.rank) == int(found.evidence.lower)
 
 
@@ -91,9 +91,9 @@ def test_without_a_certified_rank_nothing_is_counted_as_hidden():
     w = {name: rng.normal(size=s) for name, s in {"a": (2, 3), "b": (2, 3), "o": (3, 1)}.items()}
     x = rng.normal(size=(20, 2))
     found = degrees_of_freedom(twin, w, x, method="certificate")
-    assert (int(found.rank), int(found.hidden), bool(found.certain)) == (-1, -1, False)
-    text = "15 parameters = at most 12 degrees of freedom + 3 rescalings + 0 dead + unknown hidden"
-    assert str(found).splitlines()[0] == text
+    assert (int(found.rank), int(found.unexplained), bool(found.certain)) == (-1, -1, False)
+    text = "15 parameters = at most 12 degrees of freedom + 3 rescalings + 0 dead + "
+    assert str(found).splitlines()[0] == f"{text}unknown unexplained"
     assert "not proven: the null space may be larger" in str(found)
     with pytest.raises(InvalidInput, match="needs the rank"):
         degrees_of_freedom(twin, w, x, method="certificate", basis=True)
@@ -106,7 +106,7 @@ def test_hidden_directions_are_found_and_orthogonal_to_what_is_known(x64):
     x = abs(rng.normal(size=(60, 3)))
     found = degrees_of_freedom(twin, w, x, basis=True)
     J = np.asarray(jacobian(twin, w, x))
-    assert int(found.hidden) == len(found.basis) > 0
+    assert int(found.unexplained) == len(found.basis) > 0
     np.testing.assert_allclose(found.basis @ found.basis.T, np.eye(len(found.basis)), atol=1e-12)
     assert np.abs(J @ np.asarray(found.basis).T).max() < 1e-10
     group = rescaling_group(twin, w, x)
@@ -114,7 +114,7 @@ def test_hidden_directions_are_found_and_orthogonal_to_what_is_known(x64):
     dead = np.concatenate([np.ravel(m) for m in jax.tree.leaves(found.dead_mask)])
     assert np.abs(found.basis @ np.where(dead[:, None], 0, T)).max() < 1e-10
     assert np.abs(np.asarray(found.basis)[:, dead]).max() < 1e-14
-    total = found.rank + found.rescaling + found.dead + found.hidden
+    total = found.rank + found.rescaling + found.dead + found.unexplained
     assert int(total) == J.shape[1] and int(found.rank) == np.linalg.matrix_rank(J)
 
 
@@ -123,7 +123,7 @@ def test_the_split_works_inside_jit_and_vmap():
     members = jax.vmap(lambda k: networks.init_mlp(k, (3, 4, 2), bias_std=0.1))(keys)
     x = jax.random.normal(jax.random.key(1), (40, 3))
     found = jax.jit(jax.vmap(lambda w: degrees_of_freedom(networks.mlp, w, x)))(members)
-    total = found.rank + found.rescaling + found.dead + found.hidden + found.unseen
+    total = found.rank + found.rescaling + found.dead + found.unexplained + found.unseen
     assert (total == 26).all()
     alone = degrees_of_freedom(networks.mlp, jax.tree.map(lambda a: a[1], members), x)
     assert int(alone.rank) == int(found.rank[1]) and int(alone.dead) == int(found.dead[1])
@@ -132,17 +132,17 @@ def test_the_split_works_inside_jit_and_vmap():
 def test_too_few_rows_leave_directions_unseen_not_hidden():
     w = networks.init_mlp(jax.random.key(0), (5, 8, 3), bias=False)
     found = degrees_of_freedom(networks.mlp, w, jax.random.normal(jax.random.key(1), (16, 5)))
-    assert (int(found.rank), int(found.hidden), int(found.unseen)) == (48, 0, 8)
+    assert (int(found.rank), int(found.unexplained), int(found.unseen)) == (48, 0, 8)
     assert found.certain and found.evidence.certain  # the rank is the number of rows
-    assert "0 hidden + 8 unseen by these inputs (certain)" in str(found)
+    assert "0 unexplained + 8 unseen by these inputs (certain)" in str(found)
     assert "limited by 48 rows: at least 22 inputs needed for 64 parameters" in str(found)
 
 
 def test_equal_inputs_leave_directions_unseen_not_hidden():
     w = networks.init_mlp(jax.random.key(0), (5, 8, 3), bias_std=0.3)
     found = degrees_of_freedom(networks.mlp, w, jnp.ones((100, 5)))
-    parts = (found.rank, found.rescaling, found.dead, found.hidden, found.unseen)
-    assert sum(map(int, parts)) == 75 and int(found.hidden) == 0 and int(found.unseen) > 0
+    parts = (found.rank, found.rescaling, found.dead, found.unexplained, found.unseen)
+    assert sum(map(int, parts)) == 75 and int(found.unexplained) == 0 and int(found.unseen) > 0
     assert "limited" not in str(found)
 
 
@@ -150,9 +150,9 @@ def test_what_no_other_input_shows_is_hidden():
     rng = np.random.default_rng(0)
     w = {name: rng.normal(size=s) for name, s in {"a": (2, 3), "b": (2, 3), "o": (3, 1)}.items()}
     found = degrees_of_freedom(twin, w, rng.normal(size=(20, 2)))
-    assert (int(found.rank), int(found.hidden), int(found.unseen)) == (6, 6, 0)
+    assert (int(found.rank), int(found.unexplained), int(found.unseen)) == (6, 6, 0)
     assert found.compared and found.evidence.clear and not found.certain
-    assert "6 hidden (clear, not proven)" in str(found)
+    assert "6 unexplained (clear, not proven)" in str(found)
 
 
 def test_integer_inputs_are_not_compared():
@@ -163,7 +163,7 @@ def test_integer_inputs_are_not_compared():
 
     found = degrees_of_freedom(net, w, np.array([0, 1]))
     assert not found.compared
-    assert int(found.hidden) == 0 or "hidden or unseen by these inputs" in str(found)
+    assert int(found.unexplained) == 0 or "unexplained or unseen by these inputs" in str(found)
 
 
 def test_names_of_whole_leaves_slices_and_single_elements():
