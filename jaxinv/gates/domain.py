@@ -16,7 +16,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -246,7 +245,8 @@ class GateDomain:
         if value.leaf is not None:
             return self.layer(value, i)
         atoms = {
-            atom: frozenset((a - 1, b) for a, b in pairs if a) for atom, pairs in value.atoms.items()
+            atom: frozenset((a - 1, b) for a, b in pairs if a)
+            for atom, pairs in value.atoms.items()
         }
         return Real(value.array[i], atoms, value.data, None if value.cut is None else value.cut - 1)
 
@@ -423,9 +423,7 @@ def _part(a: Real, axis: int, start: int, end: int) -> Real:
     def taken(array: Array) -> Array:
         return lax.slice_in_dim(array, start, end, axis=axis)
 
-    return Real(
-        taken(a.array), a.atoms, a.data, a.cut, off=None if a.off is None else taken(a.off)
-    )
+    return Real(taken(a.array), a.atoms, a.data, a.cut, off=None if a.off is None else taken(a.off))
 
 
 def _joined(parts: Sequence[Real], axis: int) -> Real:
@@ -468,9 +466,7 @@ def _pool(domain: GateDomain, eqn: Equation, a: Real) -> Real:
         start = [i * d for i, d in zip(place, spread, strict=True)]
         end = [s + (n - 1) * t + 1 for s, n, t in zip(start, lengths, steps, strict=True)]
         cuts = (start, end, steps)
-        parts.append(
-            Real(lax.slice(array, *cuts), atoms, a.data, a.cut, off=lax.slice(off, *cuts))
-        )
+        parts.append(Real(lax.slice(array, *cuts), atoms, a.data, a.cut, off=lax.slice(off, *cuts)))
     operation = lax.max if largest else lax.min
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=False)
@@ -490,9 +486,7 @@ def _sliced(domain: GateDomain, eqn: Equation, a: Real) -> Real:
     if end[0] - start[0] != 1 or shape[0] == 1:
         return domain.default(eqn, a)
     layer = domain.layer(a, start[0])
-    atoms = {
-        atom: frozenset((x + 1, y) for x, y in pairs) for atom, pairs in layer.atoms.items()
-    }
+    atoms = {atom: frozenset((x + 1, y) for x, y in pairs) for atom, pairs in layer.atoms.items()}
     cut = None if layer.cut is None else layer.cut + 1
     return Real(layer.array[None], atoms, False, cut)
 

@@ -194,7 +194,10 @@ def root_of(
         fn = z_at(new)
         opposite = fn * fb < 0
         # Illinois: an end that stays twice counts half.
-        a2, fa2 = jnp.where(opposite, b, a), jnp.where(opposite, fb, jnp.where(side == 1, fa / 2, fa))
+        a2, fa2 = (
+            jnp.where(opposite, b, a),
+            jnp.where(opposite, fb, jnp.where(side == 1, fa / 2, fa)),
+        )
         better = abs(fn) < abs(f)
         return (
             k + 1, a2, new, fa2, fn, jnp.where(better, new, t), jnp.where(better, fn, f),

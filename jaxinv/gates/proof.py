@@ -31,6 +31,9 @@ _EXACT = lax.Precision.HIGHEST
 MARGIN = 1e-9
 
 
+Crossed = tuple[Array, Array, Array, Array]  # segment, place, position, found
+
+
 class Rows(NamedTuple):
     """Rows of a block and how far off they may be; (points, columns)."""
 
@@ -134,7 +137,7 @@ def boundary_rows(
     params: Params,
     unit: Array,
     segments: Segments,
-    crossings: tuple[Array, Array, Array, Array],  # segment, place, position, found
+    crossings: Crossed,
     chunk: int,
 ) -> Rows:
     """Rows of one unit at its boundary points."""
@@ -257,7 +260,7 @@ def boundary_ranks(
     params: Params,
     units: Array,
     segments: Segments,
-    crossings: tuple[Array, Array, Array, Array],
+    crossings: Crossed,
     chunk: int,
 ) -> Found:
     """Of some units, one after another."""
@@ -276,25 +279,25 @@ def aimed_ranks(
     block: Block,
     params: Params,
     units: Array,
-    segments: Segments,
-    crossings: tuple[Array, Array, Array, Array],
-    starts: Inputs,
+    segments: Segments,  # of each unit
+    crossings: Crossed,
+    starts: Inputs,  # of each unit
     bounds: tuple[Inputs, Inputs] | None,
     chunk: int,
-) -> Found:
-    """As `boundary_ranks`, with as many points more along segments of each unit's own."""
+) -> tuple[Found, Segments, Crossed]:
+    """As `boundary_ranks`, with more points along segments that are aimed from `starts`."""
 
-    def one(given: tuple[Array, tuple[Array, Array, Array, Array]]) -> Found:
-        unit, own = given
-        more, found = aimed(network, block, params, unit, starts, bounds)
+    def one(given: tuple[Array, Segments, Crossed, Inputs]) -> tuple[Found, Segments, Crossed]:
+        unit, own, crossed, start = given
+        more, found = aimed(network, block, params, unit, start, bounds)
         parts = [
             boundary_rows(network, block, params, unit, ends, at_, chunk)
-            for ends, at_ in ((segments, own), (more, found))
+            for ends, at_ in ((own, crossed), (more, found))
         ]
         rows = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-        return rank_of(rows, flat(slices_of(block, params, unit)))
+        return rank_of(rows, flat(slices_of(block, params, unit))), more, found
 
-    return lax.map(one, (units, crossings))
+    return lax.map(one, (units, segments, crossings, starts))
 
 
 @partial(jax.jit, static_argnames=("network", "block", "chunk"))

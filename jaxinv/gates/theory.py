@@ -26,7 +26,10 @@ def known_span(network: TracedNetwork, params: Params, x: Inputs) -> tuple[int, 
 
     def column(u: jax.Array) -> jax.Array:
         scales = leaf_log_scales(group, u)
-        shown = [jnp.where(on, jnp.broadcast_to(s, on.shape), 0) for on, s in zip(live, scales, strict=True)]
+        shown = [
+            jnp.where(on, jnp.broadcast_to(s, on.shape), 0)
+            for on, s in zip(live, scales, strict=True)
+        ]
         return transpose(group, shown)
 
     gram = np.asarray(jax.lax.map(column, jnp.eye(group.dim), batch_size=8))
