@@ -44,7 +44,13 @@ from jaxinv.paths import (
     path_norm,
     unit_path_norms,
 )
-from jaxinv.ranks import degrees_of_freedom, jacobian_rank, jacobian_spectrum, saturating_inputs
+from jaxinv.ranks import (
+    degrees_of_freedom,
+    functional_dimension,
+    jacobian_rank,
+    jacobian_spectrum,
+    saturating_inputs,
+)
 from jaxinv.reparam import (
     batch_norm_as_reparam,
     data_dependent_normalize,
@@ -84,6 +90,7 @@ __all__ = [
     "equivariance_error",
     "fisher_rao_norm",
     "function_invariance_error",
+    "functional_dimension",
     "gradient_orthogonality",
     "group_norm",
     "jacobian",

@@ -21,6 +21,7 @@ LEVELS = [
         {"bayes", "capacity", "inspection", "invariance", "optimizers", "reparam", "symmetries"},
     ),
     ("ranks", {"ranks"}),
+    ("gates", {"gates"}),
     ("theory", {"jacobians", "paths", "rescaling"}),
     ("interpreter", {"_interpreter"}),
     ("numerics", {"_numerics"}),

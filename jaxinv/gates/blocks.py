@@ -36,6 +36,7 @@ class Block(NamedTuple):
 
     @property
     def units(self) -> int:
+        """How many blocks the layer has."""
         return 1 if self.axis is None else self.shape[self.axis]
 
     @property
@@ -126,6 +127,7 @@ def pre_activations(
 
 
 def flat(slices: Iterable[Array]) -> Array:
+    """As one vector."""
     return jnp.concatenate([jnp.ravel(s) for s in slices])
 
 

@@ -274,10 +274,11 @@ def _is_float(aval: Any) -> bool:
 def _changed(eqn: Equation, inputs: Sequence[Any], arrays: Sequence[Array]) -> dict[str, Any]:
     """Sizes that an equation spells out, where an operand is cut to length one."""
     value = next(v for v in inputs if isinstance(v, Real) and v.cut is not None)
+    assert value.cut is not None
     out = follow(eqn, 0, value.cut)
     p = eqn.params
 
-    def one(sizes: Sequence[int], axis: int) -> tuple[int, ...]:
+    def one(sizes: Sequence[int], axis: int | None) -> tuple[int, ...]:
         return tuple(1 if a == axis else n for a, n in enumerate(sizes))
 
     if eqn.name == "reshape":

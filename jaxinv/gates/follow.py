@@ -1,4 +1,4 @@
-"""Where an axis of an operand is in the result: unit c of a layer sees slice c of its weights alone.
+"""Where an axis of an operand is in the result: unit c of a layer sees slice c of its weights.
 
 `follow` answers for one axis of one operand of an operation. None means that elements of that axis
 are mixed, moved or dropped, so that nothing is known.
@@ -14,9 +14,9 @@ from jaxinv._interpreter.walk import Equation
 
 # Elementwise and smooth: a derivative exists wherever the function is defined.
 SMOOTH = frozenset(
-    "add sub mul div neg exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos atan sinh cosh "
-    "asinh acosh atanh atan2 erf erfc erf_inv sqrt rsqrt cbrt pow integer_pow square lgamma digamma "
-    "add_any convert_element_type real imag copy_p copy".split()
+    "add sub mul div neg exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos atan sinh "
+    "cosh asinh acosh atanh atan2 erf erfc erf_inv sqrt rsqrt cbrt pow integer_pow square lgamma "
+    "digamma add_any convert_element_type real imag copy_p copy".split()
 )
 # Elementwise, with operands of one shape (or scalars).
 ELEMENTWISE = SMOOTH | frozenset(
@@ -25,8 +25,8 @@ ELEMENTWISE = SMOOTH | frozenset(
 )
 # Linear in each operand, or moves of elements.
 LINEAR = frozenset(
-    "dot_general conv_general_dilated reduce_sum cumsum reduce_window_sum reshape transpose squeeze "
-    "expand_dims broadcast_in_dim concatenate pad slice rev dynamic_slice gather scatter "
+    "dot_general conv_general_dilated reduce_sum cumsum reduce_window_sum reshape transpose "
+    "squeeze expand_dims broadcast_in_dim concatenate pad slice rev dynamic_slice gather scatter "
     "scatter-add scatter_add dynamic_update_slice split reduce_prod cumprod stop_gradient "
     "optimization_barrier".split()
 )

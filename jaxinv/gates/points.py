@@ -8,7 +8,7 @@ a network of ReLUs it is exact once no other gate changes inside of the bracket.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ def between(segment: Segments, t: Array) -> Inputs:
 
 
 def taken(segments: Segments, index: Array) -> Segments:
+    """Some of the segments."""
     return jax.tree.map(lambda a: a[index], segments)
 
 
@@ -93,7 +94,7 @@ def chosen(above: np.ndarray, wanted: int, rng: np.random.Generator) -> Crossing
     found[unit[order], rank] = True
     positive = above.any(axis=(0, 1, 3))
     always = np.where(changes.any(axis=(0, 1, 3)), 0, np.where(positive, 1, -1))
-    return Crossings(*picked, found, always)
+    return Crossings(picked[0], picked[1], picked[2], found, always)
 
 
 # --- for one unit -----------------------------------------------------------------------
@@ -180,11 +181,11 @@ def root_of(
     size = jnp.maximum(abs(fa), abs(fb))
     eps = float(jnp.finfo(fa.dtype).eps)
 
-    def open_(state: tuple[Array, ...]) -> Array:
+    def open_(state: Any) -> Array:
         k, a, b, fa, fb, t, f, side = state
         return (k < _MOST_STEPS) & (abs(f) > _CLOSE * eps * size) & (abs(b - a) > 4 * eps)
 
-    def step_(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step_(state: Any) -> Any:
         k, a, b, fa, fb, t, f, side = state
         slope = fb - fa
         secant = b - fb * (b - a) / jnp.where(slope == 0, 1, slope)

@@ -22,12 +22,13 @@ from jaxinv._numerics.lapack import cholesky, singular_values, triangle
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.gates.blocks import Block, element, flat, pre_activations, slices_of
 from jaxinv.gates.points import Segments, aimed, between, root_of, taken
-from jaxinv.gates.reading import at
+from jaxinv.gates.reading import At, at
 from jaxinv.typing import Array, Inputs, Params
 
 _EXACT = lax.Precision.HIGHEST
-# Another gate counts as away from 0 beyond this share of its layer's largest pre-activation, and
-# the derivative of the output by a gate beyond this share of the largest of the block's points.
+# Another gate counts as away from 0 beyond this share of its layer's largest pre-activation (and
+# of what rounding may move it by), and the derivative of the output by a gate beyond this share of
+# the largest of the block's points, and of ‖y‖ over the largest pre-activation.
 MARGIN = 1e-9
 
 
@@ -79,11 +80,11 @@ def _rounded_row(
         return with_rounding(both, params, unit, position, example)
     except UnsupportedOperation:
         values = both(params, unit, position, example)
-        nearby = both(_nudged(params), unit, position, _nudged(example))
+        nearby = both(nudged(params), unit, position, nudged(example))
         return values, 2 * abs(values - nearby)
 
 
-def _nudged(tree: Any) -> Any:
+def nudged(tree: Any) -> Any:
     """Two roundings away, signs taking turns."""
 
     def one(a: Array) -> Array:
@@ -95,6 +96,15 @@ def _nudged(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+class _Around(NamedTuple):
+    """What else there is at a point of the boundary of one gate."""
+
+    nearest: Array  # the least |z| of any other gate or kink, relative to the largest beside it
+    decides: Array  # that of the comparison which decides this gate, if one does
+    slope: Array  # ‖∂y/∂(the gate's output)‖
+    unit: Array  # ‖y‖ over the layer's largest |z|: a slope of about this size is not small
+
+
 def _surroundings(
     network: TracedNetwork,
     block: Block,
@@ -102,33 +112,50 @@ def _surroundings(
     unit: Array,
     position: Array,
     example: Inputs,
-) -> tuple[Array, Array]:
-    """(how far from 0 any other gate is, relative to its layer; |∂y/∂(the gate's output)|)."""
-    assert block.layer is not None
+) -> _Around:
+    index = block.layer
+    assert index is not None
     here = element(block, unit, position)
 
-    def outputs(s: Array) -> tuple[Array, Array]:
-        probe = (block.layer, s * here.astype(s.dtype))
+    def outputs(s: Array) -> tuple[Array, At]:
+        probe = (index, s * here.astype(s.dtype))
         found = at(network, params, example, probe=probe)
-        own = [(z, i == block.layer) for i, z in enumerate(found.z)]
-        own += [
-            (z, layer == block.layer)
-            for z, layer in zip(found.kinks, found.belongs, strict=True)
-            if z.ndim
-        ]
-        nearest = [_nearest(jnp.where(here, jnp.inf, z) if mine else z) for z, mine in own]
-        return found.y, jnp.stack(nearest).min()
+        return found.y, found
 
     zero = jnp.zeros((), jnp.result_type(float))
-    (_, nearest), (slope, _) = jax.jvp(outputs, (zero,), (jnp.ones_like(zero),))
-    return nearest, jnp.linalg.norm(slope)
+    (y, found), (slope, _) = jax.jvp(outputs, (zero,), (jnp.ones_like(zero),))
+    again = at(network, nudged(params), nudged(example))
+    mine = [i == index for i in range(len(found.z))]
+    mine += [layer == index for layer in found.belongs]
+    distances = [
+        _nearest(jnp.where(here, jnp.inf, z) if own else z, other)
+        for z, other, own in zip(
+            (*found.z, *found.kinks), (*again.z, *again.kinks), mine, strict=True
+        )
+    ]
+    decides = [
+        abs(jnp.where(here, z, 0)).max() / jnp.maximum(abs(z).max(), jnp.finfo(z.dtype).tiny)
+        for z, layer in zip(found.kinks, found.belongs, strict=True)
+        if layer == index
+    ]
+    own_layer = found.z[index]
+    largest = abs(jnp.where(jnp.isfinite(own_layer), own_layer, 0)).max()
+    return _Around(
+        jnp.stack(distances).min(),
+        jnp.stack([*decides, zero]).max(),
+        jnp.linalg.norm(slope),
+        jnp.linalg.norm(y) / jnp.where(largest > 0, largest, 1),
+    )
 
 
-def _nearest(z: Array) -> Array:
-    size = abs(jnp.where(jnp.isfinite(z), z, 0))
+def _nearest(z: Array, again: Array) -> Array:
+    """How far the elements are from 0; 0 if rounding may have decided the sign of one."""
+    finite = jnp.isfinite(z)
+    size = abs(jnp.where(finite, z, 0))
     largest = size.max()
-    nearest = jnp.where(jnp.isfinite(z), size, jnp.inf).min()
-    return jnp.where(largest > 0, nearest / jnp.where(largest > 0, largest, 1), jnp.inf)
+    doubtful = finite & (size <= policy.FIRM * 2 * abs(jnp.where(finite, z - again, 0)))
+    nearest = jnp.where(finite, jnp.where(doubtful, 0, size), jnp.inf).min()
+    return jnp.where(largest > 0, nearest / jnp.where(largest > 0, largest, 1), nearest)
 
 
 def boundary_rows(
@@ -158,13 +185,14 @@ def boundary_rows(
         # The point itself is rounded too, which moves it across the segment as well as along.
         missed = (abs(values[0]) + rounding[0]) / abs(speed) + 2 * eps
         error = rounding[1:] + abs(turning) * missed
-        nearest, slope = _surroundings(network, block, params, unit, position, here)
+        around = _surroundings(network, block, params, unit, position, here)
         crossed = found & (abs(values[0]) <= 1e3 * eps * root.size + rounding[0]) & (speed != 0)
         finite = jnp.isfinite(error).all() & jnp.isfinite(values).all()
-        return values[1:], error, crossed & finite, nearest > MARGIN, slope
+        crossed = crossed & finite & (around.decides <= MARGIN)
+        return values[1:], error, crossed, around.nearest > MARGIN, around.slope, around.unit
 
-    rows, error, crossed, alone, slope = lax.map(one, crossings, batch_size=chunk)
-    largest = jnp.where(crossed, slope, 0).max()
+    rows, error, crossed, alone, slope, size = lax.map(one, crossings, batch_size=chunk)
+    largest = jnp.maximum(jnp.where(crossed, slope, 0).max(), size)
     good = crossed & alone & (slope > MARGIN * largest)
     return Rows(rows, error, good, crossed, alone)
 
@@ -178,7 +206,9 @@ def output_rows(
         example, position = given
         values, rounding = _rounded_row(network, block, params, unit, position, example)
         found = at(network, params, example)
-        nearest = [_nearest(z) for z in (*found.z, *found.kinks)]
+        again = at(network, nudged(params), nudged(example))
+        pairs = zip((*found.z, *found.kinks), (*again.z, *again.kinks), strict=True)
+        nearest = [_nearest(z, other) for z, other in pairs]
         away = jnp.stack([*nearest, jnp.full((), jnp.inf, values.dtype)]).min()
         finite = jnp.isfinite(rounding).all() & jnp.isfinite(values).all()
         return values[1:], rounding[1:], finite, away > MARGIN
@@ -285,7 +315,10 @@ def aimed_ranks(
     bounds: tuple[Inputs, Inputs] | None,
     chunk: int,
 ) -> tuple[Found, Segments, Crossed]:
-    """As `boundary_ranks`, with more points along segments that are aimed from `starts`."""
+    """As `boundary_ranks`, with more points along segments that are aimed from `starts`.
+
+    Also the segments of as many points as before, those that count first.
+    """
 
     def one(given: tuple[Array, Segments, Crossed, Inputs]) -> tuple[Found, Segments, Crossed]:
         unit, own, crossed, start = given
@@ -294,8 +327,14 @@ def aimed_ranks(
             boundary_rows(network, block, params, unit, ends, at_, chunk)
             for ends, at_ in ((own, crossed), (more, found))
         ]
-        rows = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-        return rank_of(rows, flat(slices_of(block, params, unit))), more, found
+        rows, ends, places = (
+            jax.tree.map(lambda *a: jnp.concatenate(a), *pair)
+            for pair in (parts, (own, more), (crossed, found))
+        )
+        count = crossed[0].size
+        first = jnp.argsort(~rows.good)[:count]
+        kept = (lax.iota(jnp.int32, count), places[1][first], places[2][first], rows.good[first])
+        return rank_of(rows, flat(slices_of(block, params, unit))), taken(ends, first), kept
 
     return lax.map(one, (units, segments, crossings, starts))
 

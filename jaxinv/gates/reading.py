@@ -97,7 +97,7 @@ def read(network: TracedNetwork, params: Params, example: Inputs) -> Gates:
     for y in outputs:
         for atom, pairs in y.atoms.items() if isinstance(y, Real) else ():
             atoms[atom] = atoms[atom] & pairs if atom in atoms else pairs
-    shape = (sum(int(_array(y).size) for y in outputs),)
+    shape: tuple[int, ...] = (sum(int(_array(y).size) for y in outputs),)
     if len(outputs) == 1:
         shape = tuple(_array(outputs[0]).shape)
     else:  # flat outputs have no axes in common

@@ -34,6 +34,7 @@ class Region(NamedTuple):
     high: Inputs
 
     def __str__(self) -> str:
+        """The region in words."""
         count = jnp.shape(jax.tree.leaves(self.low)[0])[0]
         return {
             "everywhere": "all inputs",
@@ -81,7 +82,7 @@ def box(low: Inputs, high: Inputs) -> Region:
         >>> print(box(np.zeros(3), np.ones(3)))
         all inputs of a box
     """
-    same = jax.tree.structure(low) == jax.tree.structure(high)
+    same = str(jax.tree.structure(low)) == str(jax.tree.structure(high))
     pairs = list(zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=False))
     if not same or any(jnp.shape(a) != jnp.shape(b) for a, b in pairs):
         raise InvalidInput("The corners of a box must have one structure and the same shapes.")

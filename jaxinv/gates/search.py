@@ -1,4 +1,4 @@
-"""The ranks of the blocks of one layer: common segments first, then points for the units that lack some.
+"""The ranks of the blocks of a layer: common segments first, then points for units that lack some.
 
 A unit that is nearly always on (or off) changes its sign on few segments. For such units segments
 are aimed: from inputs towards z = 0 by Newton steps in the input, then from the neighbourhood of
@@ -74,11 +74,18 @@ def _chunk(search: Search, block: Block) -> int:
     return chunk_of(4 * search.numbers + 4 * block.columns)
 
 
+def taken_inputs(inputs: Inputs, index: Array) -> Inputs:
+    """Some of the inputs."""
+    return jax.tree.map(lambda a: a[index], inputs)
+
+
 def joined(*parts: Inputs) -> Inputs:
+    """One after another."""
     return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 def count_of(inputs: Inputs) -> int:
+    """How many inputs."""
     return int(jnp.shape(jax.tree.leaves(inputs)[0])[0])
 
 
@@ -141,7 +148,7 @@ def _common(search: Search, block: Block, pool: Inputs | None) -> tuple[Segments
         if pool is not None and attempt == 0:
             some = jnp.arange(min(count_of(pool), count))
             extra = draw(search.region, _key(search, block, _DRAWS), len(some))[1]
-            start = joined(start, jax.tree.map(lambda a: a[some], pool))
+            start = joined(start, taken_inputs(pool, some))
             end = joined(end, extra)
         parts.append(Segments(start, end))
         above.append(np.asarray(signs(search.network, block, search.params, parts[-1], chunk)))
@@ -165,41 +172,49 @@ def _aimed(
     bounds = None
     if search.region.kind == "box":
         bounds = (example_of(search.region), jax.tree.map(lambda a: a[0], search.region.high))
-    short = np.flatnonzero(found.rank < block.columns - found.homogeneous)
-    for first in range(0, len(short), _GROUP):
-        units = np.resize(short[first : first + _GROUP], min(_GROUP, len(short)))
+    left = np.flatnonzero(found.rank < block.columns - found.homogeneous)
+    # Few shapes, since each is compiled: groups of one size, the last one filled up.
+    group = 1 if len(left) == 1 else min(_GROUP, 4 if len(left) <= 4 else _GROUP)
+    for first in range(0, len(left), group):
+        units = np.resize(left[first : first + group], group)
         own = _arrays(crossings, units)
         ends = jax.vmap(taken, (None, 0))(segments, own[0])
-        index = jnp.broadcast_to(jnp.arange(own[0].shape[1], dtype=jnp.int32), own[0].shape)
-        own = (index, *own[1:])
+        own = _renumbered(own)
         for attempt in range(_ROUNDS):
-            starts = _starts(search, block, ends, own[3], pool, attempt)
-            better, more, crossed = aimed_ranks(
+            better, ends, own = aimed_ranks(
                 search.network,
                 block,
                 search.params,
                 jnp.asarray(units, jnp.int32),
                 ends,
                 own,
-                starts,
+                _starts(search, block, ends, own[3], pool, attempt),
                 bounds,
                 _chunk(search, block),
             )
-            after = own[0].shape[1]
-            ends = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), ends, more)
-            crossed = (crossed[0] + after, *crossed[1:])
-            own = tuple(jnp.concatenate(pair, 1) for pair in zip(own, crossed, strict=True))
-            if (np.asarray(better.rank) >= block.columns - np.asarray(better.homogeneous)).all():
+            if not _lacking(better, block).any():
                 break
-        found = jax.tree.map(lambda a, b: _put(a, units, np.asarray(b)), found, better)
+        found = _replaced(found, units, better)
         pool = _pooled(pool, ends, own[3])
     return found, pool
 
 
-def _put(into: np.ndarray, units: np.ndarray, values: np.ndarray) -> np.ndarray:
-    changed = np.array(into)
-    changed[units] = values
-    return changed
+def _lacking(found: Found, block: Block) -> np.ndarray:
+    return np.asarray(found.rank) < block.columns - np.asarray(found.homogeneous)
+
+
+def _renumbered(own: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    index = jnp.broadcast_to(jnp.arange(own[0].shape[1], dtype=jnp.int32), own[0].shape)
+    return (index, *own[1:])
+
+
+def _replaced(found: Found, units: np.ndarray, better: Found) -> Found:
+    def put(into: np.ndarray, values: Array) -> np.ndarray:
+        changed = np.array(into)
+        changed[units] = np.asarray(values)
+        return changed
+
+    return jax.tree.map(put, found, better)
 
 
 def _starts(

@@ -1,4 +1,4 @@
-"""The upper bound: known rescalings of the parameters that are not 0, counted without forming them."""
+"""The upper bound: rescalings of the parameters that are not 0, counted without forming them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.batch import TracedNetwork
+from jaxinv._numerics import tolerances as policy
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.rescaling.action import leaf_log_scales, transpose
 from jaxinv.rescaling.group import rescaling_group
 from jaxinv.typing import Inputs, Params
 
 
-def known_span(network: TracedNetwork, params: Params, x: Inputs) -> tuple[int, int]:
-    """(independent rescalings, parameters that the program does not use)."""
+def known_span(network: TracedNetwork, params: Params, x: Inputs) -> int:
+    """How many of the known rescalings are independent, as far as parameters are not 0.
+
+    Of a generator with exponents B the tangent is w∘B, so its span is that of the rows of B where
+    w is not 0. BᵀB of these is a matrix of whole numbers, formed without B.
+    """
     try:
         group = rescaling_group(network, params, x)
     except UnsupportedOperation:
-        return 0, 0
+        return 0
     if not group.dim:
-        return 0, 0
-    leaves = jax.tree.leaves(params)
-    live = [jnp.asarray(a) != 0 for a in leaves]
+        return 0
+    live = [jnp.asarray(a) != 0 for a in jax.tree.leaves(params)]
 
     def column(u: jax.Array) -> jax.Array:
         scales = leaf_log_scales(group, u)
@@ -32,8 +36,7 @@ def known_span(network: TracedNetwork, params: Params, x: Inputs) -> tuple[int, 
         ]
         return transpose(group, shown)
 
-    gram = np.asarray(jax.lax.map(column, jnp.eye(group.dim), batch_size=8))
-    # Whole numbers, so the Gram matrix of the exponents is exact; a positive definite one has full rank.
-    values = np.linalg.eigvalsh(gram)
-    limit = group.dim * np.finfo(float).eps * max(values.max(), 1) * 8
-    return int((values > limit).sum()), 0
+    gram = jax.lax.map(column, jnp.eye(group.dim), batch_size=8)
+    values = np.linalg.eigvalsh(np.asarray(gram))
+    limit = policy.counts_from(group.dim, group.dim, np.float64) * max(values.max(), 1)
+    return int((values > limit).sum())

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinv._interpreter.rounding import with_rounding
 from jaxinv._numerics.varying import vary_alike, varying_like
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.jacobians.jacobians import flatten as flattened
 from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
 from jaxinv.jacobians.problem import Problem
-from jaxinv._interpreter.rounding import with_rounding
 from jaxinv.ranks.spans import exponents_of, independent_columns
 from jaxinv.rescaling.group import rescaling_group, tangent_vectors
 from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
