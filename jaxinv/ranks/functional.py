@@ -29,6 +29,10 @@ from jaxinv.ranks.rank import rank_of
 from jaxinv.typing import Array, Inputs, Network, Params
 
 
+# Rows of the Jacobian that are taken where the blocks leave a gap: most see nothing new.
+_ROWS_PER_PARAMETER = 8
+
+
 class LayerDimension(NamedTuple):
     """What was proven of the parameters that one layer of gates is the first to see."""
 
@@ -172,11 +176,11 @@ def _dimension(search: Search, dense: int, progress: Progress) -> FunctionalDime
 def _by_jacobian(search: Search, total: int, pool: Inputs | None) -> int:
     """A proven lower bound from the rows at enough inputs, rare units' among them."""
     outputs = problem_of(search.network, search.params, search.region.low).outputs
-    count = -(-2 * total // outputs) + 64
+    count = -(-_ROWS_PER_PARAMETER * total // outputs) + 128
     key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(search.seed)), 1 << 22)
     inputs = joined(*draw(search.region, key, count // 2))
     inputs = inputs if pool is None else joined(inputs, pool)
-    found = rank_of(search.network, search.params, inputs, "svd", None, np.dtype(np.float64), None)
+    found = rank_of(search.network, search.params, inputs, "tsqr", None, np.dtype(np.float64), None)
     return int(found.lower)
 
 
