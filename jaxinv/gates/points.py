@@ -175,7 +175,7 @@ def root_of(
         return pre_activations(network, block, params, unit, slices, example)[position]
 
     step = 1.0 / (PLACES - 1)
-    a = (place * step).astype(jnp.result_type(float))
+    a = place.astype(jnp.result_type(float)) * step
     b = a + step
     fa, fb = z_at(a), z_at(b)
     size = jnp.maximum(abs(fa), abs(fb))

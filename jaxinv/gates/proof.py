@@ -158,6 +158,15 @@ def _nearest(z: Array, again: Array) -> Array:
     return jnp.where(largest > 0, nearest / jnp.where(largest > 0, largest, 1), nearest)
 
 
+def clearance(network: TracedNetwork, params: Params, example: Inputs) -> Array:
+    """How far an input is from all boundaries, relative to the largest pre-activations."""
+    found = at(network, params, example)
+    again = at(network, nudged(params), nudged(example))
+    pairs = zip((*found.z, *found.kinks), (*again.z, *again.kinks), strict=True)
+    nearest = [_nearest(z, other) for z, other in pairs]
+    return jnp.stack([*nearest, jnp.full((), jnp.inf, found.y.dtype)]).min()
+
+
 def boundary_rows(
     network: TracedNetwork,
     block: Block,
@@ -205,11 +214,7 @@ def output_rows(
     def one(given: tuple[Inputs, Array]) -> tuple[Array, ...]:
         example, position = given
         values, rounding = _rounded_row(network, block, params, unit, position, example)
-        found = at(network, params, example)
-        again = at(network, nudged(params), nudged(example))
-        pairs = zip((*found.z, *found.kinks), (*again.z, *again.kinks), strict=True)
-        nearest = [_nearest(z, other) for z, other in pairs]
-        away = jnp.stack([*nearest, jnp.full((), jnp.inf, values.dtype)]).min()
+        away = clearance(network, params, example)
         finite = jnp.isfinite(rounding).all() & jnp.isfinite(values).all()
         return values[1:], rounding[1:], finite, away > MARGIN
 

@@ -89,11 +89,13 @@ def count_of(inputs: Inputs) -> int:
     return int(jnp.shape(jax.tree.leaves(inputs)[0])[0])
 
 
-def of_outputs(search: Search, block: Block, pool: Inputs | None) -> Layer:
+def of_outputs(
+    search: Search, block: Block, pool: Inputs | None, number: int | None = None
+) -> Layer:
     """The parameters that only the outputs see: any inputs will do."""
-    key = _key(search, block, 0)
-    ends = draw(search.region, key, wanted(block))
-    t = jax.random.uniform(key, (wanted(block),))
+    key, number = _key(search, block, 0), number or wanted(block)
+    ends = draw(search.region, key, number)
+    t = jax.random.uniform(key, (number,))
     inputs = jax.vmap(between)(Segments(*ends), t)
     inputs = inputs if pool is None else joined(inputs, pool)
     units = jnp.arange(block.units, dtype=jnp.int32)
@@ -238,7 +240,8 @@ def _starts(
         return jax.tree.map(
             lambda a, p: jnp.where(half.reshape(-1, *[1] * (a.ndim - 2)), a, p[which]), shaped, pool
         )
-    weights = found / jnp.maximum(found.sum(1, keepdims=True), 1)
+    share = found.astype(jnp.float64)
+    weights = share / jnp.maximum(share.sum(1, keepdims=True), 1)
     # Units without any crossing take what comes: there is nothing to start from.
     weights = jnp.where(found.any(1, keepdims=True), weights, 1 / found.shape[1])
     keys = jax.random.split(key, units)

@@ -20,17 +20,21 @@ from jaxinv._numerics.precision import as_dtype, in_precision
 from jaxinv.errors import InvalidInput
 from jaxinv.gates.blocks import Block, block_of
 from jaxinv.gates.domain import Atom
-from jaxinv.gates.reading import read
-from jaxinv.gates.regions import Region, draw, example_of
-from jaxinv.gates.search import Layer, Progress, Search, joined, of_gates, of_outputs, too_large
+from jaxinv.gates.reading import Gates, read
+from jaxinv.gates.regions import Region, example_of
+from jaxinv.gates.search import (
+    Layer,
+    Progress,
+    Search,
+    of_gates,
+    of_outputs,
+    too_large,
+)
 from jaxinv.gates.theory import known_span
-from jaxinv.jacobians.jacobians import problem_of
-from jaxinv.ranks.rank import rank_of
-from jaxinv.typing import Array, Inputs, Network, Params
-
+from jaxinv.typing import Array, Network, Params
 
 # Rows of the Jacobian that are taken where the blocks leave a gap: most see nothing new.
-_ROWS_PER_PARAMETER = 8
+_ROWS_PER_PARAMETER, _LEAST_ROWS = 6, 4000
 
 
 class LayerDimension(NamedTuple):
@@ -167,21 +171,18 @@ def _dimension(search: Search, dense: int, progress: Progress) -> FunctionalDime
     span = known_span(network, params, search.region.low)
     upper = total - span
     if lower < upper and total <= dense:
-        lower = max(lower, _by_jacobian(search, total, pool))
+        number = max(_ROWS_PER_PARAMETER * total, _LEAST_ROWS)
+        rows = of_outputs(search, _whole(gates, shapes), pool, number)
+        lower = max(lower, int(rows.found.rank[0]))
     return FunctionalDimension(
         lower, upper, lower == upper, total, span, str(search.region), tuple(layers)
     )
 
 
-def _by_jacobian(search: Search, total: int, pool: Inputs | None) -> int:
-    """A proven lower bound from the rows at enough inputs, rare units' among them."""
-    outputs = problem_of(search.network, search.params, search.region.low).outputs
-    count = -(-_ROWS_PER_PARAMETER * total // outputs) + 128
-    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(search.seed)), 1 << 22)
-    inputs = joined(*draw(search.region, key, count // 2))
-    inputs = inputs if pool is None else joined(inputs, pool)
-    found = rank_of(search.network, search.params, inputs, "tsqr", None, np.dtype(np.float64), None)
-    return int(found.lower)
+def _whole(gates: Gates, shapes: list[tuple[int, ...]]) -> Block:
+    """All parameters as they are seen by the outputs, one block."""
+    atoms = tuple(((i, None), None, shape) for i, shape in enumerate(shapes))
+    return Block(None, None, atoms, gates.outputs.shape, "all parameters", "")
 
 
 def _skipped(block: Block, max_bytes: float) -> LayerDimension:

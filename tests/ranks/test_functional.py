@@ -1,0 +1,105 @@
+"""Functional dimension: never above the truth, equal to it where nothing hides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinv import functional_dimension, jacobian_rank, networks
+from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv.gates import box, everywhere, segments
+
+SIZES = (3, 5, 4, 2)
+ANY = everywhere(jax.ShapeDtypeStruct((1, 3), np.float32))
+
+
+def params_of(seed=0):
+    return networks.init_mlp(jax.random.key(seed), SIZES, bias_std=0.3)
+
+
+def by_jacobian(fn, params, examples=400):
+    """The rank on many inputs near and far: at most the functional dimension."""
+    x = np.random.default_rng(0).normal(size=(4, examples, 3)) * [[[0.3]], [[1]], [[3]], [[10]]]
+    x = x.reshape(-1, 3).astype(np.float32)
+    return int(jacobian_rank(fn, params, x, method="svd").rank)
+
+
+def test_a_dense_network_has_all_but_its_rescalings():
+    params = params_of()
+    found = functional_dimension(networks.mlp, params, ANY)
+    d = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert (found.lower, found.upper, found.certain) == (d - 9, d - 9, True)
+    assert found.lower == by_jacobian(networks.mlp, params)
+    assert [layer.columns for layer in found.layers] == [4, 6, 5]
+    assert all((layer.missing == 0).all() for layer in found.layers)
+    assert str(found).startswith(f"functional dimension {d - 9} of {d} parameters (certain)")
+
+
+def test_what_is_lost_is_lost_and_named():
+    """One program throughout: the weights alone make the difference."""
+    lost = params_of()
+    lost["Dense_1"]["kernel"] = lost["Dense_1"]["kernel"].at[2].set(0)  # nobody reads unit 2
+    found = functional_dimension(networks.mlp, lost, ANY, dense=0)
+    assert found.layers[0].ranks.tolist() == [3, 3, 0, 3, 3]
+    assert found.layers[0].missing[2] > 0 and "Dense_0" in str(found)
+    assert not found.certain and found.lower == by_jacobian(networks.mlp, lost)
+
+    twins = params_of()
+    for name in ("kernel", "bias"):
+        leaf = twins["Dense_0"][name]
+        twins["Dense_0"][name] = leaf.at[..., 1].set(leaf[..., 0])
+    found = functional_dimension(networks.mlp, twins, ANY, dense=0)
+    # Their boundaries are one, so neither has points of its own.
+    assert found.layers[0].ranks[:2].tolist() == [0, 0]
+    assert found.lower <= by_jacobian(networks.mlp, twins)
+
+    closed = params_of()
+    closed["Dense_1"]["kernel"] = -abs(closed["Dense_1"]["kernel"])
+    closed["Dense_1"]["bias"] = -abs(closed["Dense_1"]["bias"])
+    found = functional_dimension(networks.mlp, closed, ANY, dense=0)
+    # No unit of the second layer ever fires: the output is its bias.
+    assert found.lower == 2 == by_jacobian(networks.mlp, closed)
+
+
+def test_a_region_sees_no_more_than_all_inputs():
+    params = params_of()
+    everything = functional_dimension(networks.mlp, params, ANY)
+    data = np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32)
+    small = box(np.full(3, 0.01, np.float32), np.full(3, 0.0101, np.float32))
+    for region in (segments(data), small):
+        found = functional_dimension(networks.mlp, params, region, dense=0)
+        assert 0 < found.lower <= everything.lower and not found.certain
+        assert str(region) in str(found)
+
+
+def jump(w, x):
+    """Continuous nowhere near its comparison: no boundary, whatever a − b does."""
+    z = x @ w[0] + w[1]
+    return jnp.where(z > 0, 2 * z + 1, z) @ w[2]
+
+
+def shifted(w, x):
+    """The largest is subtracted again: gates on which nothing depends."""
+    y = x @ w[0] + w[1]
+    return (y - y.max(-1, keepdims=True)) @ w[2] + y.max(-1, keepdims=True) * w[2].sum(0)
+
+
+@pytest.mark.parametrize("fn", [jump, shifted])
+def test_never_above_the_truth(fn):
+    keys = jax.random.split(jax.random.key(5), 3)
+    w = [jax.random.normal(k, s) for k, s in zip(keys, [(3, 4), (4,), (4, 2)], strict=True)]
+    found = functional_dimension(fn, w, ANY, dense=0)
+    # Piecewise linear with one linear map on all pieces: y = x A + b, or two slopes per unit.
+    truth = by_jacobian(fn, w)
+    assert found.lower <= truth <= found.upper
+
+
+def test_errors_say_what_to_do():
+    params = params_of()
+    with pytest.raises(InvalidInput, match="everywhere"):
+        functional_dimension(networks.mlp, params, np.ones((2, 3)))
+    with pytest.raises(UnsupportedOperation, match="theory of gates"):
+        functional_dimension(lambda w, x: jnp.sort(x @ w, -1), np.ones((3, 2)), ANY)
+    normed = lambda w, x: jax.nn.relu(x @ w - (x @ w).mean(0))  # noqa: E731
+    with pytest.raises(UnsupportedOperation, match="batch|examples"):
+        functional_dimension(normed, np.ones((3, 2), np.float32), ANY)
