@@ -24,6 +24,7 @@ from jaxinv.invariance import (
 from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent_kernel
 from jaxinv.optimizers import (
     data_dependent_path_sgd,
+    match_gradient_norm,
     natural_gradient,
     pass_full_params,
     path_metric_product,
@@ -98,8 +99,10 @@ __all__ = [
     "log_path_norm",
     "log_spectral_product",
     "margins",
+    "match_gradient_norm",
     "natural_gradient",
     "normalize",
+    "pass_full_params",
     "path_condition",
     "path_kappa",
     "path_metric_product",
@@ -119,7 +122,6 @@ __all__ = [
     "scale_by_natural_gradient",
     "scale_by_path_kappa",
     "scale_by_path_metric",
-    "pass_full_params",
     "spectral_norms",
     "tangent_kernel",
     "tangent_vectors",

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from jaxinv.errors import InvalidInput, JaxinvError
-from jaxinv.typing import ArrayLike, Constant, DType, Inputs, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Constant, DType, Inputs, Params, PyTree
 
 
 def leaf_names(tree: PyTree, root: str) -> list[str]:
@@ -343,6 +343,15 @@ def integer(name: str, value: Any, least: int, also: str = "") -> int:
     if found is None or not math.isfinite(found) or int(found) != found or found < least:
         raise InvalidInput(f"{name} must be {also}a fixed integer >= {least}, not {value!r}.")
     return int(value)
+
+
+def check_key(name: str, key: Any) -> Array:
+    """A PRNG key; `InvalidInput` unless it is one, typed or of raw bits."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and len(shape or ()) == 1):
+        raise InvalidInput(f"{name} must be a key such as jax.random.key(0), not {key!r}.")
+    return key
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:

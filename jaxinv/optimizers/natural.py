@@ -25,6 +25,7 @@ from jaxinv.jacobians.fisher_information import (
     check_options,
     natural_gradient_direction,
 )
+from jaxinv.optimizers.descent import descent
 from jaxinv.optimizers.masking import of_visible
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
@@ -99,8 +100,9 @@ def scale_by_natural_gradient(
     def init_fn(params: Params) -> ScaleByNaturalGradientState:
         check_start(params)
         dtype = scaled.working_dtype(jax.tree.leaves(params))
-        zero = jnp.zeros((), jnp.int32)
-        return ScaleByNaturalGradientState(zero, zero - 1, jnp.zeros((), dtype), zero)
+        # Apart, so that the state can be donated.
+        count, iterations = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return ScaleByNaturalGradientState(count, count - 1, jnp.zeros((), dtype), iterations)
 
     def update_fn(
         updates: PyTree,
@@ -143,18 +145,16 @@ def natural_gradient(
     momentum: float | None = None,
     nesterov: bool = False,
     damping: float | Array = 0.0,
-    solver: Solver = "auto",
-    rtol: float | None = None,
-    max_iterations: int = 100,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient descent: Δw = −η (F + damping)⁺ ∂L/∂w, optionally with momentum.
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, likelihood, damping, solver, rtol, max_iterations: see `scale_by_natural_gradient`.
+        fn, likelihood, damping: see `scale_by_natural_gradient`, whose solver is chosen in chains:
+            `optax.chain(scale_by_natural_gradient(fn, "softmax", solver="cr"), optax.scale(-0.1))`.
         momentum: decay of the running sum of natural gradients, or None for none. The sum is over
             different points of a curved space, so it is invariant under linear w(θ) alone.
-        nesterov: use Nesterov's form of momentum.
+        nesterov: see `jaxinv.path_sgd`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; call `update(gradient, state, params, batch=x)`.
@@ -165,8 +165,7 @@ def natural_gradient(
 
     Notes:
         To schedule the damping as well: `optax.inject_hyperparams(natural_gradient, static_args=(
-        "fn", "likelihood", "solver", "rtol", "max_iterations"))(0.1, fn, "softmax",
-        damping=schedule)`.
+        "fn", "likelihood"))(0.1, fn, "softmax", damping=schedule)`.
 
     References:
         Amari 1998; Martens 2020 (see `scale_by_natural_gradient`).
@@ -191,17 +190,8 @@ def natural_gradient(
         >>> bool(loss(params) < before / 2)
         True
     """
-    precondition = scale_by_natural_gradient(
-        fn,
-        likelihood,
-        damping=damping,
-        solver=solver,
-        rtol=rtol,
-        max_iterations=max_iterations,
-    )
-    accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
-    chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(chained)
+    precondition = scale_by_natural_gradient(fn, likelihood, damping=damping)
+    return descent(precondition, learning_rate, momentum, nesterov)
 
 
 _NEEDS_PARAMS = (

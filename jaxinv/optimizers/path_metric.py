@@ -33,6 +33,7 @@ from jaxinv._checks import (
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
+from jaxinv.optimizers.descent import descent
 from jaxinv.optimizers.masking import of_visible
 from jaxinv.paths.norms import power_of_norm
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
@@ -333,17 +334,14 @@ def path_metric_sgd(
     *,
     momentum: float | None = None,
     nesterov: bool = False,
-    max_iterations: int = 50,
-    rtol: float = 1e-5,
     damping: float | Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Steepest descent in the path metric: Δw = −η (G + damping·diag κ)⁺ ∂L/∂w.
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, x, max_iterations, rtol, damping: see `scale_by_path_metric`.
-        momentum: decay of the running sum of preconditioned gradients, or None for none.
-        nesterov: use Nesterov's form of momentum.
+        fn, x, damping: see `scale_by_path_metric`, whose other options are for chains.
+        momentum, nesterov: see `jaxinv.path_sgd`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; the state is that of the chained parts.
@@ -374,12 +372,8 @@ def path_metric_sgd(
         >>> bool(loss(params) < before)
         True
     """
-    precondition = scale_by_path_metric(
-        fn, x, max_iterations=max_iterations, rtol=rtol, damping=damping
-    )
-    accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
-    chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(chained)
+    precondition = scale_by_path_metric(fn, x, damping=damping)
+    return descent(precondition, learning_rate, momentum, nesterov)
 
 
 def _check_solver(max_iterations: object, rtol: object, damping: object) -> None:
