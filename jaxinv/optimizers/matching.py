@@ -115,9 +115,11 @@ def match_gradient_norm(
             lambda: _gain(updates, found, state.gain.dtype),
             lambda: Scaled(state.gain, state.gain_exponent),
         )
-        matched = jax.tree.map(lambda g, u: _times(u, gain).astype(g.dtype), updates, found)
+        matched = jax.tree.map(
+            lambda g, u: scaled.value(scaled.multiply(u, gain)).astype(g.dtype), updates, found
+        )
         count = optax.safe_increment(state.count)
-        return matched, MatchGradientNormState(count, *gain, inner_state)
+        return matched, MatchGradientNormState(count, gain.mantissa, gain.exponent, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -152,8 +154,3 @@ def _gain(updates: PyTree, found: PyTree, dtype: DTypeLike) -> Scaled:
     fine = (above > 0) & (below > 0)
     gain = jnp.where(fine, above / jnp.where(fine, below, 1), 1).astype(dtype)
     return Scaled(gain, jnp.where(fine, -exponent, 0))
-
-
-def _times(update: Scaled, gain: Scaled) -> Array:
-    mantissa = update.mantissa * gain.mantissa
-    return scaled.shift(mantissa, update.exponent + gain.exponent)
