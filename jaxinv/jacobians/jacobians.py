@@ -30,9 +30,13 @@ from jaxinv._checks import check_inputs, integer, one_of
 from jaxinv._interpreter.batch import leading
 from jaxinv._interpreter.program import find_equation
 from jaxinv._numerics.varying import varies, vary_alike, varying_like
+from jaxinv._numerics.vectors import flatten, outputs_of, unflatten
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import kernel_factors
-from jaxinv.jacobians.problem import Problem, flatten, outputs_of, problem_of, unflatten
+from jaxinv.jacobians.problem import (
+    Problem,
+    problem_of,
+)
 from jaxinv.typing import Array, Inputs, Network, Params
 
 _EXACT = lax.Precision.HIGHEST

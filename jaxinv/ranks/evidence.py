@@ -15,10 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinv._numerics.varying import vary_alike, varying_like
+from jaxinv._numerics.vectors import flatten as flattened
+from jaxinv._numerics.vectors import outputs_of
 from jaxinv.errors import UnsupportedOperation
-from jaxinv.jacobians.jacobians import flatten as flattened
-from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
-from jaxinv.jacobians.problem import Problem
+from jaxinv.jacobians.jacobians import (
+    fold_rows,
+    jacobian_operator,
+)
+from jaxinv.jacobians.problem import Problem, problem_of
 from jaxinv.ranks.rounding import with_rounding
 from jaxinv.ranks.spans import exponents_of, independent_columns
 from jaxinv.rescaling.group import rescaling_group, tangent_vectors

@@ -39,11 +39,10 @@ from jaxinv.jacobians.jacobians import (
     fold_rows,
     jacobian,
     jacobian_gram,
-    problem_of,
     scaled_gram,
     tangent_kernel,
 )
-from jaxinv.jacobians.problem import Problem
+from jaxinv.jacobians.problem import Problem, problem_of
 from jaxinv.ranks.casts import casts_of
 from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv.ranks.exact_method import exact_rank, settled
