@@ -25,10 +25,7 @@ from jaxinv._numerics.vectors import summed_to
 from jaxinv._text import printable
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.paths.norms import log_path_norm
-from jaxinv.rescaling.group import (
-    RescalingGroup,
-    rescaling_group,
-)
+from jaxinv.rescaling.group import RescalingGroup, rescaling_group
 from jaxinv.typing import Inputs, Network, Params
 
 _MOST_NAMES = 3

@@ -43,7 +43,7 @@ Likelihood = Literal["softmax", "gaussian", "bernoulli", "poisson"]
 """How the outputs of a network are read: see `jaxinv.jacobians.whitened`."""
 
 Solver = Literal["auto", "exact", "cr"]
-"""How a natural gradient is solved for: see `jaxinv.natural_gradient_direction`."""
+"""How a natural gradient is solved for: see `jaxinv.jacobians.natural_gradient_direction`."""
 
 
 __all__ = ["Array", "Inputs", "Likelihood", "Network", "Outputs", "Params", "PyTree", "Solver"]

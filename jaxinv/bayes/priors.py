@@ -47,9 +47,7 @@ from jaxinv._numerics.likelihoods import root_product
 from jaxinv._numerics.precision import as_dtype, call_in
 from jaxinv._numerics.vectors import flatten, unflatten
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import (
-    whitened,
-)
+from jaxinv.jacobians.fisher_information import whitened
 from jaxinv.jacobians.problem import problem_of
 from jaxinv.rescaling.group import RescalingGroup, checked_leaves, rescale, tangent_vectors
 from jaxinv.rescaling.units import units_of

@@ -40,9 +40,7 @@ from jaxinv.capacity.spectral import (
     spectral_norms,
 )
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import (
-    whitened,
-)
+from jaxinv.jacobians.fisher_information import whitened
 from jaxinv.rescaling.group import RescalingGroup, random_rescaling, rescale
 from jaxinv.typing import Array, DTypeLike, Inputs, Likelihood, Network, Params, PyTree
 

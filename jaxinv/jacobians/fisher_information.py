@@ -41,11 +41,7 @@ from jaxinv._numerics.likelihoods import root_product
 from jaxinv._numerics.precision import call_in
 from jaxinv._numerics.vectors import flatten, unflatten
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.jacobians import (
-    fold_rows,
-    jacobian,
-    jacobian_gram,
-)
+from jaxinv.jacobians.jacobians import fold_rows, jacobian, jacobian_gram
 from jaxinv.jacobians.problem import problem_of
 from jaxinv.typing import Array, DTypeLike, Inputs, Likelihood, Network, Params, PyTree, Solver
 

@@ -34,10 +34,7 @@ from jaxinv._numerics.varying import varies, vary_alike, varying_like
 from jaxinv._numerics.vectors import flatten, outputs_of, unflatten
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import kernel_factors
-from jaxinv.jacobians.problem import (
-    Problem,
-    problem_of,
-)
+from jaxinv.jacobians.problem import Problem, problem_of
 from jaxinv.typing import Array, Inputs, Network, Params
 
 _EXACT = lax.Precision.HIGHEST

@@ -20,9 +20,7 @@ from jaxinv._checks import check_natural_options as check_options
 from jaxinv._checks import check_start
 from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import (
-    natural_gradient_direction,
-)
+from jaxinv.jacobians.fisher_information import natural_gradient_direction
 from jaxinv.optimizers.masking import of_visible
 from jaxinv.typing import Array, Inputs, Likelihood, Network, Params, PyTree, Solver
 

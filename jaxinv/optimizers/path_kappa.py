@@ -21,9 +21,7 @@ from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.optimizers.kappa_preconditioner import NEEDS_PARAMS, check_options, scale_by
 from jaxinv.optimizers.masking import Mask
-from jaxinv.paths.data_dependent import (
-    scaled_data_kappa,
-)
+from jaxinv.paths.data_dependent import scaled_data_kappa
 from jaxinv.paths.norms import scaled_kappa
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 

@@ -19,10 +19,7 @@ from jaxinv._numerics.varying import vary_alike, varying_like
 from jaxinv._numerics.vectors import flatten as flattened
 from jaxinv._numerics.vectors import outputs_of
 from jaxinv.errors import UnsupportedOperation
-from jaxinv.jacobians.jacobians import (
-    fold_rows,
-    jacobian_operator,
-)
+from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator
 from jaxinv.jacobians.problem import problem_of
 from jaxinv.ranks.rounding import with_rounding
 from jaxinv.ranks.spans import exponents_of, independent_columns
