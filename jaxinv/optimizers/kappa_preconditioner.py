@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxinv._checks import check_like, check_start, integer
+from jaxinv._checks import check_exponent, check_like, check_start, integer
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.optimizers.masking import is_masked
 from jaxinv.optimizers.matching import ScaledUpdate
-from jaxinv.paths.norms import check_exponent
 from jaxinv.typing import Array, ArrayLike, Inputs, Params, PyTree
 
 # Stored κ share one exponent. The largest sits at 2^HEADROOM, so that float32 holds κ's down to

@@ -16,18 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxinv._checks import check_natural_options as check_options
 from jaxinv._checks import check_start
 from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import (
-    Likelihood,
-    Solver,
-    check_options,
-    natural_gradient_direction,
-)
+from jaxinv.jacobians.fisher_information import natural_gradient_direction
 from jaxinv.optimizers.descent import descent
 from jaxinv.optimizers.masking import of_visible
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, Inputs, Likelihood, Network, Params, PyTree, Solver
 
 
 class ScaleByNaturalGradientState(NamedTuple):

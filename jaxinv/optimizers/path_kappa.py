@@ -16,12 +16,12 @@ from typing import Literal
 import jax
 import optax
 
-from jaxinv._checks import abstract_batch_of_one, check_key
+from jaxinv._checks import abstract_batch_of_one, check_alpha, check_key, check_probes
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.optimizers.descent import descent
 from jaxinv.optimizers.kappa_preconditioner import check_options, scale_by
-from jaxinv.paths.data_dependent import check_alpha, check_probes, scaled_data_kappa
+from jaxinv.paths.data_dependent import scaled_data_kappa
 from jaxinv.paths.norms import scaled_kappa
 from jaxinv.typing import Array, Inputs, Network, Params
 
