@@ -16,6 +16,7 @@ from jaxinv.capacity import (
     spectral_norms,
 )
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
+from jaxinv.gates import functional_dimension
 from jaxinv.invariance import (
     equivariance_error,
     function_invariance_error,
@@ -24,6 +25,7 @@ from jaxinv.invariance import (
 from jaxinv.jacobians import jacobian, jacobian_gram, jacobian_operator, tangent_kernel
 from jaxinv.optimizers import (
     data_dependent_path_sgd,
+    match_gradient_norm,
     natural_gradient,
     pass_full_params,
     path_metric_product,
@@ -46,7 +48,6 @@ from jaxinv.paths import (
 )
 from jaxinv.ranks import (
     degrees_of_freedom,
-    functional_dimension,
     jacobian_rank,
     jacobian_spectrum,
     saturating_inputs,
@@ -105,8 +106,10 @@ __all__ = [
     "log_path_norm",
     "log_spectral_product",
     "margins",
+    "match_gradient_norm",
     "natural_gradient",
     "normalize",
+    "pass_full_params",
     "path_condition",
     "path_kappa",
     "path_metric_product",
@@ -126,7 +129,6 @@ __all__ = [
     "scale_by_natural_gradient",
     "scale_by_path_kappa",
     "scale_by_path_metric",
-    "pass_full_params",
     "spectral_norms",
     "tangent_kernel",
     "tangent_vectors",

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,18 @@ import numpy as np
 import optax
 
 from jaxinv.errors import InvalidInput, JaxinvError
-from jaxinv.typing import ArrayLike, Constant, DType, Inputs, Params, PyTree
+from jaxinv.typing import (
+    Array,
+    ArrayLike,
+    Constant,
+    DType,
+    DTypeLike,
+    Inputs,
+    Likelihood,
+    Params,
+    PyTree,
+    Solver,
+)
 
 
 def leaf_names(tree: PyTree, root: str) -> list[str]:
@@ -345,7 +356,65 @@ def integer(name: str, value: Any, least: int, also: str = "") -> int:
     return int(value)
 
 
+def check_key(name: str, key: Any) -> Array:
+    """A PRNG key; `InvalidInput` unless it is one, typed or of raw bits."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and len(shape or ()) == 1):
+        raise InvalidInput(f"{name} must be a key such as jax.random.key(0), not {key!r}.")
+    return key
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise `InvalidInput` unless an option is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise InvalidInput(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+# --- options that several packages share ------------------------------------------------
+
+
+def check_exponent(p: object) -> None:
+    """Raise `InvalidInput` unless p is a fixed real number with 1 <= p < inf."""
+    accept = lambda p: 1 <= p < float("inf")  # noqa: E731
+    real("p", p, accept, "a fixed real number with 1 <= p < inf")
+
+
+def check_alpha(alpha: object) -> float:
+    """alpha as a float; `InvalidInput` unless it is a fixed number in [0, 1]."""
+    return real("alpha", alpha, lambda a: 0 <= a <= 1, "a fixed number in [0, 1]")
+
+
+def check_probes(probes: object) -> None:
+    """Raise `InvalidInput` unless probes is None or a fixed integer >= 1."""
+    if probes is not None:
+        integer("probes", probes, 1, also="None or ")
+
+
+def check_natural_options(
+    likelihood: Likelihood,
+    damping: float | Array,
+    solver: object,
+    rtol: object,
+    max_iterations: object,
+    dtype: DTypeLike | None = None,
+) -> float | Array:
+    """Raise `InvalidInput` for options that make no sense; the damping as a float or a tracer.
+
+    Example:
+        >>> from jaxinv._checks import check_natural_options
+        >>> check_natural_options("softmax", 1, "auto", None, 10)
+        1.0
+    """
+    one_of("likelihood", likelihood, get_args(Likelihood))
+    one_of("solver", solver, get_args(Solver))
+    if rtol is not None:
+        real("rtol", rtol, lambda r: r >= 0, ">= 0")
+    integer("max_iterations", max_iterations, 1)
+    if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+        raise InvalidInput(f"dtype must be float32 or float64, not {jnp.dtype(dtype)}.")
+    if jnp.shape(damping) != ():
+        raise InvalidInput(f"damping must be a scalar, not of shape {jnp.shape(damping)}.")
+    if isinstance(damping, jax.core.Tracer):
+        return damping
+    return real("damping", damping, lambda d: 0 <= d < float("inf"), "finite and >= 0")

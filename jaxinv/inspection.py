@@ -21,10 +21,11 @@ import numpy as np
 
 from jaxinv import _checks
 from jaxinv._numerics import scaled
+from jaxinv._numerics.vectors import summed_to
 from jaxinv._text import printable
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.paths.norms import log_path_norm
-from jaxinv.rescaling.group import RescalingGroup, rescaling_group, summed_to
+from jaxinv.rescaling.group import RescalingGroup, rescaling_group
 from jaxinv.typing import Inputs, Network, Params
 
 _MOST_NAMES = 3

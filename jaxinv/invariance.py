@@ -22,14 +22,9 @@ import optax
 
 from jaxinv import _checks
 from jaxinv._numerics import scaled
+from jaxinv._numerics.vectors import summed_to
 from jaxinv.errors import InvalidInput
-from jaxinv.rescaling.group import (
-    RescalingGroup,
-    checked_leaves,
-    rescale,
-    summed_to,
-    tangent_vectors,
-)
+from jaxinv.rescaling.group import RescalingGroup, checked_leaves, rescale, tangent_vectors
 from jaxinv.typing import Array, ArrayLike, Inputs, Network, Params, PyTree
 
 Loss = Callable[[Params], Array]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -39,5 +39,11 @@ DTypeLike = jax.typing.DTypeLike
 
 Shape = tuple[int, ...]
 
+Likelihood = Literal["softmax", "gaussian", "bernoulli", "poisson"]
+"""How the outputs of a network are read: see `jaxinv.jacobians.whitened`."""
 
-__all__ = ["Array", "Inputs", "Network", "Outputs", "Params", "PyTree"]
+Solver = Literal["auto", "exact", "cr"]
+"""How a natural gradient is solved for: see `jaxinv.jacobians.natural_gradient_direction`."""
+
+
+__all__ = ["Array", "Inputs", "Likelihood", "Network", "Outputs", "Params", "PyTree", "Solver"]

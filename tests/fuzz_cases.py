@@ -376,10 +376,21 @@ def bad_options(rng, w, x):
     yield f"chunk={value!r}", lambda: jaxinv.jacobian(net, w, x, chunk=value)
     yield f"mode={value!r}", lambda: jaxinv.jacobian(net, w, x, mode=value)
     yield f"method={value!r}", lambda: jaxinv.jacobian_rank(net, w, x, method=value)
-    yield f"every={value!r}", lambda: jaxinv.path_sgd(0.1, net, x, every=value)
-    yield f"zero_kappa={value!r}", lambda: jaxinv.path_sgd(0.1, net, x, zero_kappa=value)
+    yield f"every={value!r}", lambda: jaxinv.scale_by_path_kappa(net, x, every=value)
+    yield (
+        f"zero_kappa={value!r}",
+        lambda: jaxinv.scale_by_path_kappa(net, x, zero_kappa=value),
+    )
+    if value is not None:
+        yield (
+            f"key={value!r}",
+            lambda: jaxinv.data_dependent_path_sgd(0.1, net, alpha=0.5, key=value),
+        )
     yield f"likelihood={value!r}", lambda: fisher.fisher(net, w, x, value)
-    yield f"solver={value!r}", lambda: jaxinv.natural_gradient(0.1, net, "gaussian", solver=value)
+    yield (
+        f"solver={value!r}",
+        lambda: jaxinv.scale_by_natural_gradient(net, "gaussian", solver=value),
+    )
     yield f"damping={value!r}", lambda: jaxinv.path_metric_sgd(0.1, net, x, damping=value)
     yield f"kind={value!r}", lambda: jaxinv.random_rescaling(group, key, kind=value)
     yield f"std={value!r}", lambda: jaxinv.random_rescaling(group, key, std=value)

@@ -56,6 +56,57 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
+# What a package's face does not hand on is its own, except these names, which other packages of the
+# library may import.
+DOORS = {
+    "jacobians": {
+        "problem_of",  # a network checked and traced once; ranks and priors pass it on
+        "fold_rows",  # the rows of J, never all held: a rank folds its QR over them
+        "scaled_gram",  # JᵀJ with columns scaled before they meet, which keeps a rank exact
+    },
+    "paths": {
+        "normalized_outputs",  # the forward pass that reparam wraps
+        "power_of_norm",  # γ^p to be differentiated twice, for its metric
+        "scaled_data_kappa",  # κ that cannot overflow, for the steps of optimizers
+        "scaled_kappa",  # ditto
+    },
+    "rescaling": {
+        "checked_leaves",  # whatever takes a group checks that params belong to it
+        "span_dimension",  # independent tangents, for bounds on ranks
+        "units_of",  # which weights lead into a unit: gauges, priors and reparam agree on it
+        "layers_of",  # the layer of a generator, for generators that a page has combined
+        "least_norm",  # the minimum of an orbit without the moved weights, which compile slowly
+    },
+}
+
+
+def _inner_names(path: Path) -> set[tuple[str, str]]:
+    """(package, name) of what the file imports from inside packages that are not its own."""
+    own, found = path.relative_to(PACKAGE).parts[0].removesuffix(".py"), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        module = str(node.module).split(".") if isinstance(node, ast.ImportFrom) else [""]
+        if module[0] != "jaxinv" or len(module) < 2 or module[1].startswith("_"):
+            continue
+        face = PACKAGE / module[1] / "__init__.py"
+        if module[1] != own and face in FACES:
+            found |= {(module[1], alias.name) for alias in node.names} - _handed_on(face)
+    return found
+
+
+def _handed_on(face: Path) -> set[tuple[str, str]]:
+    """The names on a face and, for `from jaxinv.package import module`, its modules."""
+    body = ast.parse(face.read_text(encoding="utf-8")).body
+    names = {a.name for s in body if isinstance(s, ast.ImportFrom) for a in s.names}
+    # A module with a face of its own: its `__all__` is in the documentation.
+    names |= {"rlct"} if face.parent.name == "bayes" else set()
+    return {(face.parent.name, name) for name in names}
+
+
+def test_packages_use_of_each_other_what_faces_and_doors_hand_on():
+    used = set().union(*(_inner_names(path) for path in MODULES))
+    assert used == {(package, name) for package, names in DOORS.items() for name in names}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_downwards(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -1,8 +1,7 @@
 """Trace a function once and interpret its jaxpr in another domain.
 
-Everything in jaxinv that touches jaxpr internals is in this folder, and here is the one walk over
-them. A *domain* gives each value of
-the program another meaning (for instance "sum over the paths into this element"). It supplies
+Everything that touches jaxpr internals is in this folder, and here is the one walk over them. A
+*domain* gives every value another meaning ("sum over the paths into this element"). It supplies
 
 * `rules`: a table primitive -> function, one small function per operation;
 * `default`: what happens to a primitive without a rule (usually: refuse, by name);
@@ -107,8 +106,7 @@ def rule_table() -> tuple[dict[Any, Rule], Callable[..., Callable[[Rule], Rule]]
     return table, rule
 
 
-# jit is `pjit` before jax 0.7; custom_vjp_call's jaxpr has had two names. All are call-like: walk
-# into the jaxpr. Binding them raw fails in version-dependent ways.
+# All are call-like: walk into the jaxpr. That of custom_vjp_call has had two names.
 _CALLS = {
     primitive(name)
     for name in ("jit", "pjit", "closed_call", "core_call", "call", "remat", "checkpoint")
@@ -116,8 +114,7 @@ _CALLS = {
 } - {None}
 _CALL_JAXPR_NAMES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
-# Operations that are the identity on a value and exist for the compiler, differentiation or
-# debugging. `optimization_barrier` has several operands; each passes through.
+# The identity on each of their operands; there for the compiler, derivatives or debugging.
 _IDENTITIES = {
     primitive(name)
     for name in ("copy", "stop_gradient", "sharding_constraint", "optimization_barrier")
@@ -176,7 +173,8 @@ class Equation(NamedTuple):
 
     def bind(self, *values: Any, **changed: Any) -> Any:
         """The same operation on other arrays."""
-        return self.primitive.bind(*vary_alike(*values), **{**self.params, **changed})
+        params = self.primitive.get_bind_params(self.params | changed)
+        return self.primitive.bind(*vary_alike(*values), **params)
 
     @property
     def source(self) -> str:
@@ -401,11 +399,13 @@ def _call(raw: Any, inputs: list, wanted: list[bool], domain: Reader, keys: _Key
 
 def fold(raw: Any, inputs: list[Any]) -> list[Any]:
     """Evaluate an equation on constants: now where they are known, later where they are traced."""
-    if all(is_concrete(v) for v in inputs):
+    params = raw.primitive.get_bind_params(raw.params)
+    # jax runs a program among the parameters, of a shard_map, only in its turn.
+    if "subfuns" not in params and all(is_concrete(v) for v in inputs):
         with jax.ensure_compile_time_eval():
-            outputs = raw.primitive.bind(*inputs, **raw.params)
+            outputs = raw.primitive.bind(*inputs, **params)
     else:
-        outputs = raw.primitive.bind(*inputs, **raw.params)
+        outputs = raw.primitive.bind(*inputs, **params)
     return list(outputs) if raw.primitive.multiple_results else [outputs]
 
 

@@ -48,6 +48,18 @@ def is_gap(above: Array, below: Array) -> Array:
     return above > CLEAR_GAP * below
 
 
+def default_tolerance(dtype: DTypeLike) -> float:
+    """Imbalance of a unit that rounding allows: sums over a unit's weights are good to about this.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinv._numerics.tolerances import default_tolerance
+        >>> default_tolerance(jnp.float32)
+        1e-05
+    """
+    return 1e-10 if jnp.dtype(dtype) == jnp.float64 else 1e-5
+
+
 # --- why a rank is not certain ----------------------------------------------------------
 
 LIMITED_BY_ROWS = 1

@@ -24,9 +24,9 @@ from jax.flatten_util import ravel_pytree
 from jaxinv import _checks
 from jaxinv.bayes.langevin import langevin_step, standard_normal
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import Likelihood, whitened
+from jaxinv.jacobians.fisher_information import whitened
 from jaxinv.ranks.rank import jacobian_rank
-from jaxinv.typing import Array, ArrayLike, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Inputs, Likelihood, Network, Params, PyTree
 
 Sampler = Literal["mala", "sgld"]
 

@@ -43,13 +43,15 @@ from jax.flatten_util import ravel_pytree
 
 from jaxinv._checks import check_params, one_of, real
 from jaxinv._numerics.determinants import log_det
+from jaxinv._numerics.likelihoods import root_product
 from jaxinv._numerics.precision import as_dtype, call_in
+from jaxinv._numerics.vectors import flatten, unflatten
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import Likelihood, root_product, whitened
-from jaxinv.jacobians.jacobians import flatten, problem_of, unflatten
+from jaxinv.jacobians.fisher_information import whitened
+from jaxinv.jacobians.problem import problem_of
 from jaxinv.rescaling.group import RescalingGroup, checked_leaves, rescale, tangent_vectors
 from jaxinv.rescaling.units import units_of
-from jaxinv.typing import Array, DTypeLike, Inputs, Network, Outputs, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Inputs, Likelihood, Network, Outputs, Params, PyTree
 
 Convention = Literal["lift", "slice", "pseudo-determinant"]
 LogDensity = Callable[[Params], Array]

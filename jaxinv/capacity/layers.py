@@ -24,6 +24,7 @@ import numpy as np
 from jaxinv import _checks
 from jaxinv._interpreter import walk
 from jaxinv._interpreter.batch import leading, traced_network
+from jaxinv._interpreter.operations import ELEMENTWISE
 from jaxinv._interpreter.walk import MAX_WHILE_TRIPS, Body, Equation, Value
 from jaxinv._numerics import scaled
 from jaxinv.capacity import layer_rules
@@ -43,7 +44,6 @@ from jaxinv.capacity.layer_values import (
     refuse_weights,
 )
 from jaxinv.errors import UnsupportedOperation
-from jaxinv.paths.values import ELEMENTWISE
 from jaxinv.typing import Array, DType, Inputs, Network, Params
 
 

@@ -28,6 +28,8 @@ import numpy as np
 from jax.scipy.special import logsumexp
 
 from jaxinv import _checks
+from jaxinv._checks import check_exponent
+from jaxinv._numerics.tolerances import default_tolerance
 from jaxinv.capacity.layers import Layers, chain_refusal, check_chain, prepare
 from jaxinv.capacity.spectral import (
     LinearOperator,
@@ -38,11 +40,9 @@ from jaxinv.capacity.spectral import (
     spectral_norms,
 )
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import Likelihood, whitened
-from jaxinv.paths.norms import check_exponent
-from jaxinv.rescaling.gauges import default_tolerance
+from jaxinv.jacobians.fisher_information import whitened
 from jaxinv.rescaling.group import RescalingGroup, random_rescaling, rescale
-from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, DTypeLike, Inputs, Likelihood, Network, Params, PyTree
 
 # --- group norms ----------------------------------------------------------------------
 

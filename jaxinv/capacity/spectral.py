@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from jaxinv._checks import integer, real
+from jaxinv._numerics.tolerances import default_tolerance
 from jaxinv.capacity.layers import Layers, check_chain, prepare
 from jaxinv.capacity.operator_norm import data_shape, operator_norm, sum_of_unit_norms
-from jaxinv.rescaling.gauges import default_tolerance
 from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
 

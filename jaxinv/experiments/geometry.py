@@ -42,7 +42,12 @@ from jaxinv.experiments.resuming import Cell, Cells
 from jaxinv.experiments.starts import STARTS, unbalance
 from jaxinv.experiments.training import Running
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.optimizers import data_dependent_path_sgd, natural_gradient, path_metric_sgd, path_sgd
+from jaxinv.optimizers import (
+    data_dependent_path_sgd,
+    path_sgd,
+    scale_by_natural_gradient,
+    scale_by_path_metric,
+)
 from jaxinv.reparam import batch_norm_as_reparam, weight_normalize
 from jaxinv.rescaling import rescaling_group
 from jaxinv.typing import Network, Params
@@ -79,13 +84,19 @@ METHODS = {
     "path": Method("Path-SGD (data-dependent, α = 0)", lambda rate, x: path_sgd(rate, mlp, x)),
     "metric": Method(
         "path metric",
-        lambda rate, x: path_metric_sgd(rate, mlp, x, damping=0.1, max_iterations=20, rtol=1e-3),
+        lambda rate, x: optax.chain(
+            scale_by_path_metric(mlp, x, damping=0.1, max_iterations=20, rtol=1e-3),
+            optax.scale_by_learning_rate(rate),
+        ),
     ),
     **{f"data-dependent-{alpha:g}": _data_dependent(alpha) for alpha in (0.25, 0.5, 0.75, 1.0)},
     "natural": Method(
         "natural gradient",
-        lambda rate, x: natural_gradient(
-            rate, mlp, "softmax", damping=1e-3, solver="cr", max_iterations=20, rtol=1e-3
+        lambda rate, x: optax.chain(
+            scale_by_natural_gradient(
+                mlp, "softmax", damping=1e-3, solver="cr", max_iterations=20, rtol=1e-3
+            ),
+            optax.scale_by_learning_rate(rate),
         ),
     ),
     "weight-norm": Method("weight norm", lambda rate, x: optax.sgd(rate), _weight_normalized),

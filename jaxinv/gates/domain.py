@@ -92,6 +92,7 @@ class GateDomain:
         self.cut, self.probe = cut, probe  # what is added to the outputs of one stage
         self.stages: list[Stage] = []
         self.kinks: list[Kink] = []
+        self.casts: list[str] = []
 
     # --- parameters ---
 
@@ -125,6 +126,8 @@ class GateDomain:
                     "whole numbers made of floats jump.",
                     "leave it out of fn, or use jacobian_rank with another method.",
                 )
+            if jnp.finfo(eqn.outputs[0].dtype).nmant < jnp.finfo(eqn.inputs[0].dtype).nmant:
+                self.casts.append(eqn.source)
         moved = eqn.name in MOVES and isinstance(inputs[0], Real) and inputs[0].off is not None
         results = self.bind(eqn, *inputs)
         if moved:

@@ -29,6 +29,7 @@ class Gates(NamedTuple):
     layers: tuple[Layer, ...]  # the gates
     outputs: Layer
     names: tuple[str, ...]  # of the leaves of params
+    casts: tuple[str, ...]  # lines that round to less than float64
 
 
 class At(NamedTuple):
@@ -103,7 +104,7 @@ def read(network: TracedNetwork, params: Params, example: Inputs) -> Gates:
     else:  # flat outputs have no axes in common
         atoms = {atom: frozenset() for atom in atoms}
     found_layers = _disjoint([*layers, Layer("", shape, atoms)])
-    return Gates(network, tuple(found_layers[:-1]), found_layers[-1], names)
+    return Gates(network, tuple(found_layers[:-1]), found_layers[-1], names, tuple(domain.casts))
 
 
 def _disjoint(layers: Sequence[Layer]) -> list[Layer]:

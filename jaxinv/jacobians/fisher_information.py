@@ -17,7 +17,7 @@ the Jacobian of R y with R held fixed, which is how everything here is computed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,56 +28,27 @@ from jax import lax
 from jaxinv._checks import (
     check_inputs,
     check_like,
+    check_natural_options,
     check_network,
     check_params,
-    integer,
     one_of,
-    real,
 )
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.lapack import thin_svd, triangle
+from jaxinv._numerics.likelihoods import root_product
 from jaxinv._numerics.precision import call_in
+from jaxinv._numerics.vectors import flatten, unflatten
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.jacobians import (
-    flatten,
-    fold_rows,
-    jacobian,
-    jacobian_gram,
-    problem_of,
-    unflatten,
-)
-from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params, PyTree
-
-Likelihood = Literal["softmax", "gaussian", "bernoulli", "poisson"]
-Solver = Literal["auto", "exact", "cr"]
+from jaxinv.jacobians.jacobians import fold_rows, jacobian, jacobian_gram
+from jaxinv.jacobians.problem import problem_of
+from jaxinv.typing import Array, DTypeLike, Inputs, Likelihood, Network, Params, PyTree, Solver
 
 # Up to this many parameters "auto" takes an SVD; beyond, a product at a time.
 _DENSE_PARAMETERS = 2000
 _RESIDUAL = 1e-6  # relative residual at which "cr" stops by default
 _EXACT = lax.Precision.HIGHEST
-
-
-def root_product(y: Array, v: Array, likelihood: str) -> Array:
-    """R(y) v, with Λ(y) = RᵀR; differentiable in y and v.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxinv.jacobians.fisher_information import root_product
-        >>> print(root_product(jnp.zeros(1), jnp.ones(1), "bernoulli"))  # √(½·½)
-        [0.5]
-    """
-    if likelihood == "gaussian":
-        return v
-    if likelihood == "softmax":
-        # R = (I − qqᵀ) diag(q) with q = √π, a unit vector. √0 would have no derivative.
-        q = jnp.exp(jax.nn.log_softmax(y, -1) / 2)
-        scaled = q * v
-        return scaled - q * jnp.sum(q * scaled, -1, keepdims=True)
-    if likelihood == "bernoulli":
-        return jnp.exp((jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y)) / 2) * v
-    return jnp.exp(y / 2) * v
 
 
 def whitened(fn: Network, likelihood: Likelihood) -> Network:
@@ -280,7 +251,7 @@ def natural_gradient_direction(
         >>> int(found.rank), bool(found.residual < 1e-5)  # n·out = 6 directions
         (6, True)
     """
-    damping = check_options(likelihood, damping, solver, rtol, max_iterations, dtype)
+    damping = check_natural_options(likelihood, damping, solver, rtol, max_iterations, dtype)
     check_params(params)
     check_like(gradient, params, "gradient")
     check_inputs(x, values=True, finite=True)
@@ -322,35 +293,6 @@ def natural_gradient_direction(
     # The solution of a linear equation is differentiated as such, not step by step.
     v, found = lax.custom_linear_solve(damped, gradient, solve, symmetric=True, has_aux=True)
     return found._replace(v=optax.tree.cast_like(v, params))
-
-
-def check_options(
-    likelihood: Likelihood,
-    damping: float | Array,
-    solver: object,
-    rtol: object,
-    max_iterations: object,
-    dtype: DTypeLike | None = None,
-) -> float | Array:
-    """Raise `InvalidInput` for options that make no sense; the damping as a float or a tracer.
-
-    Example:
-        >>> from jaxinv.jacobians.fisher_information import check_options
-        >>> check_options("softmax", 1, "auto", None, 10)
-        1.0
-    """
-    whitened(lambda w, x: x, likelihood)
-    one_of("solver", solver, get_args(Solver))
-    if rtol is not None:
-        real("rtol", rtol, lambda r: r >= 0, ">= 0")
-    integer("max_iterations", max_iterations, 1)
-    if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
-        raise InvalidInput(f"dtype must be float32 or float64, not {jnp.dtype(dtype)}.")
-    if jnp.shape(damping) != ():
-        raise InvalidInput(f"damping must be a scalar, not of shape {jnp.shape(damping)}.")
-    if isinstance(damping, jax.core.Tracer):
-        return damping
-    return real("damping", damping, lambda d: 0 <= d < float("inf"), "finite and >= 0")
 
 
 def _exact(

@@ -29,10 +29,12 @@ from jax import lax
 from jaxinv._checks import check_inputs, integer, one_of
 from jaxinv._interpreter.batch import leading
 from jaxinv._interpreter.program import find_equation
+from jaxinv._numerics.chunks import fold_chunks
 from jaxinv._numerics.varying import varies, vary_alike, varying_like
+from jaxinv._numerics.vectors import flatten, outputs_of, unflatten
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians import kernel_factors
-from jaxinv.jacobians.problem import Problem, flatten, outputs_of, problem_of, unflatten
+from jaxinv.jacobians.problem import Problem, problem_of
 from jaxinv.typing import Array, Inputs, Network, Params
 
 _EXACT = lax.Precision.HIGHEST
@@ -186,18 +188,12 @@ def fold_rows(
     problem = problem_of(fn, params, x, batch_axis)
     if not problem.apart:
         return add(start, _rows_whole(problem, params, chunk))
-    chunk = min(chunk, problem.examples)
 
     def rows(x: Inputs) -> Array:
         found = jax.vmap(partial(_rows_of_one, problem, params))(x)
         return found.reshape(-1, problem.parameters)
 
-    whole = problem.examples // chunk * chunk
-    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, chunk, *a.shape[1:]), problem.x)
-    state, _ = lax.scan(lambda s, x: (add(s, rows(x)), None), start, chunks)
-    if whole < problem.examples:
-        state = add(state, rows(jax.tree.map(lambda a: a[whole:], problem.x)))
-    return state
+    return fold_chunks(problem.x, start, lambda state, part: add(state, rows(part)), chunk)
 
 
 def _add_lower_gram(total: Array, rows: Array) -> Array:

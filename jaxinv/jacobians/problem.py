@@ -12,7 +12,7 @@ from jaxinv._checks import check_inputs, check_params, leaf_names
 from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params, PyTree
+from jaxinv.typing import DTypeLike, Inputs, Network, Params
 
 
 class Problem(NamedTuple):
@@ -34,27 +34,6 @@ class Problem(NamedTuple):
     def rows(self) -> int:
         """Of the Jacobian."""
         return self.examples * self.outputs
-
-
-def flatten(tree: PyTree, dtype: DTypeLike) -> Array:
-    """The leaves as one vector."""
-    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
-
-
-def unflatten(vector: Array, like: PyTree) -> PyTree:
-    """A vector as a pytree with the shapes and dtypes of another."""
-    leaves, tree = jax.tree.flatten(like)
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = jnp.split(vector, ends)
-    return jax.tree.unflatten(
-        tree, [p.reshape(a.shape).astype(a.dtype) for p, a in zip(parts, leaves, strict=True)]
-    )
-
-
-def outputs_of(fn: Network, params: Params, x: Inputs, dtype: DTypeLike) -> Array:
-    """fn(params, x) as (n, out)."""
-    leaves = jax.tree.leaves(fn(params, x))
-    return jnp.concatenate([y.reshape(y.shape[0], -1).astype(dtype) for y in leaves], 1)
 
 
 def problem_of(fn: Network, params: Params, x: Inputs, batch_axis: int | None = 0) -> Problem:

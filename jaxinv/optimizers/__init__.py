@@ -1,6 +1,8 @@
 """Optimizers that are invariant, as optax gradient transformations."""
 
 from jaxinv.optimizers.kappa_preconditioner import ScaleByPathKappaState
+from jaxinv.optimizers.masking import pass_full_params
+from jaxinv.optimizers.matching import MatchGradientNormState, match_gradient_norm
 from jaxinv.optimizers.natural import (
     ScaleByNaturalGradientState,
     natural_gradient,
@@ -8,7 +10,6 @@ from jaxinv.optimizers.natural import (
 )
 from jaxinv.optimizers.path_kappa import (
     data_dependent_path_sgd,
-    pass_full_params,
     path_sgd,
     scale_by_data_dependent_path_kappa,
     scale_by_path_kappa,
@@ -23,12 +24,15 @@ from jaxinv.optimizers.path_metric import (
 )
 
 __all__ = [
+    "MatchGradientNormState",
     "PathMetricSolution",
     "ScaleByNaturalGradientState",
     "ScaleByPathKappaState",
     "ScaleByPathMetricState",
     "data_dependent_path_sgd",
+    "match_gradient_norm",
     "natural_gradient",
+    "pass_full_params",
     "path_metric_product",
     "path_metric_sgd",
     "path_metric_solve",
@@ -37,5 +41,4 @@ __all__ = [
     "scale_by_natural_gradient",
     "scale_by_path_kappa",
     "scale_by_path_metric",
-    "pass_full_params",
 ]

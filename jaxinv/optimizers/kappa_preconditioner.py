@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxinv._checks import check_like, check_start, integer
+from jaxinv._checks import check_exponent, check_like, check_start, integer
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.optimizers.masking import Mask, is_masked
-from jaxinv.paths.norms import check_exponent
-from jaxinv.typing import Array, ArrayLike, DTypeLike, Inputs, Params, PyTree
+from jaxinv.optimizers.masking import is_masked
+from jaxinv.optimizers.matching import ScaledUpdate
+from jaxinv.typing import Array, ArrayLike, Inputs, Params, PyTree
 
 # Stored κ share one exponent. The largest sits at 2^HEADROOM, so that float32 holds κ's down to
 # about 2^-226 of the largest before they are lost to underflow.
 _HEADROOM = 100
-
-T = TypeVar("T")
 
 
 class ScaleByPathKappaState(NamedTuple):
@@ -38,14 +36,6 @@ class ScaleByPathKappaState(NamedTuple):
     count: Array  # type: ignore[assignment]  # int32 scalar: updates so far
     kappa: PyTree  # like params, float32 or float64; () unless every > 1
     exponent: Array  # int32 scalar: κ = kappa · 2^exponent
-    gain: Array  # float scalar: factor that matches the gradient's norm; 1 unless asked for
-    gain_exponent: Array  # int32 scalar: the factor is gain · 2^gain_exponent
-
-
-NEEDS_PARAMS = (
-    "Path-SGD needs the parameters: κ is a function of all weights. "
-    "Call update(gradients, state, params)."
-)
 
 
 def scale_by(
@@ -54,26 +44,20 @@ def scale_by(
     every: int,
     eps: float,
     zero_kappa: str,
-    match_gradient_norm: bool,
-    mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide gradients by κ^{2/p}, with κ of (parameters, number of the update, batch)."""
 
     def init_fn(params: Params) -> ScaleByPathKappaState:
         check_start(params)
-        dtype = _scaled.working_dtype(jax.tree.leaves(params))
         kappa: PyTree = ()
         if every > 1:
+            dtype = _scaled.working_dtype(jax.tree.leaves(params))
             kappa = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), dtype), params)
-        return ScaleByPathKappaState(
-            count=jnp.zeros((), jnp.int32),
-            kappa=kappa,
-            exponent=jnp.zeros((), jnp.int32),
-            gain=jnp.ones((), dtype),
-            gain_exponent=jnp.zeros((), jnp.int32),
-        )
+        # Apart, so that the state can be donated.
+        count, exponent = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return ScaleByPathKappaState(count, kappa, exponent)
 
-    def update_fn(
+    def scaled_update(
         updates: PyTree,
         state: ScaleByPathKappaState,
         params: Params | None = None,
@@ -90,7 +74,7 @@ def scale_by(
             kappas = kappas_of(whole, state.count, batch)
             kappas = jax.tree.unflatten(jax.tree.structure(whole), kappas)
             return jax.tree.map(
-                lambda u, s: _where_unmasked(u, s), updates, kappas, is_leaf=is_masked
+                lambda u, s: u if is_masked(u) else s, updates, kappas, is_leaf=is_masked
             )
 
         kappa, exponent = state.kappa, state.exponent
@@ -105,28 +89,11 @@ def scale_by(
                 state.count % every == 0, refresh, lambda: (state.kappa, state.exponent)
             )
             kappas = jax.tree.map(lambda k: Scaled(k, exponent), kappa)
-        selected = _selection(mask, whole, updates)
-        scaled = jax.tree.map(
-            lambda u, s, chosen: _divide(u, s, p, eps, zero_kappa, chosen),
-            updates, kappas, selected,
-        )  # fmt: skip
-        gain = Scaled(state.gain, state.gain_exponent)
-        if match_gradient_norm:
-            gain = jax.lax.cond(
-                state.count == 0,
-                lambda: _matching_gain(updates, scaled, selected, state.gain.dtype),
-                lambda: gain,
-            )
-        scaled = jax.tree.map(
-            lambda u, s, chosen: jnp.where(chosen, _apply_gain(s, gain, u.dtype), u)
-            if match_gradient_norm
-            else _scaled.value(s).astype(u.dtype),
-            updates, scaled, selected,
-        )  # fmt: skip
+        found = jax.tree.map(lambda u, s: _divide(u, s, p, eps, zero_kappa), updates, kappas)
         count = optax.safe_increment(state.count)
-        return scaled, ScaleByPathKappaState(count, kappa, exponent, *gain)
+        return found, ScaleByPathKappaState(count, kappa, exponent)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, ScaledUpdate(scaled_update))
 
 
 def check_options(p: object, every: object, zero_kappa: object) -> None:
@@ -139,25 +106,16 @@ def check_options(p: object, every: object, zero_kappa: object) -> None:
 def _all_params(params: Params | None, full_params: Params | None) -> Params:
     whole = params if full_params is None else full_params
     if whole is None:
-        raise InvalidInput(NEEDS_PARAMS)
+        raise InvalidInput(
+            "Path-SGD needs the parameters: κ is a function of all weights. "
+            "Call update(gradients, state, params)."
+        )
     if any(map(is_masked, jax.tree.leaves(whole, is_leaf=is_masked))):
         raise InvalidInput(
             "Some parameters are masked (by optax.masked or optax.partition), but κ of a weight "
-            "depends on all of them. Wrap the whole optimizer in jaxinv.pass_full_params(...), or "
-            "use the mask argument of path_sgd instead of optax.masked."
+            "depends on all of them. Wrap the whole optimizer in jaxinv.pass_full_params(...)."
         )
     return whole
-
-
-def _where_unmasked(update: T, kappa: T) -> T:
-    return update if is_masked(update) else kappa
-
-
-def _selection(mask: Mask, params: Params, updates: PyTree) -> PyTree:
-    if mask is None:
-        return jax.tree.map(lambda _: True, updates)
-    chosen = mask(params) if callable(mask) else mask
-    return jax.tree.map(_where_unmasked, updates, chosen, is_leaf=is_masked)
 
 
 def _share_exponent(kappas: PyTree, updates: PyTree) -> tuple[PyTree, Array]:
@@ -175,14 +133,10 @@ def _stored(s: Scaled, exponent: Array) -> Array:
     return jnp.where((numbers == 0) & (s.mantissa != 0), jnp.nan, numbers)
 
 
-def _divide(
-    gradient: Array, kappa: Scaled, p: float, eps: ArrayLike, zero_kappa: str, chosen: bool
-) -> Scaled:
+def _divide(gradient: Array, kappa: Scaled, p: float, eps: ArrayLike, zero_kappa: str) -> Scaled:
     """gradient / (κ^{2/p} + eps), with the policy for κ = 0, as mantissas and their exponents."""
     dtype = kappa.mantissa.dtype
     g, zero = gradient.astype(dtype), jnp.zeros((), jnp.int32)
-    if not chosen:
-        return Scaled(g, zero)
     root = _scaled.root_squared(kappa, p)
     if not (isinstance(eps, int | float) and eps == 0):
         root = _scaled.add([root, Scaled(jnp.full((), eps, dtype), zero)])
@@ -195,22 +149,3 @@ def _divide(
     if zero_kappa == "pass":
         return Scaled(jnp.where(present, quotient, g), jnp.where(present, own - exponent, 0))
     return Scaled(quotient, own - exponent)
-
-
-def _matching_gain(updates: PyTree, scaled: PyTree, selected: PyTree, dtype: DTypeLike) -> Scaled:
-    """‖gradient‖ / ‖preconditioned gradient‖ over the selected leaves; 1 if either is zero."""
-    chosen = jax.tree.leaves(selected)
-    quotients = jax.tree.leaves(scaled, is_leaf=lambda s: isinstance(s, Scaled))
-    pairs = zip(jax.tree.leaves(updates), quotients, chosen, strict=True)
-    kept = [(g.astype(dtype), _scaled.shared(s)) for g, s, c in pairs if c]
-    gradients, parts = [g for g, _ in kept], [s for _, s in kept]
-    mantissas, exponent = _scaled.align(parts)
-    above, below = _scaled.norm(gradients), _scaled.norm(mantissas)
-    fine = (above > 0) & (below > 0)
-    gain = jnp.where(fine, above / jnp.where(fine, below, 1), 1).astype(dtype)
-    return Scaled(gain, jnp.where(fine, -exponent, 0))
-
-
-def _apply_gain(scaled: Scaled, gain: Scaled, dtype: DTypeLike) -> Array:
-    mantissa = scaled.mantissa * gain.mantissa
-    return _scaled.shift(mantissa, scaled.exponent + gain.exponent).astype(dtype)

@@ -16,17 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxinv._checks import check_natural_options as check_options
 from jaxinv._checks import check_start
 from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
-from jaxinv.jacobians.fisher_information import (
-    Likelihood,
-    Solver,
-    check_options,
-    natural_gradient_direction,
-)
+from jaxinv.jacobians.fisher_information import natural_gradient_direction
+from jaxinv.optimizers.descent import descent
 from jaxinv.optimizers.masking import of_visible
-from jaxinv.typing import Array, Inputs, Network, Params, PyTree
+from jaxinv.typing import Array, Inputs, Likelihood, Network, Params, PyTree, Solver
 
 
 class ScaleByNaturalGradientState(NamedTuple):
@@ -99,8 +96,9 @@ def scale_by_natural_gradient(
     def init_fn(params: Params) -> ScaleByNaturalGradientState:
         check_start(params)
         dtype = scaled.working_dtype(jax.tree.leaves(params))
-        zero = jnp.zeros((), jnp.int32)
-        return ScaleByNaturalGradientState(zero, zero - 1, jnp.zeros((), dtype), zero)
+        # Apart, so that the state can be donated.
+        count, iterations = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return ScaleByNaturalGradientState(count, count - 1, jnp.zeros((), dtype), iterations)
 
     def update_fn(
         updates: PyTree,
@@ -143,18 +141,16 @@ def natural_gradient(
     momentum: float | None = None,
     nesterov: bool = False,
     damping: float | Array = 0.0,
-    solver: Solver = "auto",
-    rtol: float | None = None,
-    max_iterations: int = 100,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient descent: Δw = −η (F + damping)⁺ ∂L/∂w, optionally with momentum.
 
     Args:
         learning_rate: η, a number or a schedule.
-        fn, likelihood, damping, solver, rtol, max_iterations: see `scale_by_natural_gradient`.
+        fn, likelihood, damping: see `scale_by_natural_gradient`, whose solver is chosen in chains:
+            `optax.chain(scale_by_natural_gradient(fn, "softmax", solver="cr"), optax.scale(-0.1))`.
         momentum: decay of the running sum of natural gradients, or None for none. The sum is over
             different points of a curved space, so it is invariant under linear w(θ) alone.
-        nesterov: use Nesterov's form of momentum.
+        nesterov: see `jaxinv.path_sgd`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; call `update(gradient, state, params, batch=x)`.
@@ -165,43 +161,21 @@ def natural_gradient(
 
     Notes:
         To schedule the damping as well: `optax.inject_hyperparams(natural_gradient, static_args=(
-        "fn", "likelihood", "solver", "rtol", "max_iterations"))(0.1, fn, "softmax",
-        damping=schedule)`.
-
-    References:
-        Amari 1998; Martens 2020 (see `scale_by_natural_gradient`).
+        "fn", "likelihood"))(0.1, fn, "softmax", damping=schedule)`.
 
     Example:
-        >>> import jax, jax.numpy as jnp, optax
+        >>> import jax, jax.numpy as jnp
         >>> from jaxinv.optimizers import natural_gradient
-        >>> from jaxinv.networks import init_mlp, mlp
-        >>> params = init_mlp(jax.random.key(0), (8, 16, 3))
-        >>> x, y = jax.random.normal(jax.random.key(1), (32, 8)), jnp.arange(32) % 3
-        >>> def loss(params):
-        ...     logits = mlp(params, x)
-        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        >>> tx = natural_gradient(0.5, mlp, "softmax", damping=1e-2)
-        >>> state, before = tx.init(params), loss(params)
-        >>> @jax.jit
-        ... def step(params, state):
-        ...     updates, state = tx.update(jax.grad(loss)(params), state, params, batch=x)
-        ...     return optax.apply_updates(params, updates), state
-        >>> for _ in range(5):
-        ...     params, state = step(params, state)
-        >>> bool(loss(params) < before / 2)
-        True
+        >>> w, x = jnp.zeros((2, 1)), jnp.array([[1.0, 2.0], [3.0, 5.0]])
+        >>> y = x @ jnp.array([[4.0], [-1.0]])
+        >>> gradient = jax.grad(lambda w: ((x @ w - y) ** 2).mean() / 2)(w)
+        >>> tx = natural_gradient(0.5, lambda w, x: x @ w, "gaussian")
+        >>> updates, _ = tx.update(gradient, tx.init(w), w, batch=x)
+        >>> print(updates.round(3).ravel())  # half of the way
+        [ 2.  -0.5]
     """
-    precondition = scale_by_natural_gradient(
-        fn,
-        likelihood,
-        damping=damping,
-        solver=solver,
-        rtol=rtol,
-        max_iterations=max_iterations,
-    )
-    accumulate = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
-    chained = optax.chain(precondition, accumulate, optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(chained)
+    precondition = scale_by_natural_gradient(fn, likelihood, damping=damping)
+    return descent(precondition, learning_rate, momentum, nesterov)
 
 
 _NEEDS_PARAMS = (

@@ -12,6 +12,7 @@ import numpy as np
 import jaxinv
 from jaxinv import _checks
 from jaxinv._numerics import scaled
+from jaxinv._numerics.tolerances import default_tolerance
 from jaxinv.errors import JaxinvError
 from jaxinv.inspection import inspect, unit_balance
 from jaxinv.pages.html import render
@@ -20,7 +21,6 @@ from jaxinv.pages.unit_graph import UnitGraph, unit_graph
 from jaxinv.paths import log_path_kappa, unit_path_norms
 from jaxinv.ranks import degrees_of_freedom, jacobian_spectrum
 from jaxinv.rescaling import RescalingGroup, rescaling_group
-from jaxinv.rescaling.gauges import default_tolerance
 from jaxinv.rescaling.orbit_minimum import least_norm
 from jaxinv.typing import Inputs, Network, Params
 

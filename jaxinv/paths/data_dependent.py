@@ -127,11 +127,6 @@ def _mixed(
     return _Mixed(scaled.total(full), domain.units)
 
 
-def check_alpha(alpha: object) -> float:
-    """alpha as a float; `InvalidInput` unless it is a fixed number in [0, 1]."""
-    return _checks.real("alpha", alpha, lambda a: 0 <= a <= 1, "a fixed number in [0, 1]")
-
-
 def data_dependent_path_norm(
     fn: Network,
     params: Params,
@@ -178,7 +173,7 @@ def data_dependent_path_norm(
         >>> print(f"{data_dependent_path_norm(net, w, x, alpha=0.5) ** 2:.4f}")  # (8.5 + 33.75)/2
         21.1250
     """
-    alpha = check_alpha(alpha)
+    alpha = _checks.check_alpha(alpha)
     problem = prepare(fn, params, x, batch_axis)
     lengths = squares(problem)
     found = _mixed(problem, problem.leaves, lengths, alpha, centered, edges_only=False)
@@ -246,12 +241,6 @@ def data_dependent_path_kappa(
     return jax.tree.unflatten(jax.tree.structure(params), kappas)
 
 
-def check_probes(probes: object) -> None:
-    """Raise `InvalidInput` unless probes is None or a fixed integer >= 1."""
-    if probes is not None:
-        _checks.integer("probes", probes, 1, also="None or ")
-
-
 def scaled_data_kappa(
     fn: Network,
     params: Params,
@@ -264,8 +253,8 @@ def scaled_data_kappa(
     batch_axis: int | None = 0,
 ) -> list[Scaled]:
     """κ of every leaf as mantissa · 2^exponent."""
-    alpha = check_alpha(alpha)
-    check_probes(probes)
+    alpha = _checks.check_alpha(alpha)
+    _checks.check_probes(probes)
     if probes is not None and key is None and alpha > 0:
         raise InvalidInput("probes draws random signs: pass key=jax.random.key(...).")
     if alpha == 0:

@@ -50,12 +50,6 @@ class _Problem(NamedTuple):
     dtype: DType
 
 
-def check_exponent(p: object) -> None:
-    """Raise `InvalidInput` unless p is a fixed real number with 1 <= p < inf."""
-    accept = lambda p: 1 <= p < float("inf")  # noqa: E731
-    _checks.real("p", p, accept, "a fixed real number with 1 <= p < inf")
-
-
 def _prepare(
     fn: Network,
     params: Params,
@@ -64,7 +58,7 @@ def _prepare(
     batch_axis: int | None,
     sample: bool = False,
 ) -> _Problem:
-    check_exponent(p)
+    _checks.check_exponent(p)
     _checks.check_params(params, complex_numbers=True)
     leaves = jax.tree.leaves(params)
     dtype = scaled.working_dtype(leaves)

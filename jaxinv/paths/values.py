@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinv._interpreter.operations import ELEMENTWISE
 from jaxinv._interpreter.walk import Equation, Opaque, Value, is_concrete
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import UnsupportedOperation
@@ -232,12 +233,6 @@ def of_signs(eqn: Equation, inputs: Sequence[Operand]) -> Sign:
             return eqn.bind(*(jnp.broadcast_to(a, shape) for a in arrays))
 
     return Sign((branch(0), branch(1), branch(2)), bases)
-
-
-ELEMENTWISE = frozenset(
-    "add sub mul div neg max min abs sign and or not xor eq ne gt ge lt le select_n integer_pow "
-    "convert_element_type add_any exp sqrt square floor ceil pow".split()
-)
 
 
 def is_zero(value: object) -> TypeGuard[ArrayLike]:

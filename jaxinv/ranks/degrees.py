@@ -19,8 +19,9 @@ from jaxinv._interpreter.batch import TracedNetwork, leading
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics.precision import call_in
 from jaxinv._numerics.varying import varying_like
+from jaxinv._numerics.vectors import unflatten
 from jaxinv.errors import InvalidInput, UnsupportedOperation
-from jaxinv.jacobians.jacobians import jacobian, unflatten
+from jaxinv.jacobians.jacobians import jacobian
 from jaxinv.ranks.evidence import known_ambiguities, noise, sizes_of
 from jaxinv.ranks.rank import Method, check_values, checked_options, jacobian_rank, rank_of
 from jaxinv.ranks.record import Rank

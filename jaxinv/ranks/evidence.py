@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinv._interpreter.rounding import with_rounding
+from jaxinv._numerics.chunks import fold_chunks
 from jaxinv._numerics.varying import vary_alike, varying_like
+from jaxinv._numerics.vectors import flatten as flattened
+from jaxinv._numerics.vectors import outputs_of
 from jaxinv.errors import UnsupportedOperation
-from jaxinv.jacobians.jacobians import flatten as flattened
-from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator, outputs_of, problem_of
-from jaxinv.jacobians.problem import Problem
+from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator
+from jaxinv.jacobians.problem import problem_of
 from jaxinv.ranks.spans import exponents_of, independent_columns
 from jaxinv.rescaling.group import rescaling_group, tangent_vectors
 from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
@@ -83,7 +85,7 @@ def sizes_of(fn: Network, params: Params, x: Inputs, dtype: DTypeLike, chunk: in
     try:
         params, x = vary_alike(params, x)
         start = varying_like(start, params)
-        return _fold_rounded_rows(fn, params, x, shapes, dtype, start, add, chunk)
+        return _fold_rounded_rows(fn, params, x, shapes.apart, dtype, start, add, chunk)
     except UnsupportedOperation:
         plain = fold_rows(
             fn, params, x, start, lambda s, rows: add(s, rows, jnp.zeros_like(rows)), chunk=chunk
@@ -95,7 +97,7 @@ def _fold_rounded_rows(
     fn: Network,
     params: Params,
     x: Inputs,
-    shapes: Problem,
+    apart: bool,
     dtype: DTypeLike,
     start: T,
     add: Callable[[T, Array, Array], T],
@@ -108,21 +110,15 @@ def _fold_rounded_rows(
         (found,) = jax.vmap(pull)(jnp.eye(y.size, dtype=dtype))
         return jax.vmap(lambda row: flattened(row, dtype))(found)
 
-    if not shapes.apart:
+    if not apart:
         return add(start, *with_rounding(rows, params, x))
 
     def both(examples: Inputs) -> tuple[Array, Array]:
         one = lambda e: with_rounding(rows, params, jax.tree.map(lambda a: a[None], e))  # noqa: E731
         values, errors = jax.vmap(one)(examples)
-        return values.reshape(-1, shapes.parameters), errors.reshape(-1, shapes.parameters)
+        return values.reshape(-1, values.shape[-1]), errors.reshape(-1, errors.shape[-1])
 
-    chunk = min(chunk, shapes.examples)
-    whole = shapes.examples // chunk * chunk
-    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, chunk, *a.shape[1:]), x)
-    state, _ = lax.scan(lambda s, x: (add(s, *both(x)), None), start, chunks)
-    if whole < shapes.examples:
-        state = add(state, *both(jax.tree.map(lambda a: a[whole:], x)))
-    return state
+    return fold_chunks(x, start, lambda state, part: add(state, *both(part)), chunk)
 
 
 # --- ambiguities ----------------------------------------------------------------------

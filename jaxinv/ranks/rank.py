@@ -39,11 +39,10 @@ from jaxinv.jacobians.jacobians import (
     fold_rows,
     jacobian,
     jacobian_gram,
-    problem_of,
     scaled_gram,
     tangent_kernel,
 )
-from jaxinv.jacobians.problem import Problem
+from jaxinv.jacobians.problem import problem_of
 from jaxinv.ranks.casts import casts_of
 from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv.ranks.exact_method import exact_rank, settled
@@ -110,9 +109,9 @@ def _from_gram(gram: Array) -> Array:
     return jnp.sqrt(jnp.maximum(eigenvalues(gram)[::-1], 0))
 
 
-def _tsqr_chunk(shapes: Problem) -> int:
+def _tsqr_chunk(parameters: int, outputs: int) -> int:
     """A chunk with as many rows as J has columns: QR then costs the least in all."""
-    return max(1, -(-shapes.parameters // shapes.outputs))
+    return max(1, -(-parameters // outputs))
 
 
 @partial(jax.jit, static_argnames=("fn", "method", "dtype", "chunk"))
@@ -123,7 +122,9 @@ def _spectrum(
     shapes = problem_of(fn, params, x)
     if method == "tsqr":
         ones = jnp.ones(shapes.parameters, dtype)
-        values = _streamed(fn, params, x, ones, dtype, chunk or _tsqr_chunk(shapes))
+        values = _streamed(
+            fn, params, x, ones, dtype, chunk or _tsqr_chunk(shapes.parameters, shapes.outputs)
+        )
         values = values[: min(shapes.rows, shapes.parameters)]
     elif method == "gram":
         if shapes.rows < shapes.parameters:
@@ -280,7 +281,7 @@ def _scaled_spectrum(
     shapes = problem_of(fn, params, x)
     small = min(shapes.rows, shapes.parameters)
     if method == "tsqr":
-        chunk = chunk or _tsqr_chunk(shapes)
+        chunk = chunk or _tsqr_chunk(shapes.parameters, shapes.outputs)
         return _streamed(fn, params, x, scale, dtype, chunk)[:small]
     if method == "gram" and shapes.rows >= shapes.parameters:
         return _from_gram(scaled_gram(fn, params, x, scale, chunk=chunk or 64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxinv._checks import calling, check_floats
 from jaxinv._numerics import scaled
+from jaxinv._numerics.vectors import reduced_to, summed_to
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.structure import Structure, generator_names
 from jaxinv.typing import Array, Constant, PyTree
@@ -258,14 +259,3 @@ def log_add(into: Array, parts: Sequence[tuple[Constant, Array]]) -> Array:
 def _joined(arrays: Iterable[Constant]) -> Array:
     """One vector: one scatter compiles and runs faster than one for each leaf."""
     return jnp.concatenate([jnp.ravel(a) for a in arrays])
-
-
-def reduced_to(reduce: Callable[..., Array], array: Array, shape: tuple[int, ...]) -> Array:
-    """`reduce`, such as `jnp.sum`, over the axes along which `shape` has length one."""
-    axes = tuple(a for a, n in enumerate(shape) if n == 1 and array.shape[a] > 1)
-    return reduce(array, axes, keepdims=True) if axes else array
-
-
-def summed_to(array: Array, shape: tuple[int, ...]) -> Array:
-    """Sums over the axes along which `shape` has length one."""
-    return reduced_to(jnp.sum, array, shape)

@@ -20,13 +20,14 @@ from jax import lax
 
 from jaxinv import _checks
 from jaxinv._numerics import scaled
+from jaxinv._numerics.tolerances import default_tolerance
 from jaxinv._numerics.varying import vary_alike
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.action import transpose
 from jaxinv.rescaling.group import RescalingGroup, checked_leaves, rescale
 from jaxinv.rescaling.orbit_minimum import Problem, Weights, least_norm, minimize, most_terms, total
 from jaxinv.rescaling.units import Incoming, Units, units_of
-from jaxinv.typing import Array, DTypeLike, Params, PyTree
+from jaxinv.typing import Array, Params, PyTree
 
 
 class Gauge(NamedTuple):
@@ -49,18 +50,6 @@ class Gauge(NamedTuple):
     steps: Array  # int32 scalar
     error: Array  # scalar: largest remaining imbalance of a unit, relative
     converged: Array  # bool scalar: error <= rtol
-
-
-def default_tolerance(dtype: DTypeLike) -> float:
-    """Imbalance of a unit that rounding allows: sums over a unit's weights are good to about this.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxinv.rescaling.gauges import default_tolerance
-        >>> default_tolerance(jnp.float32)
-        1e-05
-    """
-    return 1e-10 if jnp.dtype(dtype) == jnp.float64 else 1e-5
 
 
 # --- the gauges -----------------------------------------------------------------------

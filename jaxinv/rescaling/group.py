@@ -34,7 +34,6 @@ from jaxinv.rescaling.action import (
     cotangent,
     dense_tangents,
     leaf_log_scales,
-    summed_to,
     tangent,
     times_exp,
     transpose,
@@ -471,7 +470,6 @@ __all__ = [
     "rescale_gradient",
     "rescale_state",
     "rescaling_group",
-    "summed_to",
     "tangent_vectors",
     "transpose",
 ]

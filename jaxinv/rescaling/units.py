@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinv._numerics.vectors import summed_to
 from jaxinv.errors import InvalidInput
 from jaxinv.rescaling.action import log_add
-from jaxinv.rescaling.group import RescalingGroup, summed_to
+from jaxinv.rescaling.group import RescalingGroup
 from jaxinv.typing import Array, Constant
 
 Incoming = tuple[tuple[Constant, Constant | None] | None, ...]  # by leaf: units, mask

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 import jaxinv
 from jaxinv import UnsupportedOperation, log_path_norm, path_kappa, path_norm, unit_path_norms
@@ -490,3 +491,29 @@ def test_no_operation_is_said_to_be_written_by_the_package_itself():
     assert len(lines) > 1
     assert all(f"{__file__}:" in line for line in lines if "networks.py" not in line)
     assert not [line for line in lines if own in line and "networks.py" not in line]
+
+
+def _doubled(a):
+    """2a, by a `shard_map` whose program closes over nothing that is traced."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+    rows = PartitionSpec("rows")
+    return jax.shard_map(lambda a: 2 * a, mesh=mesh, in_specs=rows, out_specs=rows)(a)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_shard_map_of_constants_is_a_constant(compiled):
+    w, x, c = jnp.array([[3.0], [4.0]]), jnp.ones((1, 2)), jnp.array([[1.0, 0.0], [2.0, 1.0]])
+
+    def norm(c):
+        return path_norm(lambda w, x: x @ _doubled(c) @ w, w, x)
+
+    found = (jax.jit(norm) if compiled else norm)(c)
+    np.testing.assert_allclose(found**2, 6.0**2 + 12.0**2 + 8.0**2, rtol=1e-6)
+    ranked = jaxinv.jacobian_rank(lambda w, x: x @ _doubled(c.astype(x.dtype)) @ w, w, jnp.eye(2))
+    assert ranked.rank == 2 and ranked.certain
+
+
+def test_a_shard_map_of_weights_is_a_matrix():
+    w, x = jnp.array([[3.0], [4.0]]), jnp.ones((1, 2))
+    found = jaxinv.spectral_norms(lambda w, x: x @ _doubled(w), w, x)
+    np.testing.assert_allclose(found.values, [10.0], rtol=1e-6)

@@ -61,9 +61,9 @@ def test_a_maximum_over_windows_is_pairs(x64):
     x = np.arange(36.0).reshape(6, 6, 1) * np.where(np.arange(36) % 3, 1, -1).reshape(6, 6, 1)
 
     def pool(w, x):
-        return lax.reduce_window(
-            x * w, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME"
-        ).sum((1, 2, 3))
+        return lax.reduce_window(x * w, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME").sum(
+            (1, 2, 3)
+        )
 
     _, gates, found = gates_of(pool, np.float64(2.0), x)
     assert len(gates.layers) == 8  # of the nine elements of a window, pair by pair

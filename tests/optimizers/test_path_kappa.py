@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxinv import (
     InvalidInput,
     UnsupportedOperation,
+    match_gradient_norm,
     pass_full_params,
     path_kappa,
     path_sgd,
@@ -43,16 +44,26 @@ def loss(params, fn=mlp, x=X, y=Y):
 gradient = jax.jit(jax.grad(loss))
 
 
+def descend(core, learning_rate=0.1, momentum=0.0):
+    return optax.chain(core, optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
+
+
 VARIANTS = {
     "core": lambda: optax.chain(scale_by_path_kappa(net, X), optax.scale(-0.03)),
-    "momentum, every 3": lambda: path_sgd(0.03, net, X, momentum=0.9, nesterov=True, every=3),
-    "p = 1, pass": lambda: path_sgd(0.3, net, X, p=1, zero_kappa="pass", eps=1e-3),
-    "p = 2.5, matched": lambda: path_sgd(0.1, net, X, p=2.5, match_gradient_norm=True),
-    "schedule, masked": lambda: path_sgd(
-        optax.linear_schedule(0.05, 0.03, 100),
-        net,
-        X,
-        mask=lambda params: jax.tree.map(lambda w: w.ndim > 1, params),
+    "momentum": lambda: path_sgd(0.03, net, X, momentum=0.9, nesterov=True),
+    "momentum, every 3": lambda: descend(scale_by_path_kappa(net, X, every=3), 0.03, 0.9),
+    "p = 1, pass": lambda: descend(
+        scale_by_path_kappa(net, X, p=1, zero_kappa="pass", eps=1e-3), 0.3
+    ),
+    "p = 2.5, matched": lambda: descend(match_gradient_norm(scale_by_path_kappa(net, X, p=2.5))),
+    "schedule, masked": lambda: pass_full_params(
+        descend(
+            optax.masked(
+                scale_by_path_kappa(net, X),
+                lambda params: jax.tree.map(lambda w: w.ndim > 1, params),
+            ),
+            optax.linear_schedule(0.05, 0.03, 100),
+        )
     ),
 }
 variants = pytest.mark.parametrize("tx", [make() for make in VARIANTS.values()], ids=list(VARIANTS))
@@ -146,40 +157,6 @@ def test_weights_on_no_path_follow_the_zero_kappa_policy(policy):
     np.testing.assert_allclose(u["in"], [[5 / 9, left]] * 2, rtol=1e-6)
     np.testing.assert_array_equal(u["unused"], left)
     np.testing.assert_allclose(u["out"], 2.5)
-
-
-def test_matching_gives_the_first_update_the_norm_of_the_gradient_and_keeps_the_factor():
-    params = make_params()
-    g = gradient(params)
-    plain, matched = (
-        scale_by_path_kappa(mlp, X),
-        scale_by_path_kappa(mlp, X, match_gradient_norm=True),
-    )
-    state = matched.init(params)
-    u0, state = jax.jit(matched.update)(g, state, params)
-    assert optax.tree.norm(u0) == pytest.approx(float(optax.tree.norm(g)), rel=1e-5)
-    raw = update(plain, g, params)
-    factor = float(optax.tree.norm(g) / optax.tree.norm(raw))
-    moved = jax.tree.map(lambda w: 1.5 * w, params)
-    u1, _ = jax.jit(matched.update)(g, state, moved)
-    raw1 = update(plain, g, moved)
-    chex.assert_trees_all_close(u1, jax.tree.map(lambda b: factor * b, raw1), rtol=1e-5)
-
-
-def test_matching_keeps_a_deep_network_finite_where_kappa_overflows():
-    def deep(ws, x):
-        for w in ws:
-            x = jax.nn.relu(x @ w)
-        return x
-
-    rng = np.random.default_rng(0)
-    ws = [jnp.asarray(rng.normal(size=(32, 32), scale=1000), jnp.float32) for _ in range(12)]
-    assert np.isinf(jax.jit(lambda w: path_kappa(deep, w, jnp.zeros((1, 32))))(ws)[0]).all()
-    tx = scale_by_path_kappa(deep, jnp.zeros((1, 32)), match_gradient_norm=True)
-    g = [jnp.ones_like(w) for w in ws]
-    u = update(tx, g, ws)
-    assert all(np.isfinite(a).all() and (a > 0).all() for a in u)
-    assert float(optax.tree.norm(u)) == pytest.approx(float(optax.tree.norm(g)), rel=1e-4)
 
 
 def test_weights_beyond_the_range_of_float32_give_nan_not_a_silent_zero():
@@ -379,13 +356,19 @@ def test_inject_hyperparams_changes_the_learning_rate_alone():
 
 
 def test_inject_hyperparams_works_directly_with_static_arguments():
-    static = ("fn", "x", "p", "every", "zero_kappa", "mask")
-    tx = optax.inject_hyperparams(path_sgd, static_args=static)(0.1, fn=mlp, x=X)
+    tx = optax.inject_hyperparams(path_sgd, static_args=("fn", "x", "p"))(0.1, fn=mlp, x=X)
     params = make_params()
     g = gradient(params)
     got, _ = jax.jit(tx.update)(g, tx.init(params), params)
     plain = path_sgd(0.1, mlp, X)
     want = update(plain, g, params)
+    chex.assert_trees_all_close(got, want, rtol=1e-5)
+    static = ("fn", "x", "p", "every", "zero_kappa")
+    core = optax.inject_hyperparams(scale_by_path_kappa, static_args=static)(mlp, X, eps=0.1)
+    state = core.init(params)
+    state.hyperparams["eps"] = jnp.float32(0.5)
+    got, _ = jax.jit(core.update)(g, state, params)
+    want = update(scale_by_path_kappa(mlp, X, eps=0.5), g, params)
     chex.assert_trees_all_close(got, want, rtol=1e-5)
 
 
@@ -422,7 +405,7 @@ def _labels(params):
 def test_partition_and_masked_get_all_parameters_through_share_params():
     params = make_params()
     g = gradient(params)
-    core = path_sgd(0.1, mlp, X, every=2)
+    core = descend(scale_by_path_kappa(mlp, X, every=2))
     want = update(core, g, params)
     parts = {"path": core, "plain": optax.sgd(0.3)}
     tx = pass_full_params(optax.partition(parts, _labels(params)))
@@ -438,21 +421,31 @@ def test_partition_and_masked_get_all_parameters_through_share_params():
         masked.update(g, masked.init(params), params)
 
 
-def test_the_mask_argument_passes_other_gradients_through():
+@pytest.mark.parametrize("every", [1, 2])
+def test_masked_updates_are_those_without_a_mask_and_other_gradients_pass_through(every):
+    mask = {n: {"kernel": n != "Dense_2", "bias": False} for n in make_params()}
+    full = scale_by_path_kappa(mlp, X, every=every)
+    tx = pass_full_params(optax.masked(full, mask))
     params = make_params()
-    g = gradient(params)
-    mask = {n: {"kernel": n != "Dense_2", "bias": False} for n in params}
-    tx = scale_by_path_kappa(mlp, X, mask=mask)
-    u = update(tx, g, params)
-    full = scale_by_path_kappa(mlp, X)
-    want = update(full, g, params)
-    np.testing.assert_allclose(u["Dense_1"]["kernel"], want["Dense_1"]["kernel"], rtol=1e-6)
-    np.testing.assert_array_equal(u["Dense_2"]["kernel"], g["Dense_2"]["kernel"])
-    np.testing.assert_array_equal(u["Dense_0"]["bias"], g["Dense_0"]["bias"])
+    here, there, steps = tx.init(params), full.init(params), [jax.jit(tx.update)]
+    steps.append(jax.jit(full.update))
+    for t in range(3):
+        # The masked weights move as well, and κ of the others with them.
+        params = jax.tree.map(lambda w, t=t: w * (1 + t), params)
+        g = gradient(params)
+        u, here = steps[0](g, here, params)
+        want, there = steps[1](g, there, params)
+        expected = jax.tree.map(lambda chosen, a, b: a if chosen else b, mask, want, g)
+        chex.assert_trees_all_equal(u, expected)
+    if every == 2:
+        kappa, all_of_it = here.inner_state.kappa, there.kappa
+        ratios = [np.asarray(kappa[n]["kernel"] / all_of_it[n]["kernel"]) for n in list(mask)[:2]]
+        assert all((r == ratios[0][0, 0]).all() for r in ratios)  # over another exponent
+        assert len(jax.tree.leaves(kappa)) == 2 < len(jax.tree.leaves(all_of_it))
 
 
 def test_vmap_over_seeds_equals_the_loop():
-    tx = path_sgd(0.1, mlp, X, momentum=0.9, every=2, match_gradient_norm=True)
+    tx = descend(match_gradient_norm(scale_by_path_kappa(mlp, X, every=2)), momentum=0.9)
     seeds = [make_params(seed=s) for s in range(3)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *seeds)
 
@@ -477,7 +470,7 @@ def test_sharded_parameters_give_the_updates_of_one_device_and_stay_sharded():
     mesh = Mesh(devices, ("rows", "columns"))
     params = init_mlp(jax.random.key(0), (16, 512, 256, 8), bias_std=0.1)
     x, y = jax.random.normal(jax.random.key(1), (16, 16)), jnp.arange(16) % 8
-    tx = path_sgd(0.1, mlp, x, momentum=0.9, every=2)
+    tx = descend(match_gradient_norm(scale_by_path_kappa(mlp, x, every=2)), momentum=0.9)
 
     def place(a):
         spec = PartitionSpec("rows", "columns") if a.ndim == 2 else PartitionSpec("columns")
@@ -491,14 +484,16 @@ def test_sharded_parameters_give_the_updates_of_one_device_and_stay_sharded():
     kernel = got["Dense_1"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.shape == (128, 128)
-    assert state[0].kappa["Dense_1"]["kernel"].addressable_shards[0].data.shape == (128, 128)
+    kappa = state[0].inner_state.kappa["Dense_1"]["kernel"]
+    assert kappa.addressable_shards[0].data.shape == (128, 128)
 
 
 def test_orbax_checkpoint_resumes_bitwise(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
-    tx = path_sgd(optax.linear_schedule(0.1, 0.01, 20), mlp, X, momentum=0.9, every=3)
+    core = match_gradient_norm(scale_by_path_kappa(mlp, X, every=3))
+    tx = descend(core, optax.linear_schedule(0.1, 0.01, 20), momentum=0.9)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=1)
     def run(params, state):
         def step(carry, _):
             params, state = carry
@@ -509,12 +504,13 @@ def test_orbax_checkpoint_resumes_bitwise(tmp_path):
 
     params = make_params()
     half = run(params, tx.init(params))
+    after = run(half[0], jax.tree.map(jnp.copy, half[1]))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "half", half)
         checkpointer.wait_until_finished()
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, half)
         restored = checkpointer.restore(tmp_path / "half", target)
-    chex.assert_trees_all_equal(run(*half), run(*restored))
+    chex.assert_trees_all_equal(after, run(*restored))
 
 
 # --- clear errors ---------------------------------------------------------------------

@@ -500,3 +500,37 @@ def test_signs_change_from_update_to_update():
     assert not jnp.allclose(*seen)
     again, _ = tx.update(ones, tx.init(params), params, batch=x)
     assert (again["Dense_0"]["kernel"] == seen[0]).all()
+
+
+def test_the_key_draws_the_signs():
+    params = init_mlp(jax.random.key(1), (4, 6, 3))
+    x = jax.random.normal(jax.random.key(2), (12, 4))
+    ones = jax.tree.map(jnp.ones_like, params)
+
+    def first(key=None, make=jaxinv.scale_by_data_dependent_path_kappa):
+        tx = make(fn=mlp, alpha=0.5, key=key)
+        return tx.update(ones, tx.init(params), params, batch=x)[0]
+
+    keys = jax.random.split(jax.random.key(7), 3)
+    together = jax.jit(jax.vmap(first))(keys)
+    kernels = together["Dense_0"]["kernel"]
+    assert not jnp.allclose(kernels[0], kernels[1])
+    alone = jax.jit(first)
+    for i, key in enumerate(keys):
+        close(jax.tree.map(lambda a, i=i: a[i], together), alone(key), 1e-5)
+    default = first()
+    close(default, alone(jax.random.key(0)), 1e-5)
+    close(default, first(jax.random.PRNGKey(0)), 1e-6)  # of raw bits
+
+    injected = optax.inject_hyperparams(
+        jaxinv.scale_by_data_dependent_path_kappa,
+        static_args=("fn", "alpha", "probes", "every"),
+    )(mlp, alpha=0.5, key=keys[1])
+    state = injected.init(params)
+    step = jax.jit(lambda state: injected.update(ones, state, params, batch=x))
+    close(step(state)[0], alone(keys[1]), 1e-5)
+    state.hyperparams["key"] = keys[2]
+    close(step(state)[0], alone(keys[2]), 1e-5)
+    for wrong in (3, keys, jnp.zeros(2)):
+        with pytest.raises(InvalidInput, match=r"key must be a key such as jax.random.key\(0\)"):
+            first(wrong)

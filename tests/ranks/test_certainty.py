@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxinv import jacobian_rank, networks, rescale, rescaling_group
-from jaxinv._numerics import tolerances as policy
 from jaxinv._interpreter.rounding import with_rounding
+from jaxinv._numerics import tolerances as policy
 from jaxinv.ranks.spans import exponents_of, independent_columns, rank_of_exact
 from tests.ground_truth.integer_rank import as_fractions, exact_rank, integer_jacobian
 from tests.ground_truth.rank_cases import KINDS, draw

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxinv import InvalidInput, UnsupportedOperation, networks, path_sgd
+from jaxinv import (
+    InvalidInput,
+    UnsupportedOperation,
+    match_gradient_norm,
+    networks,
+    scale_by_path_kappa,
+)
 from jaxinv.errors import ExponentOverflow
 from jaxinv.rescaling import (
     log_scales,
@@ -833,10 +839,11 @@ def test_a_rescaled_state_is_that_of_rescaled_gradients(name, x64, standard_dtyp
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(("momentum", "every"), [(0.9, 1), (None, 2)])
+@pytest.mark.parametrize(("momentum", "every"), [(0.9, 1), (0.0, 2)])
 def test_path_sgd_continues_its_trajectory_after_moving_along_the_orbit(momentum, every, x64):
     params, x, group = _small()
-    tx = path_sgd(1e-2, networks.mlp, x, momentum=momentum, every=every)
+    core = match_gradient_norm(scale_by_path_kappa(networks.mlp, x, every=every))
+    tx = optax.chain(core, optax.trace(momentum), optax.scale(-1e-2))
     y = jnp.cos(jnp.arange(12.0)).reshape(6, 2)
 
     @jax.jit
@@ -858,7 +865,7 @@ def test_path_sgd_continues_its_trajectory_after_moving_along_the_orbit(momentum
     u = 2 * _normal((group.dim,))
     np.testing.assert_allclose(run(params, tx.init(params), u), stay, rtol=1e-9)
     assert jnp.abs(stay[-1] - stay[0]).max() > 1e-2
-    if momentum is not None:  # and a momentum left behind, or taken for gradients, would not do
+    if momentum:  # and a momentum left behind, or taken for gradients, would not do
         state = step(params, tx.init(params))[1]
         wrong = rescale_state(group, state, u, powers={"TraceState.trace": -1})
         left, right = (

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._checks import check_params
+from jaxinv._interpreter.batch import TracedNetwork
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics.precision import as_dtype, in_precision
-from jaxinv.errors import InvalidInput
+from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.gates.blocks import Block, block_of
 from jaxinv.gates.domain import Atom
 from jaxinv.gates.reading import Gates, read
@@ -30,8 +31,9 @@ from jaxinv.gates.search import (
     of_outputs,
     too_large,
 )
-from jaxinv.gates.theory import known_span
-from jaxinv.typing import Array, Network, Params
+from jaxinv.rescaling import rescaling_group
+from jaxinv.rescaling.span import span_dimension
+from jaxinv.typing import Array, Inputs, Network, Params
 
 # Rows of the Jacobian that are taken where the blocks leave a gap: most see nothing new.
 _ROWS_PER_PARAMETER, _LEAST_ROWS = 6, 4000
@@ -60,6 +62,7 @@ class FunctionalDimension(NamedTuple):
     rescaling: int
     region: str
     layers: tuple[LayerDimension, ...]
+    casts: tuple[str, ...]  # lines that round to less than float64, so that nothing is certain
 
     def __str__(self) -> str:
         """The bounds, and what is missing."""
@@ -71,6 +74,7 @@ class FunctionalDimension(NamedTuple):
         ]
         for layer in self.layers:
             lines += [f"{layer.name}: {reason}" for reason in layer.reasons]
+        lines += [f"not proven: fn casts to less than float64: {line}" for line in self.casts]
         return "\n".join(lines)
 
 
@@ -168,15 +172,24 @@ def _dimension(search: Search, dense: int, progress: Progress) -> FunctionalDime
         done = sum(layer.columns * len(layer.ranks) for layer in layers)
         progress(min(1.0, done / total), block.name)
     lower = sum(int(layer.ranks.sum()) for layer in layers)
-    span = known_span(network, params, search.region.low)
+    span = _rescalings(network, params, search.region.low)
     upper = total - span
     if lower < upper and total <= dense:
         number = max(_ROWS_PER_PARAMETER * total, _LEAST_ROWS)
         rows = of_outputs(search, _whole(gates, shapes), pool, number)
         lower = max(lower, int(rows.found.rank[0]))
+    certain = lower == upper and not gates.casts
     return FunctionalDimension(
-        lower, upper, lower == upper, total, span, str(search.region), tuple(layers)
+        lower, upper, certain, total, span, str(search.region), tuple(layers), gates.casts
     )
+
+
+def _rescalings(network: TracedNetwork, params: Params, x: Inputs) -> int:
+    """How many independent ones are known; none where an operation has no rule."""
+    try:
+        return span_dimension(rescaling_group(network, params, x), params)
+    except UnsupportedOperation:
+        return 0
 
 
 def _whole(gates: Gates, shapes: list[tuple[int, ...]]) -> Block:

@@ -103,3 +103,13 @@ def test_errors_say_what_to_do():
     normed = lambda w, x: jax.nn.relu(x @ w - (x @ w).mean(0))  # noqa: E731
     with pytest.raises(UnsupportedOperation, match="batch|examples"):
         functional_dimension(normed, np.ones((3, 2), np.float32), ANY)
+
+
+def test_a_cast_leaves_nothing_certain():
+    def half(w, x):
+        return jax.nn.relu((x @ w[0]).astype(jnp.float16).astype(x.dtype)) @ w[1]
+
+    w = [np.ones((3, 1), np.float32), np.ones((1, 1), np.float32)]
+    found = functional_dimension(half, w, ANY, dense=0)
+    assert not found.certain and "test_functional.py" in found.casts[0]
+    assert "casts to less than float64" in str(found)
