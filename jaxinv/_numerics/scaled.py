@@ -159,9 +159,14 @@ def level(s: Scaled, axes: Sequence[int] | None = None) -> Scaled:
     """
     if not jnp.ndim(s.exponent):
         return s
-    along = tuple(range(s.exponent.ndim)) if axes is None else tuple(axes)
-    if axes is not None and all(s.exponent.shape[axis] == 1 for axis in along):
+    if axes is not None and all(s.exponent.shape[axis] == 1 for axis in axes):
         return s
+    return _level(s, None if axes is None else tuple(axes))
+
+
+@partial(jax.jit, static_argnames="axes")
+def _level(s: Scaled, axes: tuple[int, ...] | None) -> Scaled:
+    along = tuple(range(s.exponent.ndim)) if axes is None else axes
     fixed = lax.stop_gradient(s.mantissa)
     found = jnp.where(_tops(fixed, s.exponent.shape) > 0, s.exponent, NONE)
     top = jnp.max(found, along, initial=NONE, keepdims=True)
@@ -355,6 +360,7 @@ def add(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> Scale
     return normalize(Scaled(sum(mantissas[1:], mantissas[0]), exponent))
 
 
+@jax.jit
 def multiply(a: Scaled, b: Scaled) -> Scaled:
     """Elementwise product, not renormalised."""
     return Scaled(a.mantissa * b.mantissa, a.exponent + b.exponent)
@@ -372,7 +378,12 @@ def maximum(parts: Sequence[Scaled]) -> Scaled:
 
 def summed(s: Scaled, axes: Sequence[int], keepdims: bool = False) -> Scaled:
     """Sum over some axes."""
-    s, axes = level(s, axes), tuple(axes)
+    return _summed(s, tuple(axes), keepdims)
+
+
+@partial(jax.jit, static_argnames=("axes", "keepdims"))
+def _summed(s: Scaled, axes: tuple[int, ...], keepdims: bool) -> Scaled:
+    s = level(s, axes)
     exponent = s.exponent
     if jnp.ndim(exponent) and not keepdims:
         exponent = lax.squeeze(exponent, axes)

@@ -307,6 +307,7 @@ def scaled_data_kappa(
     return [scaled.add([a, b]) for a, b in zip(path_part, data_part, strict=True)]
 
 
+@jax.jit
 def _root(s: Scaled, unit: Array) -> Array:
     """√s / 2^unit."""
     odd = s.exponent & 1
