@@ -92,7 +92,7 @@ def _normal_power(k: Array, dtype: DTypeLike) -> Array:
 
 
 def power_of_two(k: Array, dtype: DTypeLike) -> Array:
-    """2^k exactly for an integer scalar k within the range of the dtype."""
+    """2^k exactly for int32 k within the range of the dtype."""
     return _exact_power(k, dtype)
 
 
