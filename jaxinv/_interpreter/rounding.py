@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinv._interpreter.walk import Body, Equation, Operand, Trace, Value, interpret, rule_table
+from jaxinv._numerics.scaled import power_of_two
 from jaxinv.typing import Array, DType, PyTree
 
 _EXACT = lax.Precision.HIGHEST
@@ -124,7 +125,8 @@ def _unrepresented(size: Array, grain: Array, units: float) -> Array:
     """What rounding adds: `units` in the last place of `size`, or 0 where all fits the mantissa."""
     info = jnp.finfo(size.dtype)
     limit = jnp.clip(grain + info.nmant + 1, int(info.minexp), int(info.maxexp) - 1)
-    fits = (size <= jnp.ldexp(jnp.ones((), size.dtype), limit)) & (grain >= int(info.minexp))
+    most = power_of_two(limit.astype(jnp.int32), size.dtype)
+    fits = (size <= most) & (grain >= int(info.minexp))
     loss = units * float(info.eps) * size + units * float(info.tiny)
     return jnp.where(fits, 0, loss)
 

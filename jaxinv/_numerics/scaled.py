@@ -50,8 +50,8 @@ def _unit_of(x: Array) -> Array:
     return lax.select(unit > 0, unit, lax.full_like(unit, 1))
 
 
-def _common_unit(x: Array) -> Array:
-    """The largest power of four up to the largest |x|.
+def _common_unit(x: Array) -> tuple[Array, Array]:
+    """The largest power of four up to the largest |x|, and its exponent.
 
     Of four, so that the square roots of what it divides still differ by powers of two exactly.
     """
@@ -62,10 +62,14 @@ def _common_unit(x: Array) -> Array:
 # Functions of scalars are compiled for all shapes at once: tracing them anew for every array of a
 # network would take as long as all else.
 @jax.jit
-def _even_unit(x: Array) -> Array:
-    unit = _unit_of(x)
-    odd = (_exponent_of(unit) & 1).astype(x.dtype)
-    return unit * (1 - odd / 2)
+def _even_unit(x: Array) -> tuple[Array, Array]:
+    """The largest power of four up to x, 1 for x = 0; and its exponent, as int32."""
+    integer, bits, bias = _layout(x.dtype)
+    biased = lax.bitcast_convert_type(x, integer) >> integer(bits)
+    # The bias is odd, so even exponents are those that are odd with it.
+    even = lax.select(biased > 0, (biased - 1) | 1, lax.full_like(biased, bias))
+    unit = lax.bitcast_convert_type(even << integer(bits), x.dtype)
+    return unit, even.astype(jnp.int32) - bias
 
 
 def _exponent_of(unit: Array) -> Array:
@@ -77,13 +81,18 @@ def _exponent_of(unit: Array) -> Array:
 
 def _exact_power(k: Array, dtype: DTypeLike) -> Array:
     """2^k, elementwise; 0 below the range of normal numbers, inf above it."""
+    _, _, bias = _layout(dtype)
+    return _normal_power(lax.clamp(jnp.int32(-bias), k, jnp.int32(bias + 1)), dtype)
+
+
+def _normal_power(k: Array, dtype: DTypeLike) -> Array:
+    """2^k, elementwise, of k within the range of normal numbers."""
     integer, bits, bias = _layout(dtype)
-    k = lax.clamp(jnp.int32(-bias), k, jnp.int32(bias + 1))
     return lax.bitcast_convert_type((k + bias).astype(integer) << integer(bits), jnp.dtype(dtype))
 
 
 def power_of_two(k: Array, dtype: DTypeLike) -> Array:
-    """2^k exactly for an integer scalar k within the range of the dtype."""
+    """2^k exactly for int32 k within the range of the dtype."""
     return _exact_power(k, dtype)
 
 
@@ -96,7 +105,7 @@ def shift(x: Array, k: Array) -> Array:
     _, _, bias = _layout(x.dtype)
     k = lax.clamp(jnp.int32(2 - 2 * bias), k, jnp.int32(2 * bias - 2))
     half = k >> 1
-    return x * _exact_power(half, x.dtype) * _exact_power(k - half, x.dtype)
+    return x * _normal_power(half, x.dtype) * _normal_power(k - half, x.dtype)
 
 
 def times(exponent: Array, factor: float, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -123,10 +132,10 @@ def normalize(s: Scaled) -> Scaled:
     """The same numbers with the largest |mantissa| of those that share an exponent in [1, 4)."""
     fixed = lax.stop_gradient(s.mantissa)
     if not s.exponent.ndim:
-        unit = _common_unit(fixed)
-        return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, _exponent_of(unit)))
-    unit = _even_unit(_tops(fixed, s.exponent.shape))
-    return Scaled(s.mantissa * (1 / unit), s.exponent + _exponent_of(unit))
+        unit, k = _common_unit(fixed)
+        return Scaled(s.mantissa * (1 / unit), _sum_once(s.exponent, k))
+    unit, k = _even_unit(_tops(fixed, s.exponent.shape))
+    return Scaled(s.mantissa * (1 / unit), s.exponent + k)
 
 
 def _tops(x: Array, cells: Sequence[int]) -> Array:
@@ -159,9 +168,14 @@ def level(s: Scaled, axes: Sequence[int] | None = None) -> Scaled:
     """
     if not jnp.ndim(s.exponent):
         return s
-    along = tuple(range(s.exponent.ndim)) if axes is None else tuple(axes)
-    if axes is not None and all(s.exponent.shape[axis] == 1 for axis in along):
+    if axes is not None and all(s.exponent.shape[axis] == 1 for axis in axes):
         return s
+    return _level(s, None if axes is None else tuple(axes))
+
+
+@partial(jax.jit, static_argnames="axes")
+def _level(s: Scaled, axes: tuple[int, ...] | None) -> Scaled:
+    along = tuple(range(s.exponent.ndim)) if axes is None else axes
     fixed = lax.stop_gradient(s.mantissa)
     found = jnp.where(_tops(fixed, s.exponent.shape) > 0, s.exponent, NONE)
     top = jnp.max(found, along, initial=NONE, keepdims=True)
@@ -213,16 +227,16 @@ def _power_of_array(value: Array, p: float, dtype: DTypeLike, sample: bool) -> S
     x = _size(value, dtype)
     k = jnp.zeros((1,) * x.ndim, jnp.int32)
     if not x.ndim:
-        unit = _even_unit(lax.stop_gradient(x))
-        x, k = x * (1 / unit), _exponent_of(unit)
+        unit, k = _even_unit(lax.stop_gradient(x))
+        x = x * (1 / unit)
     for axis in gauged_axes(x.shape):
         grid = [
             slice(None, None, 1 if a == axis or not sample else max(1, n // 16))
             for a, n in enumerate(x.shape)
         ]
         cells = [n if a == axis else 1 for a, n in enumerate(x.shape)]
-        unit = _even_unit(_tops(lax.stop_gradient(x[tuple(grid)]), cells))
-        x, k = x * (1 / unit), k + _exponent_of(unit)
+        unit, more = _even_unit(_tops(lax.stop_gradient(x[tuple(grid)]), cells))
+        x, k = x * (1 / unit), k + more
     exponent, fraction = times(k, p, x.dtype)
     if p % 1 == 0:
         return Scaled(lax.integer_pow(x, int(p)) if p > 1 else x, exponent)
@@ -240,8 +254,8 @@ def _size(value: Array, dtype: DTypeLike) -> Array:
 def power_along(value: Array, p: float, dtype: DTypeLike) -> Scaled:
     """|value|^p with an exponent for each index of all axes but the first."""
     x = _size(value, dtype)
-    unit = _even_unit(_tops(lax.stop_gradient(x), (1, *x.shape[1:])))
-    exponent, fraction = times(_exponent_of(unit), p, x.dtype)
+    unit, k = _even_unit(_tops(lax.stop_gradient(x), (1, *x.shape[1:])))
+    exponent, fraction = times(k, p, x.dtype)
     return Scaled((x * (1 / unit)) ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
@@ -355,6 +369,7 @@ def add(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> Scale
     return normalize(Scaled(sum(mantissas[1:], mantissas[0]), exponent))
 
 
+@jax.jit
 def multiply(a: Scaled, b: Scaled) -> Scaled:
     """Elementwise product, not renormalised."""
     return Scaled(a.mantissa * b.mantissa, a.exponent + b.exponent)
@@ -372,7 +387,12 @@ def maximum(parts: Sequence[Scaled]) -> Scaled:
 
 def summed(s: Scaled, axes: Sequence[int], keepdims: bool = False) -> Scaled:
     """Sum over some axes."""
-    s, axes = level(s, axes), tuple(axes)
+    return _summed(s, tuple(axes), keepdims)
+
+
+@partial(jax.jit, static_argnames=("axes", "keepdims"))
+def _summed(s: Scaled, axes: tuple[int, ...], keepdims: bool) -> Scaled:
+    s = level(s, axes)
     exponent = s.exponent
     if jnp.ndim(exponent) and not keepdims:
         exponent = lax.squeeze(exponent, axes)

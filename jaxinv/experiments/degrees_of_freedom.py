@@ -107,7 +107,7 @@ def run(config: Config, running: Running) -> Result:
     Raises:
         DataError: if ``config.data`` cannot be read.
 
-    >>> result = run(Config(hidden=(2,), examples=200))
+    >>> result = run(Config(hidden=(2,), examples=1437))  # as many as there are digits
     >>> normal, digits = result.splits
     >>> normal.parameters, normal.rank, normal.rescaling, normal.dead, normal.unexplained
     (160, 158, 2, 0, 0)

@@ -127,11 +127,12 @@ def path_metric_product(
     return jax.tree.unflatten(metric.structure, product)
 
 
+@jax.jit
 def _root(s: Scaled) -> Scaled:
     """√s, with an odd exponent's factor of two in the mantissa."""
     odd = s.exponent & 1
     mantissa = s.mantissa * (1 + odd).astype(s.mantissa.dtype)
-    return Scaled(jnp.sqrt(jnp.maximum(mantissa, 0)), (s.exponent - odd) // 2)
+    return Scaled(jnp.sqrt(jnp.maximum(mantissa, 0)), (s.exponent - odd) >> 1)
 
 
 class PathMetricSolution(NamedTuple):
@@ -214,6 +215,7 @@ def path_metric_solve(
     return PathMetricSolution(jax.tree.unflatten(metric.structure, v), residual)
 
 
+@jax.jit
 def _over_root(a: Array, root: Scaled) -> Array:
     present = root.mantissa > 0
     quotient = a / jnp.where(present, root.mantissa, 1)

@@ -284,7 +284,7 @@ def scaled_data_kappa(
         scaled.normalize(Scaled(g, exponent - e)) for g, e in zip(by_moment, exponents, strict=True)
     ]
     # c_v E[z_v²] is a share of γ²_net: in units of γ_net, numbers of any size have a square root.
-    unit = exponent // 2
+    unit = exponent >> 1
     roots = [_root(c, unit) for c in slopes]
 
     def weighted(leaves: list[Array], inputs: list[Array]) -> list[Array]:
@@ -296,11 +296,12 @@ def scaled_data_kappa(
     return [scaled.add([a, b]) for a, b in zip(path_part, data_part, strict=True)]
 
 
+@jax.jit
 def _root(s: Scaled, unit: Array) -> Array:
     """√s / 2^unit."""
     odd = s.exponent & 1
     mantissa = jnp.sqrt(jnp.maximum(s.mantissa, 0) * (1 + odd).astype(s.mantissa.dtype))
-    return scaled.shift(mantissa, (s.exponent - odd) // 2 - unit)
+    return scaled.shift(mantissa, ((s.exponent - odd) >> 1) - unit)
 
 
 def _mean_squares(

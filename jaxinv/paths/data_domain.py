@@ -12,6 +12,7 @@ connections added to it. Linear operations that only move, add or scale leave a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -261,6 +262,7 @@ class MixingDomain(DataDomain):
         return _mix(moment, value.path.sums, self.alpha)
 
 
+@partial(jax.jit, static_argnames=("centered", "dtype"))
 def second_moment(array: Array, centered: bool, dtype: DType) -> Scaled:
     """Mean over the examples of z², or of (z − mean)²."""
     array = jnp.asarray(array, dtype)
@@ -269,6 +271,7 @@ def second_moment(array: Array, centered: bool, dtype: DType) -> Scaled:
     return scaled.mean(scaled.power_along(array, 2.0, dtype))
 
 
+@partial(jax.jit, static_argnames="alpha")
 def _mix(moment: Scaled, sums: Scaled, alpha: float) -> Scaled:
     if alpha == 1:
         return moment

@@ -8,8 +8,10 @@ its columns to the result, and what is multiplied and added has lost nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -59,7 +61,29 @@ def moved(
     else:
         sums, length = scaled.level(sums), scaled.level(length)
         return moved(eqn, sums, length, None, weight_is_right)
-    weight, rows, columns, separate = _gauges(length, plan, axes)
+    exponent = length.exponent
+    if not jnp.ndim(exponent):
+        exponent = exponent.reshape((1,) * length.mantissa.ndim)
+    named = {axis for axis, _ in (*plan.rows, *plan.columns)}
+    separate = axes is not None and named.issuperset(axes)
+    # Mantissas that stay as they are need not pass through a program.
+    mantissa = None if separate else length.mantissa
+    weight, gauges, data, result = _moved(sums, mantissa, exponent, plan)
+    weight = length.mantissa if weight is None else weight
+    return Moved(data, weight, result, gauges, separate, plan)
+
+
+# A program for each shape of a layer. Outside of a caller's `jax.jit` every operation would be
+# one, and for a small network it takes longer to compile those than everything else.
+@partial(jax.jit, static_argnames="plan")
+def _moved(
+    sums: Scaled, mantissa: Array | None, exponent: Array, plan: _Plan
+) -> tuple[Array | None, tuple[Array, Array], Array, Array]:
+    """(weight, its exponents by rows and by columns, data, exponent of the result).
+
+    Without the weight's mantissas its exponents are known to be a sum of vectors.
+    """
+    weight, rows, columns = _gauges(mantissa, exponent, plan)
     shape = sums.mantissa.shape
     given = _placed(rows, plan.rows, len(shape))
     if plan.groups > 1 and given.shape[plan.channel] > 1:
@@ -67,19 +91,22 @@ def moved(
     data, top = _leveled(
         Scaled(sums.mantissa, jnp.broadcast_to(sums.exponent + given, shape)), plan
     )
-    exponent = _placed(top, plan.kept, plan.rank)
+    result = _placed(top, plan.kept, plan.rank)
     if plan.groups > 1:
-        exponent = jnp.repeat(exponent, plan.copies, plan.kept[plan.channel])
-    exponent = exponent + _placed(columns, plan.columns, plan.rank)
-    return Moved(data, weight, exponent, (rows, columns), separate, plan)
+        result = jnp.repeat(result, plan.copies, dict(plan.kept)[plan.channel])
+    result = result + _placed(columns, plan.columns, plan.rank)
+    return weight, (rows, columns), data, result
+
+
+AxisMap = tuple[tuple[int, int], ...]  # (axis of an operand, axis elsewhere), ...
 
 
 class _Plan(NamedTuple):
-    """Where the axes of the operands go. Axis maps are {axis of an operand: axis elsewhere}."""
+    """Where the axes of the operands go."""
 
-    rows: dict[int, int]  # of the weight, contracted -> axis of the data
-    columns: dict[int, int]  # of the weight, kept -> axis of the result
-    kept: dict[int, int]  # of the data -> axis of the result
+    rows: AxisMap  # of the weight, contracted -> axis of the data
+    columns: AxisMap  # of the weight, kept -> axis of the result
+    kept: AxisMap  # of the data -> axis of the result
     summed: tuple[int, ...]  # axes of the data along which exponents become equal
     channel: int  # the axis of the data that is cut into groups
     groups: int
@@ -99,41 +126,38 @@ def _dot(eqn: Equation, data_rank: int, weight_rank: int, weight_is_right: bool)
     kept |= {a: start[id(data_free)] + i for i, a in enumerate(data_free)}
     columns = {a: i for i, a in enumerate(wb)}
     columns |= {a: start[id(weight_free)] + i for i, a in enumerate(weight_free)}
-    rows = dict(zip(wc, dc, strict=True))
-    return _Plan(rows, columns, kept, tuple(dc), 0, 1, 1, len(eqn.outputs[0].shape))
+    rows, rank = tuple(zip(wc, dc, strict=True)), len(eqn.outputs[0].shape)
+    return _Plan(rows, tuple(columns.items()), tuple(kept.items()), tuple(dc), 0, 1, 1, rank)
 
 
 def _convolution(eqn: Equation) -> _Plan:
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     channel, (outputs, inputs) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
-    rank = len(numbers.out_spec)
+    rank, features = len(numbers.out_spec), numbers.out_spec[1]
     copies = eqn.inputs[1].shape[outputs] // groups
-    kept, columns = {channel: numbers.out_spec[1]}, {outputs: numbers.out_spec[1]}
-    return _Plan(
-        {inputs: channel}, columns, kept, tuple(range(rank)), channel, groups, copies, rank
-    )
+    rows, columns, kept = ((inputs, channel),), ((outputs, features),), ((channel, features),)
+    return _Plan(rows, columns, kept, tuple(range(rank)), channel, groups, copies, rank)
 
 
 def _gauges(
-    length: Scaled, plan: _Plan, axes: tuple[int, ...] | None
-) -> tuple[Array, Array, Array, bool]:
-    """(mantissas, exponents by rows, by columns, whether the mantissas are those of `length`)."""
-    mantissa, exponent = length
-    if not jnp.ndim(exponent):
-        exponent = exponent.reshape((1,) * mantissa.ndim)
-    others = [a for a in range(exponent.ndim) if a not in plan.rows and a not in plan.columns]
-    if axes is not None and not any(a in others for a in axes):
-        rows = _at_first(exponent, [a for a in range(exponent.ndim) if a not in plan.rows])
-        columns = _at_first(exponent, [a for a in range(exponent.ndim) if a not in plan.columns])
-        return mantissa, rows, columns - _at_first(exponent, range(exponent.ndim)), True
-    not_rows = tuple(a for a in range(exponent.ndim) if a not in plan.rows)
-    not_columns = tuple(a for a in range(exponent.ndim) if a not in plan.columns)
+    mantissa: Array | None, exponent: Array, plan: _Plan
+) -> tuple[Array | None, Array, Array]:
+    """(mantissas, exponents by rows, by columns)."""
+    not_rows = _all_but(plan.rows, exponent.ndim)
+    not_columns = _all_but(plan.columns, exponent.ndim)
+    if mantissa is None:
+        rows, columns = _at_first(exponent, not_rows), _at_first(exponent, not_columns)
+        return None, rows, columns - _at_first(exponent, range(exponent.ndim))
     found = jnp.where(mantissa != 0, exponent, scaled.NONE)
     rows = _known(jnp.max(found, not_rows, keepdims=True))
     found = jnp.where(mantissa != 0, exponent - rows, scaled.NONE)
     columns = _known(jnp.max(found, not_columns, keepdims=True))
     shift = lax.min(exponent - rows - columns, jnp.int32(126))
-    return scaled.shift(mantissa, shift), rows, columns, False
+    return scaled.shift(mantissa, shift), rows, columns
+
+
+def _all_but(axes: AxisMap, rank: int) -> tuple[int, ...]:
+    return tuple(axis for axis in range(rank) if axis not in dict(axes))
 
 
 def _known(exponent: Array) -> Array:
@@ -146,12 +170,13 @@ def _at_first(exponent: Array, axes: Sequence[int]) -> Array:
     return exponent
 
 
-def _placed(exponent: Array, axes: dict[int, int], rank: int) -> Array:
+def _placed(exponent: Array, axes: AxisMap, rank: int) -> Array:
     """Exponents with their axes moved to others; all other axes have length 1."""
-    order = sorted(axes, key=lambda axis: axes[axis])
-    rest = [axis for axis in range(exponent.ndim) if axis not in axes]
-    kept = lax.squeeze(lax.transpose(exponent, (*rest, *order)), range(len(rest)))
-    places = [axes[axis] for axis in order]
+    order = sorted(axes, key=lambda pair: pair[1])
+    rest = _all_but(axes, exponent.ndim)
+    permutation = (*rest, *(axis for axis, _ in order))
+    kept = lax.squeeze(lax.transpose(exponent, permutation), range(len(rest)))
+    places = [place for _, place in order]
     return lax.expand_dims(kept, [axis for axis in range(rank) if axis not in places])
 
 
@@ -169,23 +194,32 @@ def _leveled(s: Scaled, plan: _Plan) -> Scaled:
     return Scaled(mantissa, lax.expand_dims(top.reshape(-1), others))
 
 
-def checked(mantissa: Array, sums: Scaled, value: Array, part: Moved, sample: bool) -> Array:
-    """NaN in place of sums all of whose terms were too small to be kept.
+def checked(mantissa: Array, sums: Scaled, value: Array, part: Moved, sample: bool) -> Scaled:
+    """The contraction, normalised, with NaN in place of sums all of whose terms were too small.
 
     That takes weights of one array that span more than a power of two for each row and column can
     bring together. A column of zeros has no terms. With `sample` only some rows of a large weight
     are looked at to tell.
     """
-    plan = part.plan
-    assert plan is not None
+    assert part.plan is not None
+    result = Scaled(mantissa, part.exponent)
+    return _checked(result, sums.mantissa, part.data, value, part.plan, sample)
+
+
+@partial(jax.jit, static_argnames=("plan", "sample"))
+def _checked(
+    result: Scaled, before: Array, data: Array, value: Array, plan: _Plan, sample: bool
+) -> Scaled:
+    mantissa, exponent = result
     terms = max(1, value.size // max(1, mantissa.size))
     small = mantissa < jnp.finfo(mantissa.dtype).tiny * 2.0**16 * terms
-    vanished = jnp.any((part.data == 0) & (sums.mantissa != 0))
+    vanished = jnp.any((data == 0) & (before != 0))
+    others = _all_but(plan.columns, value.ndim)
     grid = [
-        slice(None, None, 1 if a in plan.columns or not sample else max(1, n // 16))
+        slice(None, None, max(1, n // 16) if sample and a in others else 1)
         for a, n in enumerate(value.shape)
     ]
-    others = tuple(a for a in range(value.ndim) if a not in plan.columns)
     filled = jnp.any(value[tuple(grid)] != 0, others, keepdims=True)
     lost = small & ((mantissa > 0) | vanished & _placed(filled, plan.columns, plan.rank))
-    return jnp.where(lax.stop_gradient(lost), jnp.nan, mantissa)
+    known = jnp.where(lax.stop_gradient(lost), jnp.nan, mantissa)
+    return scaled.normalize(Scaled(known, exponent))

@@ -264,13 +264,13 @@ def _bilinear(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -
     weight_is_right = isinstance(left, Paths | Sign)
     data, weight = (left, right) if weight_is_right else (right, left)
     sums = as_paths(domain, eqn, data).sums
-    return Paths(_scaled.normalize(_contracted(domain, eqn, sums, weight, weight_is_right)))
+    return Paths(_contracted(domain, eqn, sums, weight, weight_is_right))
 
 
 def _contracted(
     domain: Semantics, eqn: Equation, sums: Scaled, weight: Any, weight_is_right: bool
 ) -> Scaled:
-    """The contraction with |w|^p, after exponents have been moved between the two."""
+    """The contraction with |w|^p, normalised, after exponents have moved between the two."""
     length = edge(domain, eqn, weight)
     axes = weight.axes if isinstance(weight, Weight) and weight.length is not None else None
     if not isinstance(weight, Weight) and jnp.ndim(length.exponent):
@@ -282,10 +282,10 @@ def _contracted(
         mantissa = cpu_kernels.product(eqn, *operands, weight_is_right)
     if mantissa is None:
         mantissa = eqn.bind(*operands, **_EXACT)
-    if part.plan is not None:
-        value = weight.value if isinstance(weight, Weight) else jnp.asarray(weight)
-        mantissa = _path_exponents.checked(mantissa, sums, value, part, domain.streaming)
-    return Scaled(mantissa, part.exponent)
+    if part.plan is None:
+        return _scaled.normalize(Scaled(mantissa, part.exponent))
+    value = weight.value if isinstance(weight, Weight) else jnp.asarray(weight)
+    return _path_exponents.checked(mantissa, sums, value, part, domain.streaming)
 
 
 _EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
@@ -312,8 +312,7 @@ def _convolution(domain: Semantics, eqn: Equation, value: Paths, kernel: Any) ->
     for axis, run in runs.items():
         shape[axis] -= run.length - run.kept
     smaller = eqn._replace(outputs=(jax.ShapeDtypeStruct(shape, out.dtype),))
-    sums = _contracted(domain, smaller, rows, kernel, True)
-    return Paths(_scaled.normalize(sums), runs=runs)
+    return Paths(_contracted(domain, smaller, rows, kernel, True), runs=runs)
 
 
 rule("dot_general", "conv_general_dilated")(_bilinear)

@@ -241,8 +241,12 @@ def is_zero(value: object) -> TypeGuard[ArrayLike]:
 
 def multiples_of(value: Paths) -> dict:
     """What `value` is a multiple of, itself (slope 1) included."""
-    one = Scaled(jnp.ones((), value.sums.mantissa.dtype), jnp.zeros((), jnp.int32))
-    return {value.key: lambda: (value.sums, one), **value.multiples}
+
+    def itself() -> tuple[Scaled, Scaled]:
+        one = Scaled(jnp.ones((), value.rows.mantissa.dtype), jnp.zeros((), jnp.int32))
+        return value.sums, one
+
+    return {value.key: itself, **value.multiples}
 
 
 def shared_bases(sign: Sign, value: Paths) -> list:

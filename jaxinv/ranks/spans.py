@@ -61,21 +61,33 @@ def rank_of_exact(M: Array) -> Modular:
     A prime loses rank only if it divides every largest non-zero minor, for numbers that know
     nothing of it in one case out of 65,000; two do in none of billions.
     """
-    ranks = jnp.stack([_pivots(_residues(M, p), p).sum(dtype=jnp.int32) for p in _PRIMES])
+    whole, exponent = _whole(M)
+    residues = [_residues(M < 0, whole, exponent, p) for p in _PRIMES]
+    pivots = [_pivots(R, p) for R, p in zip(residues, _PRIMES, strict=True)]
+    ranks = jnp.stack([found.sum(dtype=jnp.int32) for found in pivots])
     rank = jnp.max(ranks)
     return Modular(rank, jnp.sum(ranks == rank) >= 2)
 
 
-def _residues(M: Array, p: int) -> Array:
-    """Floats modulo p, which 2 does not divide: powers of two have an inverse."""
+def _whole(M: Array) -> tuple[Array, Array]:
+    """|M| as whole numbers times powers of two, given by their exponents."""
     digits = int(jnp.finfo(M.dtype).nmant) + 1
     word = jnp.uint64 if digits > 24 else jnp.uint32
     mantissa, exponent = jnp.frexp(abs(M))
-    whole = (jnp.ldexp(mantissa, digits).astype(word) % p).astype(jnp.uint32)
+    return jnp.ldexp(mantissa, digits).astype(word), exponent.astype(jnp.int32) - digits
+
+
+def _residues(negative: Array, whole: Array, exponent: Array, p: int) -> Array:
+    """Floats modulo p, which 2 does not divide: powers of two have an inverse."""
     powers = np.array([pow(2, e % (p - 1), p) for e in _EXPONENTS], np.uint32)
-    at = exponent.astype(jnp.int32) - digits - _EXPONENTS[0]
-    found = whole * jnp.asarray(powers)[at] % p
-    return jnp.where(M < 0, (p - found) % p, found)
+    power = jnp.asarray(powers)[exponent - _EXPONENTS[0]]
+    found = _modulo(_modulo(whole, p).astype(jnp.uint32) * power, p)
+    return jnp.where(negative, _modulo(p - found, p), found)
+
+
+def _modulo(a: Array, p: int) -> Array:
+    """a % p of unsigned integers, which needs none of the ten operations that see to signs."""
+    return lax.rem(a, lax.full_like(a, p))
 
 
 def _pivots(M: Array, p: int) -> Array:
@@ -86,9 +98,9 @@ def _pivots(M: Array, p: int) -> Array:
         column = jnp.where(used, 0, M[:, j])
         r = lax.argmax(column != 0, 0, jnp.int32)
         found = column[r] != 0
-        row = M[r] * _inverse(column[r], p) % p
+        row = _modulo(M[r] * _inverse(column[r], p), p)
         others = jnp.where(lax.iota(jnp.int32, len(column)) == r, 0, column)
-        M = (M + (p - others)[:, None] % p * row) % p
+        M = _modulo(M + _modulo(p - others, p)[:, None] * row, p)
         return M, used.at[r].set(used[r] | found), pivots.at[j].set(found)
 
     rows, columns = M.shape
@@ -100,7 +112,7 @@ def _inverse(a: Array, p: int) -> Array:
     """a^(p − 2) mod p, by Fermat; 0 for 0."""
     result = jnp.ones_like(a)
     for bit in bin(p - 2)[2:]:
-        result = result * result % p
+        result = _modulo(result * result, p)
         if bit == "1":
-            result = result * a % p
+            result = _modulo(result * a, p)
     return result

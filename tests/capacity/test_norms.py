@@ -206,7 +206,7 @@ def test_in_the_normalized_gauge_output_units_have_the_norm_of_their_paths(probl
 
     @jax.jit
     def both(w):
-        normal = normalize(group, w, norm=p).params
+        normal = normalize(group, w, p=p).params
         return jnp.exp(log_unit_norms(mlp, normal, x, p=p))[-3:], unit_path_norms(mlp, w, x, p=p)
 
     np.testing.assert_allclose(*both(params), rtol=1e-4)

@@ -19,7 +19,8 @@ PARAMETERS = 64 * HIDDEN + HIDDEN + HIDDEN * 10 + 10
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    argv = ["--hidden", str(HIDDEN), "--examples", "300", "--bias-std", "0.5", "--out", str(out)]
+    # As many normal inputs as there are digits: programs are compiled once for both.
+    argv = ["--hidden", str(HIDDEN), "--examples", "1437", "--bias-std", "0.5", "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["reproduce", "degrees-of-freedom", *argv]) == 0
     content = json.loads((out / "results.json").read_text())

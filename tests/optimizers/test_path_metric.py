@@ -81,7 +81,9 @@ def check_metric(network):
         lift = lift_derivative(network)[:, leaf_ids(network)]
         expected = lift.T @ lift
         v = np.random.default_rng(0).normal(size=expected.shape[0])
-        found = flatten(path_metric_product(network.fn, params, x, unflatten(v, params)))
+        # Shapes are new each time: one program, not one for every operation on each of them.
+        product = jax.jit(functools.partial(path_metric_product, network.fn))
+        found = flatten(product(params, x, unflatten(v, params)))
         np.testing.assert_allclose(
             found, expected @ v, rtol=1e-10, atol=1e-12 * np.abs(expected).max(initial=1e-300)
         )

@@ -252,8 +252,8 @@ def test_kappa_transforms_with_rescalings(alpha, probes, x64):
     u = random_rescaling(group, jax.random.key(3))
     moved = rescale(group, params, u)
     arguments = {"alpha": alpha, "probes": probes, "key": jax.random.key(4)}
-    before = data_dependent_path_kappa(mlp, params, x, **arguments)
-    after = data_dependent_path_kappa(mlp, moved, x, **arguments)
+    kappa = jax.jit(lambda w: data_dependent_path_kappa(mlp, w, x, **arguments))
+    before, after = kappa(params), kappa(moved)
     close(
         jax.tree.map(lambda k, w: k * w**2, after, moved),
         jax.tree.map(lambda k, w: k * w**2, before, params),

@@ -60,9 +60,9 @@ def test_windows_meet_the_same_in_the_shorter_array(array, size, stride, dilatio
 
 @given(st.integers(2, 40).flatmap(lambda n: st.tuples(*(arrays(st.just(n)) for _ in range(2)))))
 @settings(max_examples=40)
-def test_together_keeps_a_run_where_both_have_one(pair):
+def test_joined_arrays_keep_a_run_where_both_have_one(pair):
     scaled = [(Scaled(jnp.asarray(rows), 0), runs) for rows, runs in pair]
-    (x, y), runs = _path_runs.together(scaled)
+    (x, y), runs = _path_runs.joined(scaled)
     total = np.asarray(x.mantissa) + np.asarray(y.mantissa)
     expected = sum(whole(*array) for array in pair)
     np.testing.assert_array_equal(whole(total, runs), expected)

@@ -64,7 +64,7 @@ def test_the_integer_jacobian_is_that_of_the_network(x64):
 
 # --- 500 networks -------------------------------------------------------------------------------
 
-ARCHITECTURES = [(2, 2, 2, 1), (3, 5, 4, 2), (2, 3, 1), (4, 3, 3, 2), (1, 6, 1), (3, 4, 2)]
+ARCHITECTURES = [(3, 5, 4, 2), (2, 3, 1), (1, 6, 1), (2, 2, 2, 1), (4, 3, 3, 2), (3, 4, 2)]
 
 
 @functools.cache
@@ -78,13 +78,16 @@ def both_precisions(sizes, biases):
     return jax.jit(ranks)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(500, marks=pytest.mark.slow)])
-def test_a_certain_rank_is_the_exact_one_on_random_networks(count):
+# Every architecture is two programs to compile; the weights cost little.
+@pytest.mark.parametrize(
+    ("count", "kinds"), [(200, 3), pytest.param(500, 6, marks=pytest.mark.slow)]
+)
+def test_a_certain_rank_is_the_exact_one_on_random_networks(count, kinds):
     """In float64 nearly all are certain; float32 is often wrong, and never wrong and certain."""
     seen = dict.fromkeys(["float32 certain", "float32 wrong", "float64 certain"], 0)
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        sizes, biases = ARCHITECTURES[seed % 6], bool(seed % 4 < 2)
+        sizes, biases = ARCHITECTURES[seed % kinds], bool(seed % 4 < 2)
         spread = int(rng.choice([0, 0, 4, 12]))
         layers = integer_layers(sizes, rng, biases)
         x = rng.integers(-4, 5, (40, sizes[0]))
