@@ -71,6 +71,7 @@ NOT_FINITE = 32
 MEASURED = 64
 NARROWED = 128
 NOT_FACTORED = 256
+BOUNDARIES_MISSING = 512
 
 TEXTS = {
     CAST: "fn casts to less than the working precision",
@@ -79,6 +80,7 @@ TEXTS = {
     ROUNDING: "rounding hides singular values between 0 and what stands out",
     NO_UPPER_BOUND: "no known symmetry explains the rest of the null space",
     NOT_FACTORED: "the null space may be larger than the known symmetries and dead parameters",
+    BOUNDARIES_MISSING: "some units lack boundary points: functional_dimension says which",
     NOT_FINITE: "the Jacobian is not finite",
 }
 
@@ -97,6 +99,7 @@ class About:
     outputs: int = 0
     parameters: int = 0
     casts: tuple[str, ...] = ()  # source lines
+    region: str = ""  # of inputs, where none are given
 
     @property
     def enough(self) -> int:

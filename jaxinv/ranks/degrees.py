@@ -21,8 +21,10 @@ from jaxinv._numerics.precision import call_in
 from jaxinv._numerics.varying import varying_like
 from jaxinv._numerics.vectors import unflatten
 from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv.gates import FunctionalDimension, Region
 from jaxinv.jacobians.jacobians import jacobian
 from jaxinv.ranks.evidence import known_ambiguities, noise, sizes_of
+from jaxinv.ranks.on_regions import asked, rank_on_region
 from jaxinv.ranks.rank import Method, check_values, checked_options, jacobian_rank, rank_of
 from jaxinv.ranks.record import Rank
 from jaxinv.rescaling.group import rescaling_group
@@ -118,7 +120,7 @@ def dead_names(mask: Params) -> list[str]:
 def degrees_of_freedom(
     fn: Network,
     params: Params,
-    x: Inputs,
+    x: Inputs | Region,
     *,
     method: Method = "auto",
     rtol: float | None = None,
@@ -137,7 +139,8 @@ def degrees_of_freedom(
     at random. Integer inputs, and networks that mix examples, are not compared.
 
     Args:
-        fn, params, x, method, rtol, dtype, chunk, batch_axis: as for `jacobian_rank`.
+        fn, params, x, method, rtol, dtype, chunk, batch_axis: as for `jacobian_rank`. On a region
+            of inputs no parameter counts as dead, and what is not proven as unexplained.
         basis: also return an orthonormal basis of the unexplained directions (by a full SVD of J,
             outside `jit`).
 
@@ -156,6 +159,10 @@ def degrees_of_freedom(
         26 parameters = 22 degrees of freedom + 4 rescalings + 0 dead + 0 unexplained (certain)
     """
     dtype, rtol = checked_options(method, dtype, rtol)
+    if asked(x, method):
+        if basis:
+            raise InvalidInput("basis=True needs the Jacobian on given inputs, not a region.")
+        return _on_region(params, *rank_on_region(fn, params, x, rtol, dtype, batch_axis))
     x = leading(x, batch_axis)
     check_values(params, x, dtype, chunk)
     network = traced_in(dtype, fn, params, x, batch_axis)
@@ -191,6 +198,17 @@ def degrees_of_freedom(
         mask,
         found,
     )
+
+
+def _on_region(params: Params, rank: Rank, found: FunctionalDimension) -> DegreesOfFreedom:
+    """Nothing is unseen on a region, and no parameter is known to be dead on all of it."""
+    count = partial(jnp.asarray, dtype=jnp.int32)
+    none = jax.tree.map(lambda a: jnp.zeros(jnp.shape(a), bool), params)
+    rest = found.upper - found.lower
+    return DegreesOfFreedom(
+        count(found.parameters), rank.rank, count(found.rescaling), count(0), count(rest),
+        count(0), jnp.asarray(True), rank.certain, rank, none, None,
+    )  # fmt: skip
 
 
 def _look(

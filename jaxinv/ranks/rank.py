@@ -35,6 +35,7 @@ from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.lapack import cholesky, eigenvalues, singular_values, triangle
 from jaxinv._numerics.precision import call_in, in_precision
 from jaxinv.errors import InvalidInput
+from jaxinv.gates import Region
 from jaxinv.jacobians.jacobians import (
     fold_rows,
     jacobian,
@@ -46,11 +47,12 @@ from jaxinv.jacobians.problem import problem_of
 from jaxinv.ranks.casts import casts_of
 from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv.ranks.exact_method import exact_rank, settled
+from jaxinv.ranks.on_regions import asked, rank_on_region
 from jaxinv.ranks.record import Rank, of_what_was_given
 from jaxinv.ranks.spans import Modular, rank_of_exact
 from jaxinv.typing import Array, DType, DTypeLike, Inputs, Network, Params
 
-Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact"]
+Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact", "boundary"]
 _EXACT = lax.Precision.HIGHEST
 # An exact rank costs rows·d² of these for each of three primes; about a second.
 _MOST_ELIMINATIONS = 1 << 27
@@ -63,7 +65,7 @@ def checked_options(
     method: str, dtype: DTypeLike, rtol: float | None
 ) -> tuple[DType, float | None]:
     """dtype and rtol as they are used; `InvalidInput` for options that make no sense."""
-    one_of("method", method, (*METHODS, "exact"))
+    one_of("method", method, (*METHODS, "exact", "boundary"))
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:
@@ -418,7 +420,7 @@ METHODS: dict[str, Callable[..., Rank]] = {
 def jacobian_rank(
     fn: Network,
     params: Params,
-    x: Inputs,
+    x: Inputs | Region,
     *,
     method: Method = "auto",
     rtol: float | None = None,
@@ -435,7 +437,10 @@ def jacobian_rank(
             d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
             and gives -1 where it cannot. "exact" counts in exact arithmetic, outside `jit`, where
             fn is piecewise polynomial and small. "auto" tries the certificate, then the SVD, and
-            "exact" where that is not certain of a small network.
+            "exact" where that is not certain of a small network. "boundary" proves the rank on the
+            segments between the inputs from the boundaries of gates, outside `jit`; see
+            `functional_dimension`. It is what is used where x is a region of inputs
+            (`jaxinv.gates.everywhere(x)`, say).
         rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
         dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
             equals a bound known from theory.
@@ -458,6 +463,8 @@ def jacobian_rank(
         (6, True)
     """
     dtype, rtol = checked_options(method, dtype, rtol)
+    if asked(x, method):
+        return rank_on_region(fn, params, x, rtol, dtype, batch_axis)[0]
     x = leading(x, batch_axis)
     check_values(params, x, dtype, chunk)
     network = traced_in(dtype, fn, params, x, batch_axis)

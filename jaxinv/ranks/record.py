@@ -47,6 +47,9 @@ class Rank(NamedTuple):
         notes = self.notes()
         if self.rank < 0:
             return "".join([f"rank not certified: at most {self.upper}", *notes])
+        if self.about.region:
+            found = f"rank {self.rank} ({self.word()}) on {self.about.region}"
+            return "".join([f"{found}: {self.lower} proven, at most {self.upper}", *notes])
         if jnp.isnan(self.largest) and jnp.isnan(self.smallest):
             found = f"rank {self.rank} ({self.word()}): in exact arithmetic, at most {self.upper}"
             return "".join([found, *notes])

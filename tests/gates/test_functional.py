@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinv import functional_dimension, jacobian_rank, networks
+from jaxinv import degrees_of_freedom, functional_dimension, jacobian_rank, networks
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.gates import box, everywhere, segments
 
@@ -120,3 +120,23 @@ def test_a_cast_leaves_nothing_certain():
     found = functional_dimension(half, w, ANY, dense=0)
     assert not found.certain and "test_functional.py" in found.casts[0]
     assert "casts to less than float64" in str(found)
+
+
+def test_ranks_take_regions():
+    params = params_of()
+    rank = jacobian_rank(networks.mlp, params, ANY)
+    assert (int(rank.rank), bool(rank.certain)) == (45, True)
+    assert str(rank) == "rank 45 (certain) on all inputs: 45 proven, at most 45"
+    split = degrees_of_freedom(networks.mlp, params, ANY, method="boundary")
+    parts = (split.rank, split.rescaling, split.dead, split.unexplained, split.unseen)
+    assert tuple(map(int, parts)) == (45, 9, 0, 0, 0) and bool(split.certain)
+    data = np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32)
+    between = jacobian_rank(networks.mlp, params, data, method="boundary")
+    assert 0 < int(between.rank) <= int(between.upper) == 45 and "3 inputs" in str(between)
+    for wrong in ({"method": "svd"}, {"rtol": 1e-3}, {"dtype": np.float32}):
+        with pytest.raises(InvalidInput, match="boundar"):
+            jacobian_rank(networks.mlp, params, ANY, **wrong)
+    with pytest.raises(InvalidInput, match="under jit"):
+        jax.jit(lambda w: jacobian_rank(networks.mlp, w, ANY).rank)(params)
+    with pytest.raises(InvalidInput, match="basis"):
+        degrees_of_freedom(networks.mlp, params, ANY, basis=True)
