@@ -1,0 +1,110 @@
+"""Time and memory of a proven number of degrees of freedom against the number of parameters.
+
+    python benchmarks/functional_dimension.py
+
+Boundaries of gates (`functional_dimension` on all inputs) beside the dense certificate
+(`jacobian_rank(method="certificate")` on normal inputs, twice as many rows as parameters), each in
+a process of its own, compilation included. The certificate is run where JᵀJ and its factor fit.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from _measure import RESULTS, publish
+
+from jaxinv import functional_dimension, jacobian_rank, networks
+from jaxinv.experiments.report import Table
+from jaxinv.gates import everywhere
+
+NETWORKS = (
+    "64-32-32-10",
+    "64-64-64-10",
+    "784-30-30-30-10",
+    "784-256-256-10",
+    "784-1024-1024-10",
+)
+MOST_DENSE = 10_000  # parameters
+
+
+def one(method: str, sizes: tuple[int, ...]) -> dict:
+    """What a fresh process needs for one network."""
+    params = networks.init_mlp(jax.random.key(0), sizes, bias_std=0.1)
+    start, spent = time.perf_counter(), time.process_time()
+    if method == "boundary":
+        x = jax.ShapeDtypeStruct((1, sizes[0]), np.float32)
+        found = functional_dimension(networks.mlp, params, everywhere(x), dense=0)
+        lower, upper = found.lower, found.upper
+    else:
+        count = 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) // sizes[-1]
+        x = jax.random.normal(jax.random.key(1), (count, sizes[0]))
+        found = jacobian_rank(networks.mlp, params, x, method="certificate")
+        lower, upper = int(found.lower), int(found.upper)
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "lower": lower,
+        "upper": upper,
+        "certain": bool(found.certain),
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - spent,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def exponent(rows: list[dict], what: str) -> float:
+    """Of a power law of the number of parameters."""
+    d = np.log([row["parameters"] for row in rows])
+    return float(np.polyfit(d, np.log([row[what] for row in rows]), 1)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the results")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="widths, as 64-32-32-10")
+    parser.add_argument("--one", choices=("boundary", "certificate"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = {name: tuple(map(int, name.split("-"))) for name in arguments.networks}
+    if arguments.one:
+        print(json.dumps(one(arguments.one, next(iter(sizes.values())))))
+        return
+    found: dict[str, list[dict]] = {"boundary": [], "certificate": []}
+    rows = []
+    for name, widths in sizes.items():
+        count = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+        for method in found:
+            if method == "certificate" and count > MOST_DENSE:
+                continue
+            command = [sys.executable, __file__, "--one", method, "--networks", name]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            cell = {"network": name, **json.loads(output.splitlines()[-1])}
+            found[method].append(cell)
+            known = str(cell["lower"]) if cell["certain"] else f"[{cell['lower']}, {cell['upper']}]"
+            rows.append(
+                [
+                    name,
+                    str(cell["parameters"]),
+                    method,
+                    known,
+                    f"{cell['seconds']:.1f}",
+                    f"{cell['cpu_seconds']:.1f}",
+                    f"{cell['peak_bytes'] / 1e9:.2f}",
+                ]
+            )
+            print(" ".join(rows[-1]), flush=True)
+    title = "Proven degrees of freedom, one run each, compilation included"
+    for what in ("seconds", "peak_bytes"):
+        for method, cells in found.items():
+            if len(cells) > 1:
+                title += f"; {method}: {what} ~ d^{exponent(cells, what):.2f}"
+    columns = ["network", "d", "method", "dimension", "s", "CPU s", "peak GB"]
+    publish("functional_dimension", Table(title, columns, rows), found, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
