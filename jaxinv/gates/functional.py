@@ -86,6 +86,7 @@ def functional_dimension(
     key: Array | None = None,
     dense: int = 2000,
     max_bytes: float = 2e9,
+    mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
 ) -> FunctionalDimension:
     """The degrees of freedom of a network of ReLUs on a region of inputs, between proven bounds.
@@ -104,6 +105,7 @@ def functional_dimension(
         dense: up to this many parameters, where the bounds do not meet, the rank of the Jacobian
             at the inputs that the search has found is taken as well.
         max_bytes: for the rows of one unit. A layer that would take more is left out, and named.
+        mesh: devices over which the units of a layer are spread.
         progress: called with the fraction done and the name of the layer.
 
     Returns:
@@ -140,7 +142,7 @@ def functional_dimension(
         network = traced_in(np.float64, fn, params, low)
         if network.error is not None:
             raise network.error
-        search = Search(network, params, region, seed, 0, max_bytes)
+        search = Search(network, params, region, seed, 0, max_bytes, mesh)
         return _dimension(search, dense, progress or (lambda part, what: None))
 
 

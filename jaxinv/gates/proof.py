@@ -8,12 +8,14 @@ beyond the sum of these (`_numerics.tolerances`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxinv._interpreter.batch import TracedNetwork
 from jaxinv._interpreter.rounding import with_rounding
@@ -288,7 +290,22 @@ def _power(size: Array) -> Array:
     return jnp.ldexp(jnp.ones_like(some), -jnp.frexp(some)[1])
 
 
-@partial(jax.jit, static_argnames=("network", "block", "chunk"))
+def spread(function: Callable[..., Any], mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
+    """A function of (params, what units share, of each unit …), the units spread over devices."""
+    if mesh is None:
+        return function
+    here, own = PartitionSpec(), PartitionSpec(mesh.axis_names)
+
+    def over(params: Params, shared: Any, *of_units: Any) -> Any:
+        specs = (here, here, *[own] * len(of_units))
+        # Nothing is summed over devices, so there is nothing to check of what varies over them.
+        apart = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+        return apart(params, shared, *of_units)
+
+    return over
+
+
+@partial(jax.jit, static_argnames=("network", "block", "chunk", "mesh"))
 def boundary_ranks(
     network: TracedNetwork,
     block: Block,
@@ -297,18 +314,22 @@ def boundary_ranks(
     segments: Segments,
     crossings: Crossed,
     chunk: int,
+    mesh: jax.sharding.Mesh | None,
 ) -> Found:
-    """Of some units, one after another."""
+    """Of some units, one after another; on a mesh each device takes its share of them."""
 
-    def one(given: tuple[Array, tuple[Array, Array, Array, Array]]) -> Found:
-        unit, own = given
-        rows = boundary_rows(network, block, params, unit, segments, own, chunk)
-        return rank_of(rows, flat(slices_of(block, params, unit)))
+    def some(params: Params, segments: Segments, units: Array, crossings: Crossed) -> Found:
+        def one(given: tuple[Array, Crossed]) -> Found:
+            unit, own = given
+            rows = boundary_rows(network, block, params, unit, segments, own, chunk)
+            return rank_of(rows, flat(slices_of(block, params, unit)))
 
-    return lax.map(one, (units, crossings))
+        return lax.map(one, (units, crossings))
+
+    return spread(some, mesh)(params, segments, units, crossings)
 
 
-@partial(jax.jit, static_argnames=("network", "block", "chunk"))
+@partial(jax.jit, static_argnames=("network", "block", "chunk", "mesh"))
 def aimed_ranks(
     network: TracedNetwork,
     block: Block,
@@ -319,29 +340,37 @@ def aimed_ranks(
     starts: Inputs,  # of each unit
     bounds: tuple[Inputs, Inputs] | None,
     chunk: int,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[Found, Segments, Crossed]:
     """As `boundary_ranks`, with more points along segments that are aimed from `starts`.
 
     Also the segments of as many points as before, those that count first.
     """
 
-    def one(given: tuple[Array, Segments, Crossed, Inputs]) -> tuple[Found, Segments, Crossed]:
-        unit, own, crossed, start = given
-        more, found = aimed(network, block, params, unit, start, bounds)
-        parts = [
-            boundary_rows(network, block, params, unit, ends, at_, chunk)
-            for ends, at_ in ((own, crossed), (more, found))
-        ]
-        rows, ends, places = (
-            jax.tree.map(lambda *a: jnp.concatenate(a), *pair)
-            for pair in (parts, (own, more), (crossed, found))
-        )
-        count = crossed[0].size
-        first = jnp.argsort(~rows.good)[:count]
-        kept = (lax.iota(jnp.int32, count), places[1][first], places[2][first], rows.good[first])
-        return rank_of(rows, flat(slices_of(block, params, unit))), taken(ends, first), kept
+    def some(params: Params, bounds: Any, *of_units: Any) -> tuple[Found, Segments, Crossed]:
+        def one(
+            given: tuple[Array, Segments, Crossed, Inputs],
+        ) -> tuple[Found, Segments, Crossed]:
+            unit, own, crossed, start = given
+            more, found = aimed(network, block, params, unit, start, bounds)
+            parts = [
+                boundary_rows(network, block, params, unit, ends, at_, chunk)
+                for ends, at_ in ((own, crossed), (more, found))
+            ]
+            rows, ends, places = (
+                jax.tree.map(lambda *a: jnp.concatenate(a), *pair)
+                for pair in (parts, (own, more), (crossed, found))
+            )
+            count = crossed[0].size
+            first = jnp.argsort(~rows.good)[:count]
+            index = lax.iota(jnp.int32, count)
+            kept = (index, places[1][first], places[2][first], rows.good[first])
+            rank = rank_of(rows, flat(slices_of(block, params, unit)))
+            return rank, taken(ends, first), kept
 
-    return lax.map(one, (units, segments, crossings, starts))
+        return lax.map(one, of_units)
+
+    return spread(some, mesh)(params, bounds, units, segments, crossings, starts)
 
 
 @partial(jax.jit, static_argnames=("network", "block", "chunk"))

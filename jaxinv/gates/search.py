@@ -44,6 +44,7 @@ class Search(NamedTuple):
     seed: np.ndarray
     numbers: int  # in one evaluation of the network
     max_bytes: float
+    mesh: jax.sharding.Mesh | None
 
 
 class Layer(NamedTuple):
@@ -108,10 +109,10 @@ def of_gates(search: Search, block: Block, pool: Inputs | None) -> Layer | None:
     segments, crossings = _common(search, block, pool)
     if not crossings.found.any() and block.positions * block.units > 1 << 16:
         return None
-    parts = []
-    for first in range(0, block.units, _GROUP):
+    parts, group = [], _shared(_GROUP, search)
+    for first in range(0, block.units, group):
         # The last group is filled up, so that one program serves all.
-        units = np.minimum(np.arange(first, first + _GROUP), block.units - 1)
+        units = np.minimum(np.arange(first, first + group), block.units - 1)
         parts.append(
             boundary_ranks(
                 search.network,
@@ -121,6 +122,7 @@ def of_gates(search: Search, block: Block, pool: Inputs | None) -> Layer | None:
                 segments,
                 _arrays(crossings, units),
                 _chunk(search, block),
+                search.mesh,
             )
         )
     found = jax.tree.map(lambda *a: np.concatenate(a)[: block.units], *parts)
@@ -128,6 +130,12 @@ def of_gates(search: Search, block: Block, pool: Inputs | None) -> Layer | None:
     if not found.points.any():
         return None
     return Layer(found, crossings.always, pool)
+
+
+def _shared(group: int, search: Search) -> int:
+    """A number of units that the devices share evenly."""
+    devices = 1 if search.mesh is None else search.mesh.size
+    return -(-group // devices) * devices
 
 
 def _arrays(crossings: Crossings, units: np.ndarray) -> tuple[Array, Array, Array, Array]:
@@ -176,7 +184,7 @@ def _aimed(
         bounds = (example_of(search.region), jax.tree.map(lambda a: a[0], search.region.high))
     left = np.flatnonzero(found.rank < block.columns - found.homogeneous)
     # Few shapes, since each is compiled: groups of one size, the last one filled up.
-    group = 1 if len(left) == 1 else min(_GROUP, 4 if len(left) <= 4 else _GROUP)
+    group = _shared(1 if len(left) == 1 else 4 if len(left) <= 4 else _GROUP, search)
     for first in range(0, len(left), group):
         units = np.resize(left[first : first + group], group)
         own = _arrays(crossings, units)
@@ -193,6 +201,7 @@ def _aimed(
                 _starts(search, block, ends, own[3], pool, attempt),
                 bounds,
                 _chunk(search, block),
+                search.mesh,
             )
             if not _lacking(better, block).any():
                 break

@@ -140,3 +140,10 @@ def test_ranks_take_regions():
         jax.jit(lambda w: jacobian_rank(networks.mlp, w, ANY).rank)(params)
     with pytest.raises(InvalidInput, match="basis"):
         degrees_of_freedom(networks.mlp, params, ANY, basis=True)
+
+
+def test_units_may_be_spread_over_devices():
+    mesh = jax.sharding.Mesh(jax.devices(), "units")
+    assert mesh.size == 8
+    found = functional_dimension(networks.mlp, params_of(), ANY, mesh=mesh)
+    assert (found.lower, found.certain) == (45, True)
