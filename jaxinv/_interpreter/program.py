@@ -103,13 +103,15 @@ def find_equation(
     return None
 
 
-def dependent_equations(closed: Any) -> Iterator[Equation]:
+def dependent_equations(closed: Any, depends: Sequence[bool] | None = None) -> Iterator[Equation]:
     """The operations on values of a program's arguments, those of the functions that it calls too.
 
-    Only those on which an output depends. Loops and branches are entered, not listed.
+    Only those on which an output depends; with `depends` only those on the arguments it marks.
+    Loops and branches are entered, not listed.
     """
     jaxpr, _ = open_jaxpr(closed)
-    return _dependent(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), ())
+    marked = [True] * len(jaxpr.invars) if depends is None else depends
+    return _dependent(jaxpr, marked, [True] * len(jaxpr.outvars), ())
 
 
 def _dependent(

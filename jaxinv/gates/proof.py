@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxinv._interpreter.batch import TracedNetwork
+from jaxinv._interpreter.program import dependent_equations
 from jaxinv._interpreter.rounding import with_rounding
 from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.lapack import cholesky, singular_values, triangle
@@ -84,6 +85,20 @@ def _rounded_row(
         values = both(params, unit, position, example)
         nearby = both(nudged(params), unit, position, nudged(example))
         return values, 2 * abs(values - nearby)
+
+
+def largest_array(network: TracedNetwork, block: Block, params: Params, example: Inputs) -> int:
+    """Numbers in the largest array that a row takes for each input."""
+
+    def row(params: Params, unit: Array, position: Array, example: Inputs) -> Any:
+        return _rounded_row(network, block, params, unit, position, example)
+
+    index = jnp.zeros((), jnp.int32)
+    closed = jax.make_jaxpr(row)(params, index, index, example)
+    count = len(jax.tree.leaves(params))
+    own = [False] * count + [False, True] + [True] * len(jax.tree.leaves(example))
+    found = dependent_equations(closed, own)
+    return max((a.size for eqn in found for a in eqn.outputs), default=1)
 
 
 def nudged(tree: Any) -> Any:

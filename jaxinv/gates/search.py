@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.batch import TracedNetwork
+from jaxinv._interpreter.program import find_equation
 from jaxinv.gates.blocks import Block
 from jaxinv.gates.points import Crossings, Segments, between, chosen, chunk_of, signs, taken
-from jaxinv.gates.proof import Found, aimed_ranks, boundary_ranks, output_ranks
+from jaxinv.gates.proof import Found, aimed_ranks, boundary_ranks, largest_array, output_ranks
 from jaxinv.gates.regions import Region, draw, example_of
 from jaxinv.typing import Array, Inputs, Params
 
@@ -28,6 +29,7 @@ _POINTS_PER_COLUMN, _MORE_POINTS = 1.1, 16
 _DRAWS, _ROUNDS = 3, 3
 # Units in one compiled call, and inputs that a rare unit leaves to the pool.
 _GROUP, _KEPT = 16, 4
+_CONVOLVED = 16
 _NOISE_DECADES = (-2.0, 0.3)
 # Matrices of a block's size held at once: rows, their errors, derivatives, products.
 _COPIES = 8
@@ -72,7 +74,12 @@ def _key(search: Search, block: Block, stage: int) -> Array:
 
 
 def _chunk(search: Search, block: Block) -> int:
-    return chunk_of(4 * search.numbers + 4 * block.columns)
+    largest = largest_array(search.network, block, search.params, example_of(search.region))
+    chunk = chunk_of(4 * max(largest, search.numbers + block.columns))
+    # A gradient in a kernel, for each input, is a convolution with as many groups as inputs, which
+    # XLA for CPUs may expand to the square of that.
+    convolves = find_equation(search.network.program.trace.jaxpr, "conv_general_dilated")
+    return min(chunk, _CONVOLVED) if convolves else chunk
 
 
 def taken_inputs(inputs: Inputs, index: Array) -> Inputs:
@@ -109,7 +116,7 @@ def of_gates(search: Search, block: Block, pool: Inputs | None) -> Layer | None:
     segments, crossings = _common(search, block, pool)
     if not crossings.found.any() and block.positions * block.units > 1 << 16:
         return None
-    parts, group = [], _shared(_GROUP, search)
+    chunk, parts, group = _chunk(search, block), [], _shared(_GROUP, search)
     for first in range(0, block.units, group):
         # The last group is filled up, so that one program serves all.
         units = np.minimum(np.arange(first, first + group), block.units - 1)
@@ -121,12 +128,12 @@ def of_gates(search: Search, block: Block, pool: Inputs | None) -> Layer | None:
                 jnp.asarray(units, jnp.int32),
                 segments,
                 _arrays(crossings, units),
-                _chunk(search, block),
+                chunk,
                 search.mesh,
             )
         )
     found = jax.tree.map(lambda *a: np.concatenate(a)[: block.units], *parts)
-    found, pool = _aimed(search, block, segments, crossings, found, pool)
+    found, pool = _aimed(search, block, segments, crossings, found, pool, chunk)
     if not found.points.any():
         return None
     return Layer(found, crossings.always, pool)
@@ -175,6 +182,7 @@ def _aimed(
     crossings: Crossings,
     found: Found,
     pool: Inputs | None,
+    chunk: int,
 ) -> tuple[Found, Inputs | None]:
     """More points for the units that lack some, and what they add to the pool."""
     if search.region.kind not in ("everywhere", "box"):
@@ -200,7 +208,7 @@ def _aimed(
                 own,
                 _starts(search, block, ends, own[3], pool, attempt),
                 bounds,
-                _chunk(search, block),
+                chunk,
                 search.mesh,
             )
             if not _lacking(better, block).any():
