@@ -90,6 +90,7 @@ bench: $(VENV)/.stamp-bench
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/kappa_resnet.py
 	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/functional_dimension.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/peers.py
 

@@ -16,6 +16,7 @@ import jaxinv
 from jaxinv import (
     InvalidInput,
     UnsupportedOperation,
+    gates,
     jacobian_rank,
     path_norm,
     path_sgd,
@@ -475,7 +476,9 @@ def test_an_equinox_module_of_parameters_and_inputs_is_a_function():
     assert path_norm(eqx.filter_jit(lambda w, x: x @ w), jnp.ones((4, 1)), X) == 2.0
 
 
-PACKAGES = "paths jacobians ranks symmetries capacity reparam optimizers bayes inspection pages"
+PACKAGES = (
+    "paths jacobians ranks gates symmetries capacity reparam optimizers bayes inspection pages"
+)
 
 
 def functions_of_a_network():
@@ -498,7 +501,7 @@ def test_every_public_function_says_so(function):
         "alpha": 0.5, "batch_axis": 0, "likelihood": "gaussian", "learning_rate": 0.1, "start": 0,
         "loss": lambda w: 0.0, "log_prior": lambda w: 0.0, "optimizer": optax.sgd(0.1), "add": net,
         "reparam": net, "group": rescaling_group(net, w, x), "y": jnp.zeros(2, int), "x": x,
-        "params": w, "other_params": w, "gradient": w, "v": w,
+        "params": w, "other_params": w, "gradient": w, "v": w, "region": gates.everywhere(x),
     }  # fmt: skip
     wanted = inspect.signature(function).parameters.values()
     given = {p.name: values[p.name] for p in wanted if p.default is p.empty and p.name != "fn"}

@@ -2,6 +2,7 @@
 
 import json
 
+import functional_dimension
 import growth
 import jax
 import jax.numpy as jnp
@@ -106,3 +107,17 @@ def test_growth_is_fitted_and_drawn(tmp_path):
     assert growth.to_table([curve]).rows[-1][2] == "exponent"
     growth.plot([curve], tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_dimensions_keep_what_was_measured_of_other_networks(tmp_path):
+    cell = {"method": "boundary", "network": "a", "lower": 3, "upper": 4, "certain": False}
+    cell |= {"parameters": 10, "seconds": 1.0, "cpu_seconds": 2.0, "peak_bytes": 3e9}
+    larger = {**cell, "network": "b", "parameters": 1000, "seconds": 100.0, "certain": True}
+    expected = ["a", "10", "boundary", "[3, 4]", "1.0", "2.0", "3.00"]
+    assert functional_dimension.row(cell) == expected
+    assert functional_dimension.row(larger)[3] == "3"
+    assert functional_dimension.exponent([cell, larger], "seconds") == pytest.approx(1)
+    assert functional_dimension.before(tmp_path) == []
+    table = step_time.Table("t", ["x"], [["y"]])
+    publish("functional_dimension", table, {"cells": [cell]}, tmp_path)
+    assert functional_dimension.before(tmp_path)[0]["network"] == "a"
