@@ -75,8 +75,7 @@ class Report(NamedTuple):
             lines.append("path norm refused:")
             lines += [f"  {printable(line)}" for line in str(self.refused).split("\n")]
         else:
-            decimal = self.log_path_norm / math.log(10)
-            lines.append(f"path norm 10^{decimal:.4g} (p = 2)")
+            lines.append(f"path norm {_power_of_e(self.log_path_norm)} (p = 2)")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
@@ -138,7 +137,7 @@ def inspect(fn: Network, params: Params, x: Inputs) -> Report:
           1 scale the outputs of Dense_0/kernel
             incoming/outgoing norm of a unit: 2.5 to 2.5, median 2.5
             Dense_0/kernel → Dense_1/kernel
-        path norm 10^1 (p = 2)
+        path norm 10 (p = 2)
     """
     _checks.check_params(params)
     group = rescaling_group(fn, params, x)
@@ -269,6 +268,12 @@ def _import(name: str) -> ModuleType:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+def _power_of_e(exponent: float) -> str:
+    """e^exponent in decimals, or as a power of ten where it has many digits."""
+    decimal = exponent / math.log(10)
+    return f"{math.exp(exponent):.4g}" if abs(decimal) < 5 else f"10^{decimal:.4g}"
 
 
 def _finite(value: float) -> float | None:

@@ -1,8 +1,9 @@
-"""Which line of the user's wrote an equation."""
+"""What an equation is to the user: the line that wrote it, the layer it is part of, its types."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ _JAX = _directory(jax.__file__)
 _OWN = _directory(os.path.dirname(os.path.abspath(__file__)))
 # Functions of the package that users pass as `fn`, or that pass one: lines in them say something.
 _SHOWN = (os.path.join(_OWN, "networks.py"), os.path.join(_OWN, "experiments", ""))
+
+
+# Where jax keeps relu, gelu, softmax and their like.
+_ACTIVATIONS = os.path.join(_JAX, "_src", "nn", "functions.py")
+_LAYER = re.compile(r"(\w+)\.(?:__call__|call)")  # a layer of flax, equinox, haiku or keras
 
 
 def _is_shown(file: str) -> bool:
@@ -46,3 +52,38 @@ def source_line(eqns: Sequence[Any]) -> str:
     if outside and outside[0] is not frames[0]:
         show.append(outside[0])
     return ", called from ".join(f"{f.file_name}:{f.line_num} ({f.function_name})" for f in show)
+
+
+def written_as(eqns: Sequence[Any]) -> str | None:
+    """The activation or layer of a library that an equation is part of: gelu, softmax, LayerNorm.
+
+    None where the user wrote the operation itself. The innermost such function counts.
+    """
+    for eqn in eqns:
+        traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+        found = None
+        for frame in () if traceback is None else traceback.frames:
+            file = os.path.abspath(frame.file_name)
+            layer = _LAYER.fullmatch(frame.function_name)
+            if file == _ACTIVATIONS:
+                # The outermost of them: relu6 calls relu.
+                name = frame.function_name.split(".")[0].lstrip("_").removesuffix("_deprecated")
+                found = name if hasattr(jax.nn, name) else found
+            elif found or (_is_shown(file) and "site-packages" not in file):
+                break
+            elif layer and not file.startswith((_JAX, _OWN)):
+                return layer[1]
+        if found:
+            return found
+    return None
+
+
+def short_type(aval: Any) -> str:
+    """float32[3,4]"""
+    shape = ",".join(str(n) for n in getattr(aval, "shape", ()))
+    return f"{getattr(aval, 'dtype', aval)}[{shape}]"
+
+
+def part_of(what: str, name: str, whole: str) -> str:
+    """`square` of two values → `square`, part of `LayerNorm`, of two values."""
+    return what if whole == name else what.replace(f"`{name}`", f"`{name}`, part of `{whole}`,", 1)

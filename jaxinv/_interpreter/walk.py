@@ -24,7 +24,7 @@ import numpy as np
 from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
-from jaxinv._interpreter.source import source_line
+from jaxinv._interpreter.source import part_of, short_type, source_line, written_as
 from jaxinv._numerics.varying import vary_alike
 from jaxinv.errors import UnsupportedOperation
 
@@ -181,11 +181,16 @@ class Equation(NamedTuple):
         """The source line that wrote the operation."""
         return source_line(self.raws)
 
+    @property
+    def written(self) -> str:
+        """The operation in the user's words: gelu, softmax, LayerNorm; else its own name."""
+        return written_as(self.raws) or self.name
+
     def refuse(self, theory: str, why: str, remedy: str, what: str | None = None) -> Any:
         """An `UnsupportedOperation` that says what, where, why, and what to do."""
-        shapes = ", ".join(_short(a) for a in self.inputs)
-        results = ", ".join(_short(a) for a in self.outputs)
-        what = what or f"`{self.name}` of values that depend on x"
+        shapes = ", ".join(short_type(a) for a in self.inputs)
+        results = ", ".join(short_type(a) for a in self.outputs)
+        what = part_of(what or f"`{self.name}` of values that depend on x", self.name, self.written)
         return UnsupportedOperation(
             f"{what} is not covered by {theory}.\n"
             f"  what:  {self.name}: {shapes} -> {results}\n"
@@ -204,11 +209,6 @@ def equation(raw: Any, callers: Sequence[Any] = ()) -> Equation:
         tuple(v.aval for v in raw.outvars),
         (raw, *callers),
     )
-
-
-def _short(aval: Any) -> str:
-    shape = ",".join(str(n) for n in getattr(aval, "shape", ()))
-    return f"{getattr(aval, 'dtype', aval)}[{shape}]"
 
 
 # --- tracing --------------------------------------------------------------------------

@@ -69,7 +69,7 @@ function model() {
   else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings + ${show(f.dead)} dead + ${show(f.unexplained)} unexplained${f.unseen > 0 ? ` + ${show(f.unseen)} unseen` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
   if (data.refused) limits.append(warning("No path norm and no κ", data.refused));
   if (group.pinned_by.length) limits.append(el("p", {}, "What limits the group: these operations fix the scale of their operands."), table([["operation"], ["where"]], group.pinned_by.map((p) => [p.operation, p.where]), "pinned"));
-  else limits.append(el("p", {}, "No operation limits the group: every hidden unit can be rescaled."));
+  else limits.append(el("p", {}, "No operation fixes the scale of its operands."));
   if (group.unused.length) limits.append(el("p", {}, `Unused, the function cannot depend on them: ${group.unused.join(", ")}.`));
   page.append(limits);
 

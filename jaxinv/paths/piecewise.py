@@ -68,6 +68,13 @@ def _extremum(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -
 
 
 def _threshold(eqn: Equation) -> UnsupportedOperation:
+    if eqn.written in ("softmax", "log_softmax"):
+        return eqn.refuse(
+            THEORY,
+            f"{eqn.written} is not positively homogeneous, so no path goes through it.",
+            f"return the logits; leave {eqn.written} to the loss.",
+            what=f"`{eqn.written}`",
+        )
     return eqn.refuse(
         THEORY,
         f"{eqn.name} with a constant other than 0 (relu6, clip, thresholds) is not positively "

@@ -185,20 +185,21 @@ class ScalingDomain:
         return Scale(value.shape)
 
     def blame(self, eqn: Equation) -> None:
-        self.pinned_by[eqn.name, eqn.source] = None
+        self.pinned_by[eqn.written, eqn.source] = None
 
     def joined(
         self, eqn: Equation, left: Operand, right: Operand, shape: Sequence[int] | None = None
     ) -> Scale:
-        """Operands of equal scale elementwise; one of scale 0 pins the other, which is recorded."""
+        """Operands of equal scale elementwise. One of scale 0 pins the other, and x and x³ have one
+        scale only if it is 0: that is recorded."""
         a, b = self.scale(left), self.scale(right)
-        for one, other in ((a, b), (b, a)):
-            if not (one.all_absorbing or scaling.tidy(self.system, one.form)):
-                if scaling.tidy(self.system, other.form):
-                    self.blame(eqn)
+        terms = (*scaling.tidy(self.system, a.form), *scaling.tidy(self.system, b.form))
         if shape is None:
             shape = np.broadcast_shapes(a.shape, b.shape)
-        return scaling.join(self.system, a, b, shape)
+        result = scaling.join(self.system, a, b, shape)
+        if any((self.system.find(ids)[ids != 0] == 0).any() for _, ids in terms):
+            self.blame(eqn)
+        return result
 
     def level(self, value: Operand, axes: Sequence[int]) -> Scale:
         """Equal scales along axes; returns the scales with length one there."""

@@ -440,3 +440,16 @@ def test_the_norm_is_defined_where_kappa_is_not():
     }
     for fn, norm in norms.items():
         np.testing.assert_allclose(path_norm(fn, PARAMS, X), norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", [jax.nn.softmax, jax.nn.log_softmax])
+def test_softmax_at_the_end_is_named_and_the_logits_are_asked_for(function):
+    with pytest.raises(UnsupportedOperation, match=r"softmax`(?s:.*)return the logits"):
+        path_norm(lambda w, x: function(x @ w), W, X)
+
+
+def test_the_layer_that_an_operation_is_part_of_is_named():
+    with pytest.raises(UnsupportedOperation, match="`square`, part of `LayerNorm`, of two values"):
+        path_norm(nn.LayerNorm().apply, {"params": {"scale": X[0], "bias": X[0]}}, X)
+    with pytest.raises(UnsupportedOperation, match="`min`, part of `relu6`, with a value"):
+        path_norm(relu6, W, X)

@@ -454,7 +454,7 @@ def test_random_sequences_of_layers_have_the_dimension_found_numerically(names):
     ("gate", "operation"),
     [
         (lambda h: jnp.where(h > 1, h, 0), "gt"),
-        (jax.nn.relu6, "min"),
+        (jax.nn.relu6, "relu6"),
         (lambda h: jnp.round(h), "round"),
         (lambda h: jnp.floor(h) * h, "floor"),
     ],
@@ -524,6 +524,24 @@ def test_epsilon_is_ignored_only_on_request_and_by_name():
     assert loose.dim == 8
     ((name, where),) = loose.ignored
     assert name == "epsilon 1e-05" and "test_group.py" in where
+
+
+@pytest.mark.parametrize(
+    ("gate", "name"),
+    [
+        (jax.nn.gelu, "gelu"),  # x + 0.04 x³ pins x
+        (lambda h: jax.nn.gelu(h, approximate=False), "gelu"),
+        (jax.nn.silu, "silu"),
+        (lambda h: h + h**3, "add"),
+        (lambda h: nn.LayerNorm(use_scale=False, use_bias=False).apply({}, h), "LayerNorm"),
+    ],
+    ids=["gelu", "exact gelu", "silu", "cubic", "layer norm"],
+)
+def test_what_pins_is_named_as_the_user_wrote_it(gate, name):
+    params = {"a": np.zeros((3, 4)), "o": np.zeros((4, 2))}
+    group = rescaling_group(lambda w, x: gate(x @ w["a"]) @ w["o"], params, np.zeros((1, 3)))
+    assert group.dim == 0
+    assert [found for found, _ in group.pinned_by] == [name]
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm(use_running_average=False), nn.LayerNorm()])
