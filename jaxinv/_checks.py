@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -30,6 +31,8 @@ from jaxinv.typing import (
     PyTree,
     Solver,
 )
+
+_SHORT = reprlib.Repr()
 
 
 def leaf_names(tree: PyTree, root: str) -> list[str]:
@@ -130,6 +133,9 @@ _ONLY_FLOATS = (
 )
 
 
+_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # what flax keeps beside parameters
+
+
 def check_params(params: PyTree, *, values: bool = True, complex_numbers: bool = False) -> None:
     """Raise `InvalidInput` unless `params` is a non-empty pytree of finite float arrays.
 
@@ -137,14 +143,32 @@ def check_params(params: PyTree, *, values: bool = True, complex_numbers: bool =
     shapes will do. Complex numbers are refused unless said otherwise.
     """
     leaves = jax.tree.leaves(params)
+    if inspect.isfunction(params):
+        raise InvalidInput(
+            "params is a function. Check the order of the arguments: (fn, params, x)."
+        )
     if not leaves:
         raise InvalidInput(
             "params has no leaves, so there is nothing to compute with. Pass the pytree of weights "
             "(for flax: variables['params'])."
         )
+    _check_no_statistics(params)
     for name, leaf in zip(leaf_names(params, "params"), leaves, strict=True):
         check_floats(
             name, leaf, values=values, remedy=_ONLY_FLOATS, complex_numbers=complex_numbers
+        )
+
+
+def _check_no_statistics(params: PyTree) -> None:
+    """Raise `InvalidInput` for the variables of flax linen with more collections than one."""
+    if not isinstance(params, Mapping) or "params" not in params:
+        return
+    others = [name for name in params if name in _COLLECTIONS]
+    if others:
+        raise InvalidInput(
+            f"params holds all variables of a flax model, also {others[0]}, which are not "
+            "parameters. Close over those: "
+            "fn, params = jaxinv.adapters.from_linen(model, variables)."
         )
 
 
@@ -294,7 +318,10 @@ def check_network(fn: Any, name: str = "fn") -> Any:
                 f"one of it: {name}, params = jaxinv.adapters.{adapter}."
             )
     if not callable(fn):
-        raise InvalidInput(f"{name} must be a function {name}(params, x), not {fn!r}.")
+        raise InvalidInput(
+            f"{name} must be a function {name}(params, x), not {_SHORT.repr(fn)}. Check the order "
+            "of the arguments: (fn, params, x) for functions, (learning_rate, fn, x) for path_sgd."
+        )
     return fn
 
 

@@ -33,6 +33,7 @@ INTERNAL = {
     # becomes part of "it combines different examples of the batch"
     ("_interpreter/batch_rules.py", ""),
     ("_interpreter/batch_domain.py", ""),  # as well
+    ("_interpreter/mistakes.py", "…"),  # puts a remedy after the message
     ("_interpreter/rounding.py", ""),  # then rounding is measured
     ("ranks/exact_values.py", "…"),  # hands on what the rules say
     ("_interpreter/batch.py", "its constant changes with"),

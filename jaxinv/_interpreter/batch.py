@@ -17,6 +17,14 @@ import jax.numpy as jnp
 from jaxinv._checks import abstract_batch_of_one, check_inputs, check_network
 from jaxinv._interpreter.batch_domain import BatchDomain, RecordingDomain
 from jaxinv._interpreter.batch_values import Apart, Place, Shared, Single, refusal
+from jaxinv._interpreter.mistakes import (
+    ANY_SIZE,
+    IN_FLOAT64,
+    check_outputs,
+    looks_like_a_loss,
+    noting_a_loss,
+    raise_mistake,
+)
 from jaxinv._interpreter.program import Program, all_lengths, program
 from jaxinv._interpreter.walk import (
     Domain,
@@ -30,16 +38,6 @@ from jaxinv._interpreter.walk import (
 from jaxinv._numerics.varying import varies
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.typing import Array, ArrayLike, Constant, Inputs, Network, Params, PyTree
-
-_ANY_SIZE = (
-    "fn must accept any batch size (reshape with -1 or x.shape[0] in place of a fixed batch size) "
-    "and fit these params. If axis 0 of x does not count examples, say which axis does "
-    "(batch_axis=1), or that x is one input (batch_axis=None)."
-)
-_IN_FLOAT64 = (
-    "A fn that makes float32 arrays of its own (the carry of a recurrent cell) cannot run in "
-    "float64: ask for dtype=jnp.float32 where there is that option."
-)
 
 
 class TracedNetwork:
@@ -75,6 +73,8 @@ class TracedNetwork:
         try:
             outputs = interpret(self.program.trace, params, inputs, domain)
         except JaxinvError:
+            if self.error is not None and looks_like_a_loss(self.program.outputs):
+                raise self.error from None
             raise  # what the domain refuses it refuses more to the point
         except Exception:
             # On a batch of one a function that mixes examples may be nonsense (an empty slice).
@@ -236,20 +236,23 @@ def traced_network(
     canonical = with_leading_inputs(fn, batch_axis)
     one = abstract_batch_of_one(x)
     if batch_axis is None:
-        alone = program(canonical, params, one, remedy=_IN_FLOAT64)
+        alone = program(canonical, params, one, remedy=IN_FLOAT64)
+        check_outputs(alone.outputs)
         return TracedNetwork(canonical, alone, None, None)
     try:
-        alone = program(canonical, params, one, remedy=_ANY_SIZE)
+        alone = program(canonical, params, one, remedy=ANY_SIZE)
     except InvalidInput as error:
+        if batch_axis == 0:
+            raise_mistake(error, fn, params, x)
         if not whole:
             raise
         return TracedNetwork(canonical, None, _whole(canonical, params, x, least), error)
+    check_outputs(alone.outputs)
     try:
         axes = _axes_of_outputs(alone, canonical, params, one)
     except (UnsupportedOperation, InvalidInput) as error:
-        return TracedNetwork(
-            canonical, alone, _whole(canonical, params, x, least) if whole else None, error
-        )
+        given = _whole(canonical, params, x, least) if whole else None
+        return TracedNetwork(canonical, alone, given, noting_a_loss(error, alone.outputs))
     if not any(axes):
         return TracedNetwork(canonical, alone, None, None)
 
@@ -279,7 +282,7 @@ def _whole(fn: Network, params: Params, x: Inputs, least: int) -> Program:
             return program(fn, params, shapes(least))
         except InvalidInput:
             pass  # it takes batches of this size alone
-    return program(fn, params, shapes(1), remedy=_IN_FLOAT64)
+    return program(fn, params, shapes(1), remedy=IN_FLOAT64)
 
 
 def _prime_foreign_to(lengths: set[int]) -> int:
@@ -296,7 +299,7 @@ def _axes_of_outputs(alone: Program, fn: Network, params: Params, x: Inputs) -> 
     """The batch axis of every output; raises unless `fn` is known to treat each example apart."""
     size = _prime_foreign_to(all_lengths(alone.trace.jaxpr))
     batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), x)
-    many, one = program(fn, params, batch, remedy=_ANY_SIZE).trace, alone.trace
+    many, one = program(fn, params, batch, remedy=ANY_SIZE).trace, alone.trace
     domain = BatchDomain(size)
     weights = [Shared(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]
     inputs = [Apart(s.shape, Place(0)) for s in jax.tree.leaves(batch)]

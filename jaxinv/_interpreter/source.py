@@ -31,6 +31,11 @@ def _is_shown(file: str) -> bool:
     return file.startswith(_SHOWN) or not file.startswith((_JAX, _OWN))
 
 
+def is_users(file: str) -> bool:
+    """Whether a file is the user's own, rather than a library's."""
+    return _is_shown(file) and "site-packages" not in file and not file.startswith("<")
+
+
 def source_line(eqns: Sequence[Any]) -> str:
     """`file:line (function)` of the code that wrote an equation, and of the user code above it.
 
@@ -87,3 +92,13 @@ def short_type(aval: Any) -> str:
 def part_of(what: str, name: str, whole: str) -> str:
     """`square` of two values → `square`, part of `LayerNorm`, of two values."""
     return what if whole == name else what.replace(f"`{name}`", f"`{name}`, part of `{whole}`,", 1)
+
+
+def remedy_for(whole: str, remedy: str) -> str:
+    """What to do about an operation of a layer: batch normalisation is covered once frozen."""
+    if not whole.startswith("BatchNorm"):
+        return remedy
+    return (
+        "call the model in evaluation mode, where its statistics are constants "
+        "(use_running_average=True in flax, training=False elsewhere)."
+    )

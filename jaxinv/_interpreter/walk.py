@@ -24,7 +24,7 @@ import numpy as np
 from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
-from jaxinv._interpreter.source import part_of, short_type, source_line, written_as
+from jaxinv._interpreter.source import part_of, remedy_for, short_type, source_line, written_as
 from jaxinv._numerics.varying import vary_alike
 from jaxinv.errors import UnsupportedOperation
 
@@ -196,7 +196,7 @@ class Equation(NamedTuple):
             f"  what:  {self.name}: {shapes} -> {results}\n"
             f"  where: {self.source}\n"
             f"  why:   {why}\n"
-            f"  do:    {remedy}"
+            f"  do:    {remedy_for(self.written, remedy)}"
         )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinv._checks import check_natural_options as check_options
-from jaxinv._checks import check_start
+from jaxinv._checks import check_network, check_start
 from jaxinv._numerics import scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians.fisher_information import natural_gradient_direction
@@ -91,6 +91,7 @@ def scale_by_natural_gradient(
         >>> print(-update.round(3).ravel(), state.rank)  # least squares in one step
         [ 4. -1.] 2
     """
+    check_network(fn)
     check_options(likelihood, damping, solver, rtol, max_iterations)
 
     def init_fn(params: Params) -> ScaleByNaturalGradientState:

@@ -16,7 +16,13 @@ from typing import Literal
 import jax
 import optax
 
-from jaxinv._checks import abstract_batch_of_one, check_alpha, check_key, check_probes
+from jaxinv._checks import (
+    abstract_batch_of_one,
+    check_alpha,
+    check_key,
+    check_network,
+    check_probes,
+)
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.optimizers.descent import descent
@@ -77,6 +83,7 @@ def scale_by_path_kappa(
         >>> [round(u.item(), 6) for u in updates]  # −0.1·9/3² and −0.1·4/2²
         [-0.1, -0.1]
     """
+    check_network(fn)
     shapes = abstract_batch_of_one(x)
     check_options(p, every, zero_kappa)
 
@@ -193,6 +200,7 @@ def scale_by_data_dependent_path_kappa(
         >>> updates.ravel().tolist()  # κ = E[x²] = (1, 5)
         [1.0, 0.20000000298023224]
     """
+    check_network(fn)
     check_alpha(alpha)
     check_probes(probes)
     check_options(2.0, every, zero_kappa)

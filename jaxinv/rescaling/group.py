@@ -364,7 +364,7 @@ def random_rescaling(
         _checks.integer("units", units, 1)
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise InvalidInput(f"dtype must be a floating-point type, not {jnp.dtype(dtype)}.")
-    normal_key, choice_key = jax.random.split(key)
+    normal_key, choice_key = jax.random.split(_checks.check_key("key", key))
     normal = std * jax.random.normal(normal_key, (group.dim,), dtype)
     if kind == "lognormal":
         return normal
