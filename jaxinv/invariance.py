@@ -310,6 +310,7 @@ class EquivarianceError(NamedTuple):
     function: Array  # (steps,): max|f(w_t) − f(w(θ_t))| / the larger change since the start
     loss: Array  # (steps + 1,): L(w_t)
     other_loss: Array  # (steps + 1,): L(w(θ_t))
+    first_function: Array  # scalar: like first_step, of J·Δw: the first-order change of f
 
 
 def equivariance_error(
@@ -343,7 +344,9 @@ def equivariance_error(
 
     Returns:
         An `EquivarianceError`. 0 up to rounding for an algorithm that is invariant under `reparam`;
-        of order 1 for the others. NaN if a run diverges.
+        of order 1 for the others. NaN if a run diverges. The natural gradient, where the Fisher
+        information is singular, is invariant in `first_function` alone: its pseudo-inverse is free
+        in directions that the function does not see.
 
     Raises:
         InvalidInput: for steps < 1, a loss that is not a scalar, `x` without `fn`, or `make`
@@ -434,6 +437,7 @@ def equivariance_error(
         weights, function, losses, others = rows
         dw, dtheta = last[-1]
         _, transported = jax.jvp(reparam, (theta,), (dtheta,))
+        changes = [jax.jvp(outputs, (start,), (d,))[1] for d in (dw, transported)]
         return EquivarianceError(
             first_step=_apart(dw, transported),
             per_leaf=jax.tree.map(_apart, dw, transported),
@@ -441,6 +445,12 @@ def equivariance_error(
             function=function,
             loss=jnp.append(losses, loss(last[0])),
             other_loss=jnp.append(others, pulled_back(last[2])),
+            first_function=_apart(
+                *(
+                    jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(change)])
+                    for change in changes
+                )
+            ),
         )
 
     return run(params)

@@ -3,7 +3,7 @@
 An algorithm is invariant under a reparametrisation w = w(θ) if stepping in w
 and stepping in θ are the same step, Δw = (∂w/∂θ)Δθ (Amari 1998; Martens,
 arXiv:1412.1193). Every optimizer of optax that needs nothing but gradients
-and parameters, Path-SGD, and SGD in the normalised gauge take a step on a ReLU
+and parameters, Path-SGD, SGD in the normalised gauge and the natural gradient take a step on a ReLU
 network on digits under
 
 - a rescaling: a random element of the network's own rescaling group;
@@ -38,7 +38,7 @@ from jaxinv.experiments.report import Table
 from jaxinv.experiments.training import Running
 from jaxinv.invariance import by_rescaling, equivariance_error
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.optimizers import path_sgd
+from jaxinv.optimizers import natural_gradient, path_sgd
 from jaxinv.reparam import in_gauge
 from jaxinv.rescaling import RescalingGroup, random_rescaling, rescaling_group
 from jaxinv.typing import Network, Params, PyTree
@@ -75,7 +75,7 @@ def optimizers() -> dict[str, Callable[[float, Setting], Any]]:
     """Return the rows of the table: label -> (learning rate, setting) -> transformation.
 
     >>> list(optimizers())[-4:]
-    ['muon', 'path_sgd', 'path_sgd, momentum', 'sgd in normalised gauge']
+    ['path_sgd', 'path_sgd, momentum', 'sgd in normalised gauge', 'natural gradient']
     """
 
     def plain(name: str) -> Callable[[float, Setting], Any]:
@@ -90,6 +90,7 @@ def optimizers() -> dict[str, Callable[[float, Setting], Any]]:
         "path_sgd": lambda rate, setting: _path_sgd(rate, setting, None),
         "path_sgd, momentum": lambda rate, setting: _path_sgd(rate, setting, 0.9),
         "sgd in normalised gauge": _sgd_in_gauge,
+        "natural gradient": _natural_gradient,
     }
 
 
@@ -107,6 +108,16 @@ def _sgd_in_gauge(rate: float, setting: Setting) -> Any:
     """SGD in the gauge of the group that the network has in the parameters that are trained."""
     group = rescaling_group(setting.network, setting.params, setting.x)
     return in_gauge(optax.sgd(rate), group)
+
+
+def _natural_gradient(rate: float, setting: Setting) -> Any:
+    """The positive control: invariant to any change of parameters, to first order in the step."""
+    inner = natural_gradient(rate, setting.network, "softmax")
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> Any:
+        return inner.update(updates, state, params, batch=setting.x)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +140,7 @@ class Errors(NamedTuple):
     first_step: float  # ‖Δw − (∂w/∂θ)Δθ‖ / the larger norm
     trajectory: float  # ‖w_k − w(θ_k)‖ / the larger distance from the start, after all steps
     function: float  # the same of the network's outputs, largest difference
+    first_function: float  # like first_step, of the first-order change of the network's outputs
 
 
 class Result(NamedTuple):
@@ -138,6 +150,16 @@ class Result(NamedTuple):
     dataset: str
     dim: int  # of the rescaling group
     errors: dict[str, dict[str, Errors]]  # [optimizer][reparametrisation]
+
+
+def classifier(params: Params, x: jax.Array) -> jax.Array:
+    """Log-probabilities: functions are compared without the shift that softmax does not see.
+
+    >>> params = {"Dense_0": {"kernel": jnp.array([[1.0, 1.0]])}}
+    >>> print(classifier(params, jnp.ones((1, 1))).round(4))
+    [[-0.6931 -0.6931]]
+    """
+    return jax.nn.log_softmax(mlp(params, x))
 
 
 def general(theta: Params) -> Params:
@@ -202,14 +224,14 @@ def _measure(
 
     def optimizer(network: Network) -> Any:
         # A rescaled network is the network itself: the algorithm runs on it from another point.
-        moved = network is not mlp and weights is general
+        moved = network is not classifier and weights is general
         setting = Setting(
-            network if moved else mlp, theta, weights if moved else lambda params: params, x
+            network if moved else classifier, theta, weights if moved else lambda params: params, x
         )
         return make(config.lr, setting)
 
-    error = equivariance_error(optimizer, loss, theta, weights, config.steps, fn=mlp, x=x)
-    last = (error.first_step, error.weights[-1], error.function[-1])
+    error = equivariance_error(optimizer, loss, theta, weights, config.steps, fn=classifier, x=x)
+    last = (error.first_step, error.weights[-1], error.function[-1], error.first_function)
     return Errors(*map(float, last))._asdict()
 
 
@@ -218,32 +240,40 @@ def decisive(errors: Errors, kind: str) -> float:
 
     A rescaling is linear in θ, so an invariant algorithm stays on both
     trajectories; under a curved reparametrisation steps agree to first order
-    only, hence the first step decides. An error of exactly 0 is that of an
+    only, and what the function does not see is free, hence the first-order
+    change of the function decides. An error of exactly 0 is that of an
     optimizer which does not move in its first step, such as rprop, and says
     nothing: then the trajectory decides there too.
 
-    >>> decisive(Errors(1e-15, 0.5, 0.1), "rescaling")
+    >>> decisive(Errors(1e-15, 0.5, 0.1, 1e-15), "rescaling")
     0.5
-    >>> decisive(Errors(1e-15, 0.5, 0.1), "general")
+    >>> decisive(Errors(0.1, 0.5, 0.1, 1e-15), "general")
     1e-15
     """
     if kind == "rescaling" or errors.first_step == 0:
         # Unlike max, NaN (a run that diverged) counts as the largest.
         return float(np.max([errors.first_step, errors.trajectory]))
-    return errors.first_step
+    return errors.first_function
+
+
+def _of_function(errors: Errors) -> float:
+    """How far the first step is from changing the function alike, to first order."""
+    return errors.trajectory if errors.first_step == 0 else errors.first_function
 
 
 def verdict(errors: Errors, kind: str) -> str:
     """Read the verdict off the numbers.
 
-    >>> verdict(Errors(1e-15, 1e-14, 1e-14), "rescaling")
+    >>> verdict(Errors(1e-15, 1e-14, 1e-14, 1e-15), "rescaling")
     'invariant to rounding'
-    >>> verdict(Errors(1e-15, 0.5, 0.1), "rescaling")
-    'not invariant'
-    >>> verdict(Errors(0.0, 0.2, 0.2), "general")
+    >>> verdict(Errors(1e-15, 0.5, 0.1, 1e-15), "rescaling")
+    'to first order in the function'
+    >>> verdict(Errors(0.0, 0.2, 0.2, 0.0), "general")
     'not invariant'
     """
-    return "invariant to rounding" if decisive(errors, kind) <= ROUNDING else "not invariant"
+    if decisive(errors, kind) <= ROUNDING:
+        return "invariant to rounding"
+    return "to first order in the function" if _of_function(errors) <= ROUNDING else "not invariant"
 
 
 def table(result: Result) -> Table:
@@ -254,6 +284,7 @@ def table(result: Result) -> Table:
             name,
             kind,
             _cell(errors.first_step),
+            _cell(errors.first_function),
             _cell(errors.trajectory),
             _cell(errors.function),
             verdict(errors, kind),
@@ -262,7 +293,13 @@ def table(result: Result) -> Table:
         for kind, errors in kinds.items()
     ]
     after = f"after {config.steps}\nsteps"
-    columns = ["optimizer", "reparametrisation", "error of\nfirst step", after]
+    columns = [
+        "optimizer",
+        "reparametrisation",
+        "error of\nfirst step",
+        "function\nto first order",
+        after,
+    ]
     columns += [f"function\n{after}", "verdict"]
     title = (
         f"{result.dataset}, hidden layers {'-'.join(map(str, config.hidden))}, "
@@ -287,32 +324,42 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw the error that decides about every optimizer, on a logarithmic axis."""
+    """Draw a dot per optimizer: does its first step change the function alike? Yes comes first."""
     figure_module = require("matplotlib.figure", "cli")
-    names = list(result.errors)
-    figure = figure_module.Figure(figsize=(8, 1.5 + 0.27 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    place = np.arange(len(names))
     # Where exact zeros are drawn, and what diverged.
     smallest, largest = np.finfo(np.float64).eps / 100, 2.0
-    for i, kind in enumerate(REPARAMETRIZATIONS):
-        errors = [decisive(result.errors[name][kind], kind) for name in names]
-        values = np.clip(np.nan_to_num(errors, nan=np.inf), smallest, largest)
-        width = np.log10(values) - np.log10(smallest)
-        axes.barh(place + 0.4 * i - 0.2, width, 0.38, label=kind, color=f"C{i}")
-    ticks = np.arange(-18, 1, 3)
-    axes.set_xticks(ticks - np.log10(smallest), [f"$10^{{{tick}}}$" for tick in ticks])
-    axes.axvline(np.log10(ROUNDING / smallest), color="black", linestyle=":", linewidth=1)
-    axes.set_yticks(place, names)
+
+    def drawn(name: str, kind: str) -> float:
+        error = _of_function(result.errors[name][kind])
+        return float(np.clip(np.nan_to_num(error, nan=np.inf), smallest, largest))
+
+    names = sorted(result.errors, key=lambda n: min(drawn(n, kind) for kind in REPARAMETRIZATIONS))
+    figure = figure_module.Figure(figsize=(7, 1.6 + 0.2 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(smallest / 3, ROUNDING, color="C2", alpha=0.12)
+    axes.text(smallest, len(names) - 1, "invariant, up to rounding", color="C2", va="center")
+    what = {
+        "rescaling": "node-wise rescaling",
+        "general": "general change of parameters, w = θ + 0.3 sinh θ",
+    }
+    for kind, marker in zip(REPARAMETRIZATIONS, "oD", strict=True):
+        values = [drawn(name, kind) for name in names]
+        color = "C0" if kind == "rescaling" else "C1"
+        face = color if kind == "rescaling" else "none"
+        axes.scatter(values, range(len(names)), s=34, edgecolors=color, facecolors=face,
+                     marker=marker, label=what[kind], zorder=2)  # fmt: skip
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
+    hidden = "-".join(map(str, result.config.hidden))
     axes.set(
-        xlim=(0, np.log10(largest / smallest)),
-        xlabel=f"relative equivariance error (rescaling: after {result.config.steps} steps, "
-        "general: after one);\nleft of the line: rounding",
-        title=f"{result.dataset}, {result.dim} rescalings",
+        xscale="log",
+        xlim=(smallest / 3, 3 * largest),
+        xlabel="relative equivariance error ‖J(Δw − (∂w/∂θ)Δθ)‖ / ‖JΔw‖ of the first step",
     )
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
+    title = f"{result.dataset}, hidden layers {hidden}, {result.dim} rescalings, one draw, float64"
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

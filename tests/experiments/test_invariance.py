@@ -16,7 +16,7 @@ from jaxinv.experiments.invariance import Config, Errors, Result
 
 pytestmark = pytest.mark.usefixtures("standard_dtype_promotion")  # optax mixes dtypes
 
-KEPT = ("sgd", "path_sgd, momentum", "sgd in normalised gauge")
+KEPT = ("sgd", "path_sgd, momentum", "sgd in normalised gauge", "natural gradient")
 SMALL = ["--hidden", "6", "--batch-size", "20", "--steps", "3"]
 
 
@@ -41,9 +41,17 @@ def test_path_sgd_and_the_gauge_are_invariant_to_rescaling_and_sgd_is_not(small_
     assert errors["sgd"]["rescaling"]["first_step"] > 0.1
 
 
-def test_nothing_of_first_order_is_invariant_to_a_general_reparametrisation(small_run):
-    assert "sgd" in small_run[1]["studies"]
-    for name, row in small_run[1]["studies"].items():
+def test_the_natural_gradient_alone_is_invariant_to_a_general_reparametrisation(small_run):
+    studies = dict(small_run[1]["studies"])
+    row = studies.pop("natural gradient")
+    assert max(row[kind]["first_function"] for kind in ("general", "rescaling")) < 1e-9
+    assert small_run[1]["verdicts"]["natural gradient"] == {
+        "general": "invariant to rounding",
+        # Its pseudo-inverse is free in directions that the function does not see.
+        "rescaling": "to first order in the function",
+    }
+    assert "sgd" in studies
+    for name, row in studies.items():
         assert small_run[1]["verdicts"][name]["general"] == "not invariant"
         assert row["general"]["first_step"] > 0.01
 
@@ -103,8 +111,8 @@ def test_every_row_takes_a_step():
 
 
 def test_a_run_that_diverged_is_not_called_invariant():
-    assert invariance.verdict(Errors(1e-16, np.nan, np.nan), "rescaling") == "not invariant"
-    assert invariance.verdict(Errors(1e-16, 1e-3, 1e-3), "general") == "invariant to rounding"
+    assert invariance.verdict(Errors(1e-16, np.nan, np.nan, 1e-3), "rescaling") == "not invariant"
+    assert invariance.verdict(Errors(0.3, 1e-3, 1e-3, 1e-16), "general") == "invariant to rounding"
 
 
 def test_standing_still_in_the_first_step_is_not_called_invariant():
@@ -113,15 +121,15 @@ def test_standing_still_in_the_first_step_is_not_called_invariant():
     tx = optax.rprop(0.1)
     updates, _ = tx.update(params, tx.init(params), params)
     assert not jnp.any(updates["w"])
-    assert invariance.verdict(Errors(0.0, 0.23, 0.16), "general") == "not invariant"
+    assert invariance.verdict(Errors(0.0, 0.23, 0.16, 0.0), "general") == "not invariant"
 
 
 def test_table_and_plot_survive_divergence_and_exact_zeros(tmp_path):
-    errors = {"sgd": {"rescaling": Errors(np.nan, np.nan, np.nan), "general": Errors(0, 0, 0)}}
+    errors = {"sgd": {"rescaling": Errors(*[np.nan] * 4), "general": Errors(0, 0, 0, 0)}}
     result = Result(Config(), "made-up", 3, errors)
     rows = invariance.table(result).rows
-    assert rows[0][2:] == ["diverged"] * 3 + ["not invariant"]
-    assert rows[1][2:] == ["0.0e+00"] * 3 + ["invariant to rounding"]
+    assert rows[0][2:] == ["diverged"] * 4 + ["not invariant"]
+    assert rows[1][2:] == ["0.0e+00"] * 4 + ["invariant to rounding"]
     invariance.plot(result, tmp_path / "errors.png")
     assert (tmp_path / "errors.png").stat().st_size > 5_000
 
