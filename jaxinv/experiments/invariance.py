@@ -38,7 +38,7 @@ from jaxinv.experiments.report import Table
 from jaxinv.experiments.training import Running
 from jaxinv.invariance import by_rescaling, equivariance_error
 from jaxinv.networks import init_mlp, mlp
-from jaxinv.optimizers import natural_gradient, path_sgd
+from jaxinv.optimizers import path_sgd, scale_by_natural_gradient
 from jaxinv.reparam import in_gauge
 from jaxinv.rescaling import RescalingGroup, random_rescaling, rescaling_group
 from jaxinv.typing import Network, Params, PyTree
@@ -112,7 +112,8 @@ def _sgd_in_gauge(rate: float, setting: Setting) -> Any:
 
 def _natural_gradient(rate: float, setting: Setting) -> Any:
     """The positive control: invariant to any change of parameters, to first order in the step."""
-    inner = natural_gradient(rate, setting.network, "softmax")
+    direction = scale_by_natural_gradient(setting.network, "softmax", solver="exact")
+    inner = optax.chain(direction, optax.scale_by_learning_rate(rate))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> Any:
         return inner.update(updates, state, params, batch=setting.x)

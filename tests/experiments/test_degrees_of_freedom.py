@@ -27,6 +27,7 @@ def small_run(tmp_path_factory):
     return out, content["studies"]["seed 0"], printed.getvalue()
 
 
+@pytest.mark.slow
 def test_every_parameter_is_counted_once(small_run):
     assert {"standard normal", "digits"} <= set(small_run[1])  # else the loops below see nothing
     for split in small_run[1].values():
@@ -38,12 +39,14 @@ def test_every_parameter_is_counted_once(small_run):
         assert split["rank"] <= PARAMETERS - HIDDEN
 
 
+@pytest.mark.slow
 def test_normal_inputs_lose_nothing_but_the_rescalings(small_run):
     split = small_run[1]["standard normal"]
     found = split["rank"], split["rescaling"], split["dead"], split["unexplained"]
     assert found == (PARAMETERS - HIDDEN, HIDDEN, 0, 0)
 
 
+@pytest.mark.slow
 def test_the_weights_of_pixels_that_are_always_zero_are_dead(small_run):
     split = small_run[1]["digits"]
     assert split["examples"] == 1437
@@ -54,6 +57,7 @@ def test_the_weights_of_pixels_that_are_always_zero_are_dead(small_run):
     assert split["dead"] == sum(split["dead_by_leaf"].values()) >= HIDDEN * len(blank)
 
 
+@pytest.mark.slow
 def test_the_cliff_of_the_spectrum_is_at_the_rank(small_run):
     for split in small_run[1].values():
         s, r = np.array(split["spectra"]["float64"]), split["rank"]
@@ -65,6 +69,7 @@ def test_the_cliff_of_the_spectrum_is_at_the_rank(small_run):
         assert split["numpy_rank"]["float64"] == r
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_run_printed(small_run):
     page = experiment_page(small_run[0])
     table = json.loads(page.split('id="data">')[1].split("</script>")[0])["table"]
@@ -82,6 +87,7 @@ def test_numpy_rank_is_that_of_numpy():
         assert degrees_of_freedom.numpy_rank(s, 30, 12) == np.linalg.matrix_rank(A)
 
 
+@pytest.mark.slow
 def test_the_table_writes_the_sum_and_where_the_dead_are(small_run):
     printed = " ".join(small_run[2].split())
     split = small_run[1]["digits"]
@@ -92,6 +98,7 @@ def test_the_table_writes_the_sum_and_where_the_dead_are(small_run):
     assert f"digits 0 1437 {terms} {'yes' if split['certain'] else 'no'}" in printed
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_figure(small_run):
     assert (small_run[0] / "spectra.png").read_bytes().startswith(b"\x89PNG")
 

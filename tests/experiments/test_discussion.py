@@ -33,6 +33,7 @@ def every_cell(studies):
             yield from cell.get("ranks", {"": cell}).values()
 
 
+@pytest.mark.slow
 def test_no_rank_exceeds_its_bounds(small_run):
     cells = list(every_cell(small_run[1]))
     assert len(cells) > 20
@@ -43,6 +44,7 @@ def test_no_rank_exceeds_its_bounds(small_run):
         assert 0 <= cell["certain"] <= len(ranks)
 
 
+@pytest.mark.slow
 def test_parameters_and_hidden_units_are_those_of_the_architecture(small_run):
     studies = small_run[1]
     assert {(c["d"], c["group"]) for c in studies["inputs"].values()} == {
@@ -58,6 +60,7 @@ def test_parameters_and_hidden_units_are_those_of_the_architecture(small_run):
         assert abs(cell["d"] - 60) <= (9 + 4 + cell["depth"] * (2 * cell["width"] + 2)) / 2
 
 
+@pytest.mark.slow
 def test_the_rank_grows_with_the_inputs_and_has_at_most_a_row_for_each_output(small_run):
     for name in ("digits", "standard normal"):
         cells = [c for c in small_run[1]["examples"].values() if c["inputs"] == name]
@@ -71,11 +74,13 @@ def test_the_rank_grows_with_the_inputs_and_has_at_most_a_row_for_each_output(sm
         assert ranks[-1].tolist() == small_run[1]["inputs"][name]["rank"]
 
 
+@pytest.mark.slow
 def test_half_of_the_inputs_show_no_more(small_run):
     for cell in small_run[1]["depth"].values():
         assert (np.array(cell["rank_of_half"]) <= np.array(cell["rank"])).all()
 
 
+@pytest.mark.slow
 def test_an_ensemble_has_the_ranks_that_numpy_finds_for_its_members(small_run):
     params = discussion.draw(3, (3, 3, 1), 10, 0.5)
     x = jax.random.normal(jax.random.key(1), (128, 3))
@@ -88,6 +93,7 @@ def test_an_ensemble_has_the_ranks_that_numpy_finds_for_its_members(small_run):
     assert small_run[1]["depth"]["width 3, depth 1"]["rank"] == expected
 
 
+@pytest.mark.slow
 def test_training_starts_at_the_drawn_networks_and_lowers_the_loss(small_run):
     cells = list(small_run[1]["training"].values())
     assert [cell["epoch"] for cell in cells] == [0, 1, 2]
@@ -98,6 +104,7 @@ def test_training_starts_at_the_drawn_networks_and_lowers_the_loss(small_run):
     assert (losses[0] > math.log(10) / 2).all()
 
 
+@pytest.mark.slow
 def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_path, monkeypatch):
     out, studies = small_run
     content = files.read_json(out / "results.json")
@@ -121,6 +128,7 @@ def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_p
     assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypatch):
     count = 0
 
@@ -138,5 +146,6 @@ def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypa
     assert list(content["studies"]["examples"]) == ["digits, 1", "digits, 2", "digits, 5"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_figure(small_run):
     assert (small_run[0] / "studies.png").read_bytes().startswith(b"\x89PNG")

@@ -36,6 +36,7 @@ def small_run(tmp_path_factory):
     return out, again
 
 
+@pytest.mark.slow
 def test_cells_hold_every_seed_and_epoch(small_run):
     cells = small_run[1]["studies"]["sgd"]
     assert set(cells) == {f"{s}, {r}" for s in ("balanced", "unbalanced") for r in (0.1, 0.01)}
@@ -44,6 +45,7 @@ def test_cells_hold_every_seed_and_epoch(small_run):
         assert cell["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_starts_are_one_function_and_invariant_methods_do_not_tell_them_apart(small_run):
     assert {"sgd", "path"} < set(small_run[1]["studies"])
     for name, cells in small_run[1]["studies"].items():
@@ -55,6 +57,7 @@ def test_starts_are_one_function_and_invariant_methods_do_not_tell_them_apart(sm
             np.testing.assert_allclose(here, there, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_best_rate_has_the_lowest_loss(small_run):
     cells = small_run[1]["studies"]["path"]
     found = best(cells, "balanced")
@@ -62,6 +65,7 @@ def test_the_best_rate_has_the_lowest_loss(small_run):
     assert found.loss[:, -1].mean() == min(finals)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_figure(small_run):
     assert (small_run[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
 

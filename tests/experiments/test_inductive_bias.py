@@ -39,6 +39,7 @@ def small_run(tmp_path_factory):
     return again
 
 
+@pytest.mark.slow
 def test_what_fits_stops_early_and_what_does_not_trains_on(small_run):
     narrow, wide = small_run["studies"]["widths"].values()
     assert narrow["first_zero"] == [None, None] and narrow["epochs"] == [60, 60]
@@ -111,6 +112,7 @@ def test_large_batches_are_refused():
         inductive_bias.run(Config(examples=50))
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_networks(small_run):
     config = Config(hidden=(2, 32), **SMALL)
     key = jax.random.key(1)  # the second seed

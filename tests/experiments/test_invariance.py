@@ -31,6 +31,7 @@ def small_run(tmp_path_factory):
     return out, files.read_json(out / "results.json")
 
 
+@pytest.mark.slow
 def test_path_sgd_and_the_gauge_are_invariant_to_rescaling_and_sgd_is_not(small_run):
     errors, verdicts = small_run[1]["studies"], small_run[1]["verdicts"]
     for name in ("path_sgd, momentum", "sgd in normalised gauge"):
@@ -41,6 +42,7 @@ def test_path_sgd_and_the_gauge_are_invariant_to_rescaling_and_sgd_is_not(small_
     assert errors["sgd"]["rescaling"]["first_step"] > 0.1
 
 
+@pytest.mark.slow
 def test_the_natural_gradient_alone_is_invariant_to_a_general_reparametrisation(small_run):
     studies = dict(small_run[1]["studies"])
     row = studies.pop("natural gradient")
@@ -56,6 +58,7 @@ def test_the_natural_gradient_alone_is_invariant_to_a_general_reparametrisation(
         assert row["general"]["first_step"] > 0.01
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_figure_and_numbers_and_leaves_32_bits(small_run):
     out, content = small_run
     assert sorted(path.name for path in out.iterdir()) == ["errors.png", "results.json"]
@@ -64,6 +67,7 @@ def test_the_command_writes_its_figure_and_numbers_and_leaves_32_bits(small_run)
     assert jnp.ones(1).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_sgd_differs_by_the_square_of_the_derivative(small_run):
     """(∂w/∂θ)² g against g, with θ drawn again here."""
     from jaxinv.experiments import datasets

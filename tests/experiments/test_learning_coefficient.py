@@ -84,6 +84,7 @@ def small_run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_command_writes_figure_and_numbers(small_run):
     assert (small_run / experiment.FIGURE).read_bytes().startswith(b"\x89PNG")
     studies = files.read_json(small_run / "results.json")["studies"]

@@ -22,6 +22,7 @@ def small_run(tmp_path_factory):
     return out, networks
 
 
+@pytest.mark.slow
 def test_relu_versions_start_from_one_function_and_projection_keeps_it(small_run):
     relu = small_run[1]["relu"]
     assert relu["group_dimension"] == 16 and relu["same_class"]
@@ -31,6 +32,7 @@ def test_relu_versions_start_from_one_function_and_projection_keeps_it(small_run
     assert all(curves["start_difference"] < 1e-5 for curves in relu["curves"].values())
 
 
+@pytest.mark.slow
 def test_sigmoid_has_no_rescalings_and_projection_changes_the_function(small_run):
     sigmoid = small_run[1]["sigmoid"]
     assert sigmoid["group_dimension"] == 0 and not sigmoid["same_class"]
@@ -39,6 +41,7 @@ def test_sigmoid_has_no_rescalings_and_projection_changes_the_function(small_run
     assert sigmoid["curves"]["constrained"]["start_difference"] > 0.01
 
 
+@pytest.mark.slow
 def test_constrained_and_normalised_start_together_and_part(small_run):
     assert len(small_run[1]) == 2  # ReLU and sigmoid
     for network in small_run[1].values():
@@ -49,6 +52,7 @@ def test_constrained_and_normalised_start_together_and_part(small_run):
         assert constrained["step_loss"][-1] != normalised["step_loss"][-1]
 
 
+@pytest.mark.slow
 def test_every_version_learns(small_run):
     for network in small_run[1].values():
         assert len(network["curves"]) == 3
@@ -57,6 +61,7 @@ def test_every_version_learns(small_run):
             assert len(curves["step_loss"]) == 14 and len(curves["test_error"]) == 3
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_figure(small_run):
     assert (small_run[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
 
