@@ -82,7 +82,13 @@ def true_jacobian(fn):
     )
 
 
-@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
+RANKED = [
+    fn if fn in (dropout, in_a_branch) else pytest.param(fn, marks=pytest.mark.slow)
+    for fn in FUNCTIONS
+]
+
+
+@pytest.mark.parametrize("fn", RANKED, ids=lambda fn: fn.__name__)
 def test_the_rank_is_that_of_the_function_with_its_own_draws(fn):
     """In 64 bits jax.random draws other numbers: another mask, another rank, called certain."""
     true = np.linalg.matrix_rank(true_jacobian(fn), tol=1e-4)

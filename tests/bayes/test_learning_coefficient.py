@@ -150,8 +150,14 @@ def regression(n=400, d=3):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sampler": "sgld", "batch_size": 100, "step_size": 1e-4}],
-    ids=["mala", "sgld"],
+    [
+        pytest.param({}, id="mala"),
+        pytest.param(
+            {"sampler": "sgld", "batch_size": 100, "step_size": 1e-4},
+            marks=pytest.mark.slow,
+            id="sgld",
+        ),
+    ],
 )
 def test_linear_regression_counts_its_parameters(options):
     loss, best, data = regression()

@@ -33,8 +33,15 @@ def test_spread_is_the_interquartile_range():
     assert spelled(values) == "50 (5e+01)"
 
 
-@pytest.mark.parametrize("make", [lambda: step_time.mlp_task((6, 8, 8, 3), 4),
-                                  lambda: step_time.resnet_task(TINY, "tiny", 8, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: step_time.mlp_task((6, 8, 8, 3), 4),
+        pytest.param(
+            lambda: step_time.resnet_task(TINY, "tiny", 8, 4), marks=pytest.mark.slow, id="tiny"
+        ),
+    ],
+)
 def test_both_loops_train_from_one_start(make):
     # Two steps, as they are spelled out in the program on a CPU.
     comparison = step_time.compare(make(), steps=2, repeats=2)
@@ -56,6 +63,7 @@ def test_the_step_table_has_the_competitor_beside_ours(tmp_path, capsys):
     assert "Path-SGD" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_kappa_of_a_resnet_is_measured():
     row = kappa_resnet.measure("tiny", TINY, size=8, repeats=2)
     assert row["all_finite"] and jnp.isfinite(row["log_path_norm"])

@@ -85,7 +85,9 @@ def norm_by_forward_pass(net, variables, shape, p):
     return y.sum()
 
 
-@pytest.mark.parametrize(("block", "p"), [("basic", 1.0), ("bottleneck", 3.0)])
+@pytest.mark.parametrize(
+    ("block", "p"), [("basic", 1.0), pytest.param("bottleneck", 3.0, marks=pytest.mark.slow)]
+)
 def test_path_norm_is_the_network_on_powers_of_its_parameters(block, p, x64):
     blocks = {"block": BottleneckBlock} if block == "bottleneck" else {}
     net = ResNet(3, small_inputs=True, stage_sizes=(1, 1), **blocks)

@@ -45,6 +45,9 @@ def test_what_is_lost_is_lost_and_named():
     # Its four parameters have no effect; each of the eight others has its rescaling.
     assert not found.certain and found.lower == 54 - 4 - 8
 
+
+@pytest.mark.slow
+def test_twins_and_a_layer_that_never_fires():
     twins = params_of()
     for name in ("kernel", "bias"):
         leaf = twins["Dense_0"][name]
@@ -91,7 +94,7 @@ def shifted(w, x):
     return (y - most) @ w[2][:2] + most * w[2][:2].sum(0)
 
 
-@pytest.mark.parametrize("fn", [jump, shifted])
+@pytest.mark.parametrize("fn", [jump, pytest.param(shifted, marks=pytest.mark.slow)])
 def test_never_above_the_truth(fn):
     keys = jax.random.split(jax.random.key(5), 3)
     w = [jax.random.normal(k, s) for k, s in zip(keys, [(3, 4), (4,), (4, 2)], strict=True)]

@@ -135,7 +135,11 @@ NULL_CASES = [
 ]
 
 
-@pytest.mark.parametrize("network", NULL_CASES, ids=repr)
+@pytest.mark.parametrize(
+    "network",
+    [*NULL_CASES[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in NULL_CASES[2:])],
+    ids=repr,
+)
 def test_null_space_is_that_of_the_rescalings(network, x64):
     network = generic(network)
     params, x = network.params(np.float64), network.x(1, np.float64)

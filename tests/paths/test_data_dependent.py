@@ -243,8 +243,15 @@ def test_random_signs_are_unbiased(centered, x64):
     assert spread > 0  # the estimate is one
 
 
-@pytest.mark.parametrize("probes", [None, 3])
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("alpha", "probes"),
+    [
+        (0.5, 3),
+        (1.0, None),
+        pytest.param(0.5, None, marks=pytest.mark.slow),
+        pytest.param(1.0, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_kappa_transforms_with_rescalings(alpha, probes, x64):
     params = init_mlp(jax.random.key(1), (4, 5, 6, 3), dtype=jnp.float64)
     x = jax.random.normal(jax.random.key(2), (8, 4), jnp.float64)
