@@ -1,0 +1,171 @@
+"""Frames through sums, products with gains, and sums of squares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxinv._interpreter.walk import Equation, Operand, rule_table
+from jaxinv.frames.system import O
+from jaxinv.frames.values import Axis, Framed, like, matched, unify
+
+RULES, rule = rule_table()
+
+
+@rule("neg", "reduce_precision", "convert_element_type")
+def _same(domain: Any, eqn: Equation, operand: Framed) -> Any:
+    if not jnp.issubdtype(eqn.outputs[0].dtype, jnp.inexact):
+        return domain.default(eqn, operand)
+    return like(operand)
+
+
+@rule("add", "sub", "add_any")
+def _add(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+    """Both terms have one frame; one number added to all of an axis leaves ones alone."""
+    x, y = domain.framed(left), domain.framed(right)
+    shape = eqn.outputs[0].shape
+    for one, other in ((x, y), (y, x)):
+        if other.zero and one.shape == shape:
+            return like(one)
+    x, y = (_spread(domain.plain(eqn, v), shape) for v in (x, y))
+    result = Framed(shape, uniform=x.uniform & y.uniform)
+    for a in range(len(shape)):
+        result.axes[a] = _sum(domain, eqn, x, y, a)
+    return result
+
+
+def _spread(value: Framed, shape: tuple[int, ...]) -> Framed:
+    """A scalar, or an array with axes of length one, as an array of the full shape."""
+    if value.shape == shape:
+        return value
+    if not value.shape:
+        return Framed(shape, uniform=range(len(shape)))
+    return Framed(shape, value.axes, value.uniform, value.vector)
+
+
+def _sum(domain: Any, eqn: Equation, x: Framed, y: Framed, a: int) -> Axis:
+    one, other = x.axes[a], y.axes[a]
+    if one is None and other is None:
+        return None
+    if one is not None and other is not None:
+        unify(domain.system, one, other)
+        one, other = matched(domain.system, one, other)
+        return max((one, other), key=lambda axis: axis[0].refs.size)
+    axis, constant = (one, y) if other is None else (other, x)
+    if a in constant.uniform:
+        domain.fixes_ones(axis)
+        return axis
+    domain.end(eqn, axis)
+    return None
+
+
+@rule("mul")
+def _mul(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+    x, y = domain.framed(left), domain.framed(right)
+    if isinstance(left, Framed) and isinstance(right, Framed) and left.key == right.key:
+        return _squared(domain, eqn, x)
+    return _product(domain, eqn, x, y, 1)
+
+
+@rule("div")
+def _div(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+    return _product(domain, eqn, domain.framed(left), domain.framed(right), -1)
+
+
+@rule("square")
+def _square(domain: Any, eqn: Equation, value: Framed) -> Framed:
+    return _squared(domain, eqn, value)
+
+
+@rule("integer_pow")
+def _integer_pow(domain: Any, eqn: Equation, value: Framed) -> Any:
+    return _squared(domain, eqn, value) if eqn.params["y"] == 2 else domain.default(eqn, value)
+
+
+def _squared(domain: Any, eqn: Equation, value: Framed) -> Framed:
+    value = domain.plain(eqn, value)
+    result = Framed(value.shape, uniform=value.uniform)
+    if value.framed:
+        result.square = value
+    return result
+
+
+def _product(domain: Any, eqn: Equation, x: Framed, y: Framed, power: int) -> Framed:
+    """x·y or x/y, where one of them is a number, or a gain along an axis of the other."""
+    shape = eqn.outputs[0].shape
+    if y.is_scalar and x.shape == shape:
+        return like(x, vector=None)  # its square too: the sum of squares is only scaled
+    if x.is_scalar and y.shape == shape and power == 1:
+        return like(y, vector=None)
+    x, y = domain.plain(eqn, x), domain.plain(eqn, y)
+    if power == -1:
+        domain.end_all(eqn, y)
+        y = like(y, axes=[None] * len(y.shape))
+    x, y = (_spread(v, shape) for v in (x, y))
+    result = Framed(shape, uniform=x.uniform & y.uniform)
+    for a in range(len(shape)):
+        result.axes[a] = _scaled(domain, eqn, x, y, a, power)
+    return result
+
+
+def _scaled(domain: Any, eqn: Equation, x: Framed, y: Framed, a: int, power: int) -> Axis:
+    one, other = x.axes[a], y.axes[a]
+    if one is None and other is None:
+        return None
+    for value, factor, sign in ((x, y, power), (y, x, 1)):
+        axis = value.axes[a]
+        if axis is None:
+            continue
+        if factor.axes[a] is None and a in factor.uniform:
+            return axis
+        along = factor.vector is not None and factor.vector[1] == a
+        if along and len(factor.uniform) >= len(factor.shape) - 1 and value.vector is None:
+            domain.end(eqn, factor.axes[a])
+            return domain.multiplied(axis, factor.vector[0], sign)
+    domain.end(eqn, one)
+    domain.end(eqn, other)
+    return None
+
+
+@rule("reduce_sum")
+def _reduce_sum(domain: Any, eqn: Equation, value: Framed) -> Framed:
+    axes = eqn.params["axes"]
+    shape = eqn.outputs[0].shape
+    kept = [a for a in range(len(value.shape)) if a not in axes]
+    square = value.square
+    if square is not None:
+        for a, axis in enumerate(square.axes):
+            if list(axes) == [a]:
+                domain.restrict(axis, O)
+            else:
+                domain.end(eqn, axis)
+        return Framed(shape, uniform=[kept.index(a) for a in kept if a in value.uniform])
+    for a in axes:
+        domain.fixes_ones(value.axes[a])
+    summed = like(value, axes=[None if a in axes else e for a, e in enumerate(value.axes)])
+    return domain.kept(eqn, summed, shape, {a: i for i, a in enumerate(kept)})
+
+
+@rule("select_n")
+def _select(domain: Any, eqn: Equation, which: Operand, *cases: Operand) -> Framed:
+    """Along an axis where the choice is one for all, cases are what a sum of them would be."""
+    chosen = domain.framed(which)
+    domain.end_all(eqn, chosen)
+    values = [like(domain.plain(eqn, domain.framed(v))) for v in cases]
+    shape = eqn.outputs[0].shape
+    for value in values:
+        for a, axis in enumerate(value.axes):
+            if chosen.shape and a not in chosen.uniform:
+                domain.end(eqn, axis)
+                value.axes[a] = None
+    result = values[0]
+    for value in values[1:]:
+        if value.zero or result.zero:
+            result = like(result if value.zero else value, zero=False, uniform=frozenset())
+            continue
+        total = Framed(shape, uniform=result.uniform & value.uniform & chosen.uniform)
+        for a in range(len(shape)):
+            total.axes[a] = _sum(domain, eqn, result, value, a)
+        result = total
+    return result

@@ -1,0 +1,135 @@
+"""Follow the frames of all parameters through a program, and read off what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxinv._interpreter import walk
+from jaxinv._interpreter.walk import Trace
+from jaxinv.frames.domain import FramesDomain
+from jaxinv.frames.system import NONE, SAME, Relation
+from jaxinv.frames.values import Framed, refined
+
+
+class Place(NamedTuple):
+    """Where a matrix acts on a parameter: on a block of one axis, in a box of the others."""
+
+    leaf: int
+    axis: int
+    box: tuple[tuple[int, int], ...]  # (start, stop) along every axis, the block along its own
+    relation: Relation  # A itself, its dual, and through which gains
+
+
+class FrameClass(NamedTuple):
+    """One unknown matrix, and everywhere that it acts."""
+
+    kind: str
+    size: int
+    places: tuple[Place, ...]
+
+
+class Frames(NamedTuple):
+    """What may act on the axes of the parameters without changing the outputs."""
+
+    classes: tuple[FrameClass, ...]
+    constants: tuple[np.ndarray, ...]  # vectors that places refer to as −1, −2, …
+    ended_by: tuple[tuple[str, str], ...]  # (operation, source line)
+
+
+def frames_of(trace: Trace, shapes: Sequence[tuple[int, ...]]) -> Frames:
+    """All frames of a program with parameters of these shapes.
+
+    An axis on which nothing may act counts as data from the start, and what meets it is told so:
+    the program is followed until no more of them are found.
+    """
+    dead: list[frozenset[int]] = [frozenset()] * len(shapes)
+    while True:
+        domain = FramesDomain()
+        leaves = [domain.leaf(i, shape, dead[i]) for i, shape in enumerate(shapes)]
+        last = walk.output_equation(trace)
+        jaxpr, _ = walk.open_jaxpr(trace.jaxpr)
+        inputs = [Framed(v.aval.shape) for v in jaxpr.invars[trace.num_params :]]
+        views = [_view(leaf) for leaf in leaves]
+        for value in walk.interpret(trace, views, inputs, domain):
+            domain.end_all(last, domain.framed(value))
+        found = [_dead(domain, leaf) for leaf in leaves]
+        if found == dead:
+            break
+        dead = found
+    return Frames(_classes(domain, leaves), tuple(domain.constants), tuple(domain.ended_by))
+
+
+def _view(leaf: Framed) -> Framed:
+    """What the program sees: rules may forget axes of it, which the leaf itself keeps."""
+    view = Framed(leaf.shape, leaf.axes, leaf.uniform, leaf.vector)
+    view.leaf = leaf.leaf
+    return view
+
+
+def _dead(domain: FramesDomain, leaf: Framed) -> frozenset[int]:
+    """Axes of a leaf on which nothing may act."""
+    system = domain.system
+
+    def alive(number: int) -> bool:
+        pieces = system.pieces(system.ref(number))
+        return any(system.kinds[system.root(p.frame).frame] != NONE for _, p in pieces)
+
+    return frozenset(
+        a
+        for a, axis in enumerate(leaf.axes)
+        if axis is None or not any(alive(int(i)) for _, refs in axis for i in np.unique(refs))
+    )
+
+
+def _classes(domain: FramesDomain, leaves: Sequence[Framed]) -> tuple[FrameClass, ...]:
+    system = domain.system
+    places: dict[int, list[Place]] = {}
+    for number, leaf in enumerate(leaves):
+        for axis, blocks in enumerate(leaf.axes):
+            offset = 0
+            for size, refs in refined(system, blocks) if blocks else ():
+                for i in np.unique(refs):
+                    root, relation = system.seen(system.ref(int(i)))
+                    if system.kinds[root] != NONE:
+                        for box in _boxes(refs == i, leaf.shape, axis, offset, size):
+                            place = Place(number, axis, box, relation)
+                            places.setdefault(root, []).append(place)
+                offset += size
+    return tuple(
+        _as_written(FrameClass(system.kinds[root], system.sizes[root], tuple(found)))
+        for root, found in places.items()
+    )
+
+
+def _as_written(found: FrameClass) -> FrameClass:
+    """The class with A as it acts where a GL class is first seen.
+
+    Rotations and their like are what they are in the root, where no gain is in between.
+    """
+    first = found.places[0].relation
+    if found.kind != "GL" or first == SAME:
+        return found
+    back = first.inverse()
+    places = tuple(p._replace(relation=p.relation.of(back)) for p in found.places)
+    return found._replace(places=places)
+
+
+def _boxes(
+    here: np.ndarray, shape: Sequence[int], axis: int, offset: int, size: int
+) -> list[tuple[tuple[int, int], ...]]:
+    """The places of one ref as boxes of the leaf."""
+    at = np.argwhere(here)
+    low, high = at.min(axis=0), at.max(axis=0) + 1
+    corners = [(low, high)] if len(at) == int(np.prod(high - low)) else [(p, p + 1) for p in at]
+    boxes = []
+    for start, stop in corners:
+        box = [
+            (int(s), int(e)) if m > 1 else (0, n)
+            for s, e, m, n in zip(start, stop, here.shape, shape, strict=True)
+        ]
+        box[axis] = (offset, offset + size)
+        boxes.append(tuple(box))
+    return boxes

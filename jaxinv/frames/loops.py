@@ -1,0 +1,95 @@
+"""Frames round loops and over branches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxinv._interpreter.walk import Body, Equation, Operand
+from jaxinv.frames.layout import taken
+from jaxinv.frames.system import Vector
+from jaxinv.frames.values import Block, Framed, like, unify
+
+# Each step is walked: the matrices of a stack of layers are one apart from another.
+MOST_STEPS = 128
+
+
+def scan(
+    domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: list
+) -> list[Operand]:
+    """Step by step, with slice i of what is scanned."""
+    length = int(eqn.params["length"])
+    outputs = [Framed(aval.shape) for aval in eqn.outputs]
+    if length > MOST_STEPS:
+        for value in (*consts, *init, *xs):
+            domain.end_all(eqn, domain.framed(value))
+        return outputs
+    carry, rows = list(init), []
+    stacks = [domain.plain(eqn, domain.framed(v)) for v in xs]
+    for stack in stacks:
+        domain.end(eqn, stack.axes[0])
+    steps = range(length)
+    for i in reversed(steps) if eqn.params["reverse"] else steps:
+        results = body(*consts, *carry, *(_step(domain, stack, i) for stack in stacks))
+        carry = results[: len(init)]
+        rows.append([domain.framed(v) for v in results[len(init) :]])
+    if eqn.params["reverse"]:
+        rows.reverse()
+    for j, output in enumerate(outputs[len(init) :]):
+        column = [domain.plain(eqn, row[j]) for row in rows]
+        _stack(domain, eqn, column, output)
+    return [*carry, *outputs[len(init) :]]
+
+
+def _step(domain: Any, stack: Framed, i: int) -> Framed:
+    whole = like(stack, axes=[None, *stack.axes[1:]])
+    starts, limits = [0] * len(stack.shape), list(stack.shape)
+    starts[0], limits[0] = i, i + 1
+    one = taken(domain, whole, starts, limits)
+    axes = [
+        None if axis is None else [Block(n, r.reshape(r.shape[1:])) for n, r in axis]
+        for axis in one.axes[1:]
+    ]
+    step = Framed(stack.shape[1:], axes, {a - 1 for a in stack.uniform if a})
+    if stack.leaf is not None and len(step.shape) == 1:
+        step.vector = (Vector(stack.leaf, i * step.shape[0]), 0)
+    elif stack.vector and stack.vector[1]:
+        step.vector = (stack.vector[0], stack.vector[1] - 1)
+    step.key = object()
+    return step
+
+
+def _stack(domain: Any, eqn: Equation, column: list[Framed], output: Framed) -> None:
+    """What a loop collects has the frames that all its steps have in common."""
+    for a in range(1, len(output.shape)):
+        axes = [v.axes[a - 1] for v in column]
+        if any(axis is None for axis in axes):
+            for axis in axes:
+                domain.end(eqn, axis)
+            continue
+        for axis in axes[1:]:
+            unify(domain.system, axes[0], axis)
+        output.axes[a] = [Block(n, np.expand_dims(r, 0)) for n, r in axes[0]]
+
+
+def switch(
+    domain: Any, eqn: Equation, index: Operand, branches: list[Body], inputs: list
+) -> list[Operand]:
+    """Whatever branch is taken, its results have one frame."""
+    domain.end_all(eqn, domain.framed(index))
+    taken_ = [[domain.plain(eqn, domain.framed(v)) for v in branch(*inputs)] for branch in branches]
+    outputs = []
+    for j, aval in enumerate(eqn.outputs):
+        output = Framed(aval.shape)
+        for a in range(len(aval.shape)):
+            axes = [values[j].axes[a] for values in taken_]
+            if any(axis is None for axis in axes):
+                for axis in axes:
+                    domain.end(eqn, axis)
+                continue
+            for axis in axes[1:]:
+                unify(domain.system, axes[0], axis)
+            output.axes[a] = axes[0]
+        outputs.append(output)
+    return outputs
