@@ -1,0 +1,187 @@
+"""Matrix symmetries: classes of matrices, and how an element of them moves the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import expm
+
+from jaxinv.frames import FrameClass, Place
+from jaxinv.typing import Array, Constant, DTypeLike
+
+
+class MatrixClass(NamedTuple):
+    """One class of matrices: which, and where in the parameters they act."""
+
+    kind: str  # GL, S, O or O1, see `jaxinv.frames.system`
+    size: int
+    name: str  # GL(8): v out ~ o in
+    places: tuple[Place, ...]
+
+    @property
+    def dimension(self) -> int:
+        """Number of independent matrices A."""
+        n = self.size
+        return {"GL": n * n, "S": (n - 1) ** 2, "O": n * (n - 1) // 2}.get(
+            self.kind, (n - 1) * (n - 2) // 2
+        )
+
+    @property
+    def beyond_rescaling(self) -> int:
+        """Of these, those that are not diagonal: the diagonal ones are rescalings."""
+        return self.dimension - (self.size if self.kind == "GL" else 0)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class MatrixStructure:
+    """What about matrix symmetries is known without any array: static under jit."""
+
+    classes: tuple[MatrixClass, ...]
+    leaf_shapes: tuple[tuple[int, ...], ...]
+
+
+def named(found: FrameClass, leaf_names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> str:
+    """`GL(8): v out ~ o in`: where A itself acts ~ where its dual does."""
+    sides: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    for place in found.places:
+        label = _label(place, leaf_names[place.leaf], shapes[place.leaf])
+        sides[place.relation.dual][label] = None
+    shown = [_listed(list(side)) for side in sides if side]
+    group = {"GL": "GL", "O": "O", "S": "GL fixing ones", "O1": "O fixing ones"}[found.kind]
+    return f"{group}({found.size}): {' ~ '.join(shown)}"
+
+
+def _listed(labels: list[str]) -> str:
+    more = len(labels) - 3
+    return ", ".join(labels[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def _label(place: Place, name: str, shape: tuple[int, ...]) -> str:
+    """`attn/v out, [8:16], axis 1 at 3`."""
+    side = ""
+    if len(shape) == 2:
+        side = " out" if place.axis == 1 else " in"
+    elif len(shape) > 2:
+        side = f" axis {place.axis}"
+    parts = []
+    start, stop = place.box[place.axis]
+    if (start, stop) != (0, shape[place.axis]):
+        parts.append(f"[{start}:{stop}]")
+    for axis, (first, last) in enumerate(place.box):
+        if axis != place.axis and (first, last) != (0, shape[axis]):
+            at = str(first) if last == first + 1 else f"{first}:{last}"
+            parts.append(f"axis {axis} at {at}")
+    return " ".join([name + side, *parts])
+
+
+# --- matrices of a kind --------------------------------------------------------------------
+
+
+def project(kind: str, A: Array) -> Array:
+    """The part of a matrix that is of the kind."""
+    if kind in ("O", "O1"):
+        A = (A - A.T) / 2
+    if kind in ("S", "O1"):
+        n = A.shape[0]
+        P = jnp.eye(n, dtype=A.dtype) - jnp.full((n, n), 1 / n, A.dtype)
+        A = P @ A @ P
+    return A
+
+
+def basis(kind: str, n: int) -> np.ndarray:
+    """Independent matrices of the kind, (dimension, n, n)."""
+    unit = np.eye(n * n).reshape(n * n, n, n)
+    if kind == "GL":
+        return unit
+    if kind in ("S", "O1"):
+        # Ones are fixed: differences to the last coordinate move.
+        d = np.eye(n)[:-1] - np.eye(n)[-1]
+        pairs = np.einsum("ai,bj->abij", d, d)
+        if kind == "S":
+            return pairs.reshape(-1, n, n)
+        i, j = np.triu_indices(n - 1, 1)
+        return pairs[i, j] - pairs[j, i]
+    i, j = np.triu_indices(n, 1)
+    return unit[i * n + j] - unit[j * n + i]
+
+
+def random_matrix(key: Array, kind: str, n: int, scale: float, dtype: DTypeLike) -> Array:
+    """A random A of the kind; exp(A) is a matrix of the group."""
+    return project(kind, scale / np.sqrt(n) * jax.random.normal(key, (n, n), dtype))
+
+
+# --- action ---------------------------------------------------------------------------------
+
+
+def gains_of(place: Place, leaves: Sequence[Any], constants: Sequence[Any]) -> Any | None:
+    """The vector T through which a place sees A, or None for all ones."""
+    size = place.box[place.axis][1] - place.box[place.axis][0]
+    total = None
+    for (source, offset), power in place.relation.gains:
+        array = leaves[source] if source >= 0 else constants[-1 - source]
+        vector = jnp.ravel(jnp.asarray(array))[offset : offset + size]
+        factor = vector ** int(power) if power.denominator == 1 else vector ** float(power)
+        total = factor if total is None else total * factor
+    return total
+
+
+def moved(
+    structure: MatrixStructure,
+    constants: Sequence[Constant],
+    leaves: Sequence[Array],
+    matrices: Sequence[Array],
+    inverses: Sequence[Array],
+) -> list[Array]:
+    """Parameters with M acting where A does, and M⁻ᵀ where the dual does."""
+    new = list(leaves)
+    for found, M, N in zip(structure.classes, matrices, inverses, strict=True):
+        for place in found.places:
+            B = (N.T if place.relation.dual else M).astype(leaves[place.leaf].dtype)
+            T = gains_of(place, leaves, constants)
+            if T is not None:
+                T = T.astype(B.dtype)
+                B = T[:, None] * B / T
+            box = tuple(slice(*ends) for ends in place.box)
+            part = jnp.moveaxis(
+                jnp.tensordot(B, new[place.leaf][box], (1, place.axis)), 0, place.axis
+            )
+            new[place.leaf] = new[place.leaf].at[box].set(part)
+    return new
+
+
+def acted(
+    structure: MatrixStructure,
+    constants: Sequence[Constant],
+    leaves: Sequence[Array],
+    element: Sequence[Array],
+) -> list[Array]:
+    """Parameters moved by exp(A) of every class."""
+    return moved(
+        structure,
+        constants,
+        leaves,
+        [expm(A) for A in element],
+        [expm(-A) for A in element],
+    )
+
+
+def tangent(
+    structure: MatrixStructure,
+    constants: Sequence[Constant],
+    leaves: Sequence[Array],
+    element: Sequence[Array],
+) -> list[Array]:
+    """Velocities of the parameters under exp(t·A) at t = 0."""
+    eyes = [jnp.eye(c.size, dtype=A.dtype) for c, A in zip(structure.classes, element, strict=True)]
+
+    def at(matrices: list[Array], inverses: list[Array]) -> list[Array]:
+        return moved(structure, constants, leaves, matrices, inverses)
+
+    _, velocity = jax.jvp(at, (eyes, eyes), (list(element), [-A for A in element]))
+    return velocity
