@@ -16,19 +16,25 @@ from jaxinv.symmetries.group import (
     symmetry_group,
     symmetry_tangents,
 )
+from jaxinv.symmetries.legality import SymmetryVerdict, is_symmetry
 from jaxinv.symmetries.matrices import MatrixClass
+from jaxinv.symmetries.shifts import Shifts, shift_tangents
 
 __all__ = [
     "Comparison",
     "Discovered",
     "Element",
     "MatrixClass",
+    "Shifts",
     "Symmetries",
     "SymmetryGroup",
+    "SymmetryVerdict",
     "act",
     "compare",
     "discover_symmetries",
+    "is_symmetry",
     "random_element",
+    "shift_tangents",
     "spanning_tangents",
     "symmetry_group",
     "symmetry_tangents",
