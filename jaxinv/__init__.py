@@ -70,7 +70,7 @@ from jaxinv.rescaling import (
     rescaling_group,
     tangent_vectors,
 )
-from jaxinv.symmetries import discover_symmetries
+from jaxinv.symmetries import discover_symmetries, is_symmetry, symmetry_group
 
 __version__ = "0.1.0"
 
@@ -94,6 +94,7 @@ __all__ = [
     "functional_dimension",
     "gradient_orthogonality",
     "group_norm",
+    "is_symmetry",
     "jacobian",
     "jacobian_gram",
     "jacobian_operator",
@@ -130,6 +131,7 @@ __all__ = [
     "scale_by_path_kappa",
     "scale_by_path_metric",
     "spectral_norms",
+    "symmetry_group",
     "tangent_kernel",
     "tangent_vectors",
     "unit_path_norms",

@@ -501,7 +501,8 @@ def test_every_public_function_says_so(function):
         "alpha": 0.5, "batch_axis": 0, "likelihood": "gaussian", "learning_rate": 0.1, "start": 0,
         "loss": lambda w: 0.0, "log_prior": lambda w: 0.0, "optimizer": optax.sgd(0.1), "add": net,
         "reparam": net, "group": rescaling_group(net, w, x), "y": jnp.zeros(2, int), "x": x,
-        "params": w, "other_params": w, "gradient": w, "v": w, "region": gates.everywhere(x),
+        "params": w, "other_params": w, "moved": w, "gradient": w, "v": w,
+        "region": gates.everywhere(x),
     }  # fmt: skip
     wanted = inspect.signature(function).parameters.values()
     given = {p.name: values[p.name] for p in wanted if p.default is p.empty and p.name != "fn"}

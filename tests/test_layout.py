@@ -21,7 +21,7 @@ LEVELS = [
         {"bayes", "capacity", "inspection", "invariance", "optimizers", "reparam", "symmetries"},
     ),
     ("ranks", {"ranks"}),
-    ("gates", {"gates"}),
+    ("programs", {"frames", "gates"}),
     ("theory", {"jacobians", "paths", "rescaling"}),
     ("interpreter", {"_interpreter"}),
     ("numerics", {"_numerics"}),
@@ -59,6 +59,11 @@ def _imported(path: Path) -> set[str]:
 # What a package's face does not hand on is its own, except these names, which other packages of the
 # library may import.
 DOORS = {
+    "frames": {
+        "frames_of",  # the classes of matrices that a program allows, for symmetry groups
+        "FrameClass",  # one of them
+        "Place",  # where it acts
+    },
     "jacobians": {
         "problem_of",  # a network checked and traced once; ranks and priors pass it on
         "fold_rows",  # the rows of J, never all held: a rank folds its QR over them

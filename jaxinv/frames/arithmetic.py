@@ -119,8 +119,9 @@ def _scaled(domain: Any, eqn: Equation, x: Framed, y: Framed, a: int, power: int
             continue
         if factor.axes[a] is None and a in factor.uniform:
             return axis
-        along = factor.vector is not None and factor.vector[1] == a
-        if along and len(factor.uniform) >= len(factor.shape) - 1 and value.vector is None:
+        if factor.vector is None or factor.vector[1] != a or value.vector is not None:
+            continue
+        if len(factor.uniform) >= len(factor.shape) - 1:
             domain.end(eqn, factor.axes[a])
             return domain.multiplied(axis, factor.vector[0], sign)
     domain.end(eqn, one)

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Body, Equation, Operand, is_concrete
+from jaxinv._interpreter.walk import Body, Equation, Operand, Value, is_concrete
 from jaxinv.frames import arithmetic, layout, loops, products
 from jaxinv.frames.system import NONE, Ref, Relation, S, System, Vector
 from jaxinv.frames.values import Axis, Block, Framed, each, level, like, numbers, refined
@@ -23,9 +23,9 @@ from jaxinv.typing import ArrayLike
 _MOST_PLACES = 1 << 15
 
 _ELEMENTWISE = frozenset(
-    "add sub mul div max min neg exp exp2 log log1p expm1 sqrt rsqrt tanh logistic erf erfc abs sign "
-    "integer_pow pow square cos sin select_n gt lt ge le eq ne and or not convert_element_type clamp "
-    "cbrt add_any is_finite reduce_precision".split()
+    "add sub mul div max min neg exp exp2 log log1p expm1 sqrt rsqrt tanh logistic erf erfc abs "
+    "sign integer_pow pow square cos sin select_n gt lt ge le eq ne and or not clamp cbrt add_any "
+    "convert_element_type is_finite reduce_precision".split()
 )
 
 
@@ -60,7 +60,10 @@ class FramesDomain:
 
     def framed(self, operand: Operand) -> Framed:
         """Any operand; constants allow no frames."""
-        return operand if isinstance(operand, Framed) else self._constant(operand)
+        if isinstance(operand, Framed):
+            return operand
+        assert not isinstance(operand, Value)
+        return self._constant(operand)
 
     def _constant(self, value: ArrayLike) -> Framed:
         shape = jnp.shape(value)

@@ -100,7 +100,7 @@ def _cut(
 ) -> Axis:
     """n → (h, c): the frame is cut into h blocks, and that of the last axis is one per block."""
     system, size, total = domain.system, new[into[-1]], value.shape[axis]
-    blocks = refined(system, value.axes[axis], range(size, total, size))
+    blocks = refined(system, value.axes[axis] or [], range(size, total, size))
     inner = {end % size for end in ends(blocks)} - {0}
     cuts = {start + c for start in range(0, total, size) for c in inner}
     blocks = refined(system, blocks, cuts)

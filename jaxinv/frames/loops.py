@@ -9,7 +9,7 @@ import numpy as np
 from jaxinv._interpreter.walk import Body, Equation, Operand
 from jaxinv.frames.layout import taken
 from jaxinv.frames.system import Vector
-from jaxinv.frames.values import Block, Framed, like, unify
+from jaxinv.frames.values import Axis, Block, Framed, like, unify
 
 # Each step is walked: the matrices of a stack of layers are one apart from another.
 MOST_STEPS = 128
@@ -20,7 +20,7 @@ def scan(
 ) -> list[Operand]:
     """Step by step, with slice i of what is scanned."""
     length = int(eqn.params["length"])
-    outputs = [Framed(aval.shape) for aval in eqn.outputs]
+    outputs: list[Any] = [Framed(aval.shape) for aval in eqn.outputs]
     if length > MOST_STEPS:
         for value in (*consts, *init, *xs):
             domain.end_all(eqn, domain.framed(value))
@@ -63,14 +63,21 @@ def _step(domain: Any, stack: Framed, i: int) -> Framed:
 def _stack(domain: Any, eqn: Equation, column: list[Framed], output: Framed) -> None:
     """What a loop collects has the frames that all its steps have in common."""
     for a in range(1, len(output.shape)):
-        axes = [v.axes[a - 1] for v in column]
-        if any(axis is None for axis in axes):
-            for axis in axes:
-                domain.end(eqn, axis)
-            continue
-        for axis in axes[1:]:
-            unify(domain.system, axes[0], axis)
-        output.axes[a] = [Block(n, np.expand_dims(r, 0)) for n, r in axes[0]]
+        common = _common(domain, eqn, [v.axes[a - 1] for v in column])
+        if common is not None:
+            output.axes[a] = [Block(n, np.expand_dims(r, 0)) for n, r in common]
+
+
+def _common(domain: Any, eqn: Equation, axes: list[Axis]) -> Axis:
+    """The frames that several axes have in common; none where one of them has none."""
+    known = [axis for axis in axes if axis is not None]
+    if len(known) < len(axes):
+        for axis in known:
+            domain.end(eqn, axis)
+        return None
+    for axis in known[1:]:
+        unify(domain.system, known[0], axis)
+    return known[0]
 
 
 def switch(
@@ -78,18 +85,13 @@ def switch(
 ) -> list[Operand]:
     """Whatever branch is taken, its results have one frame."""
     domain.end_all(eqn, domain.framed(index))
-    taken_ = [[domain.plain(eqn, domain.framed(v)) for v in branch(*inputs)] for branch in branches]
-    outputs = []
+    results = [
+        [domain.plain(eqn, domain.framed(v)) for v in branch(*inputs)] for branch in branches
+    ]
+    outputs: list[Any] = []
     for j, aval in enumerate(eqn.outputs):
         output = Framed(aval.shape)
         for a in range(len(aval.shape)):
-            axes = [values[j].axes[a] for values in taken_]
-            if any(axis is None for axis in axes):
-                for axis in axes:
-                    domain.end(eqn, axis)
-                continue
-            for axis in axes[1:]:
-                unify(domain.system, axes[0], axis)
-            output.axes[a] = axes[0]
+            output.axes[a] = _common(domain, eqn, [values[j].axes[a] for values in results])
         outputs.append(output)
     return outputs

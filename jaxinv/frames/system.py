@@ -209,8 +209,10 @@ class System:
             for (_, one), (_, other) in zip(left, right, strict=True):
                 self.unify(one, other)
             return
-        (r, one), (s, other) = self.seen(a), self.seen(b)
-        between = one.inverse().of(other)  # A_r = between(A_s)
+        left_root, right_root = self.seen(a), self.seen(b)
+        r, s = left_root.frame, right_root.frame
+        # A_r = between(A_s)
+        between = left_root.relation.inverse().of(right_root.relation)
         if r == s:
             if between != SAME:
                 self.restrict(Ref(r), O if between == DUAL else NONE)

@@ -13,8 +13,9 @@ from jaxinv import _checks
 from jaxinv._interpreter.batch import leading, traced_network
 from jaxinv._interpreter.draws import traced_in
 from jaxinv.errors import InvalidInput
-from jaxinv.frames import frames_of
+from jaxinv.frames.follow import frames_of
 from jaxinv.rescaling import RescalingGroup, rescale, rescaling_group
+from jaxinv.rescaling.action import checked_leaves
 from jaxinv.symmetries import matrices as _matrices
 from jaxinv.symmetries.matrices import MatrixClass, MatrixStructure, named
 from jaxinv.typing import Array, Constant, DTypeLike, Inputs, Network, Params, PyTree
@@ -76,8 +77,8 @@ class SymmetryGroup(NamedTuple):
     def __str__(self) -> str:
         """The counts, and a line per class."""
         lines = [
-            f"SymmetryGroup: {self.rescaling.dim} rescalings and {self.beyond_rescaling} dimensions "
-            "of matrices beyond them"
+            f"SymmetryGroup: {self.rescaling.dim} rescalings and {self.beyond_rescaling} "
+            "dimensions of matrices beyond them"
         ]
         lines += [f"  {c.name}" for c in self.classes]
         lines += [f"  refused: {name}" for name in self.rejected]
@@ -95,11 +96,11 @@ def symmetry_group(
 ) -> SymmetryGroup:
     """Rescalings and matrix symmetries of a network, read off its program.
 
-    Every axis of every value carries a frame, an unknown matrix A with δv = A·v. A contraction makes
-    the frames of the two axes that meet dual (A and −Aᵀ), a sum makes them equal, a sum of squares
-    along the axis leaves rotations, a mean leaves those that fix (1, …, 1), a gain g conjugates by
-    diag(g), elementwise functions allow none. What is left is a group: GL(k) between two linear
-    layers or inside attention, O(k) on a residual stream under RMS normalisation.
+    Every axis of every value carries a frame, an unknown matrix A with δv = A·v. A contraction
+    makes the frames of the two axes that meet dual (A and −Aᵀ), a sum makes them equal, a sum of
+    squares along the axis leaves rotations, a mean leaves those that fix (1, …, 1), a gain g
+    conjugates by diag(g), elementwise functions allow none. What is left is a group: GL(k) between
+    two linear layers or inside attention, O(k) on a residual stream under RMS normalisation.
 
     Every class is tried before it is reported: a random element must leave the outputs alone to
     rounding, in float64, at parameters near the given ones.
@@ -148,7 +149,12 @@ def symmetry_group(
     shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(params))
     frames = frames_of(network.program.trace, shapes)
     names = [name or "params" for name in _checks.leaf_names(params, "")]
-    classes = tuple(MatrixClass(c.kind, c.size, named(c, names, shapes), c.places) for c in frames.classes)  # fmt: skip
+    used = {i for i, name in enumerate(names) if name not in rescaling.unused}
+    classes = tuple(
+        MatrixClass(c.kind, c.size, named(c, names, shapes), c.places)
+        for c in frames.classes
+        if used & {place.leaf for place in c.places}
+    )
     structure = MatrixStructure(classes, shapes)
     group = SymmetryGroup(rescaling, frames.constants, structure, np.nan, (), frames.ended_by)
     if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(params)):
@@ -306,7 +312,8 @@ def random_element(
 def act(group: SymmetryGroup, params: Params, element: Element) -> Params:
     """Move parameters by the exponential of an element: the function stays what it is.
 
-    Matrices first, each by exp(A) where it acts and by exp(−Aᵀ) where its dual does, then rescalings.
+    Matrices first, each by exp(A) where it acts and by exp(−Aᵀ) where its dual does; then
+    rescalings.
 
     Args:
         group: as `symmetry_group` returns it.
@@ -403,8 +410,6 @@ def spanning_tangents(group: SymmetryGroup, params: Params) -> Array:
 
 
 def _checked(group: SymmetryGroup, params: Params, element: Element) -> list[Array]:
-    from jaxinv.rescaling.action import checked_leaves
-
     leaves = checked_leaves(group.rescaling, params, "params")
     shapes = [jnp.shape(A) for A in element.matrices]
     wanted = [(c.size, c.size) for c in group.classes]

@@ -4,7 +4,8 @@ Rotating a residual stream, folding a gain into the next layer or equalising two
 function alone only if every consumer of a value is changed to match. A value may change on the way,
 as long as its change can be taken back: it is a linear image of what it was, h' = h·M + m. The
 operation that forbids the change is the first whose operands are such images and whose result is
-not: a nonlinearity, a sum of two terms that were changed differently, a consumer that was forgotten.
+not: a nonlinearity, a sum of two terms that were changed differently, a consumer that was
+forgotten.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ def is_symmetry(fn: Network, params: Params, x: Inputs, moved: Params) -> Symmet
         moved: the parameters after the change, a pytree like params.
 
     Returns:
-        A `SymmetryVerdict`, of outputs in float64, up to 1000 roundings of the params' dtype. Every operation is looked at that turns values
-        which were changed in a way that can be taken back into one that cannot.
+        A `SymmetryVerdict`, of outputs in float64, up to 1000 roundings of the params' dtype. It
+        names every operation that turns values which were changed in a way that can be taken back
+        into one that cannot.
 
     Raises:
         InvalidInput: if `moved` is no pytree like params, or for values that are not finite.
@@ -170,7 +172,8 @@ def is_symmetry(fn: Network, params: Params, x: Inputs, moved: Params) -> Symmet
         >>> import jax, jax.numpy as jnp
         >>> from jaxinv.symmetries import is_symmetry
         >>> keys = jax.random.split(jax.random.key(0), 4)
-        >>> w = {"a": jax.random.normal(keys[0], (3, 4)), "g": 1 + jax.random.uniform(keys[1], (4,)),
+        >>> w = {"a": jax.random.normal(keys[0], (3, 4)),
+        ...      "g": 1 + jax.random.uniform(keys[1], (4,)),
         ...      "b": jax.random.normal(keys[2], (4, 2)), "c": jax.random.normal(keys[3], (4, 2))}
         >>> def net(w, x):  # the gain g has two consumers
         ...     h = jnp.tanh(x @ w["a"]) * w["g"]

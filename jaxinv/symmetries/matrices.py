@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import expm
 
-from jaxinv.frames import FrameClass, Place
+from jaxinv.frames.follow import FrameClass, Place
 from jaxinv.typing import Array, Constant, DTypeLike
 
 

@@ -34,12 +34,14 @@ class Shifts(NamedTuple):
         >>> w = {"b": jnp.ones(2), "c": jnp.ones(2)}
         >>> x = jax.random.normal(jax.random.key(0), (9, 2))
         >>> found = shift_tangents(lambda w, x: x + w["b"] + w["c"], w, x)
-        >>> int(found.count), found.tangents.shape
+        >>> found.dimension, found.tangents.shape
         (2, (2, 4))
     """
 
-    count: int
-    tangents: Array  # (count, parameters), orthonormal, float64; columns as `ravel_pytree` has them
+    dimension: int
+    tangents: (
+        Array  # (dimension, parameters), orthonormal, float64; columns as `ravel_pytree` has them
+    )
     leaves: tuple[str, ...]  # the leaves that move
     gap: float  # smallest singular value that counts ÷ largest that does not; inf if there is none
 
@@ -57,8 +59,8 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
             these inputs.
 
     Returns:
-        A `Shifts`. Directions that are rescalings or matrix symmetries as well are among them: count
-        the rank of all together.
+        A `Shifts`. Directions that are rescalings or matrix symmetries as well are among them:
+        count the rank of all together.
 
     Raises:
         InvalidInput: for too few inputs, or for more candidates than fit into memory.
@@ -72,7 +74,7 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
         >>> w = {"a": jnp.ones((2, 3)), "b": jnp.zeros(3)}
         >>> x = jax.random.normal(jax.random.key(0), (20, 2))
         >>> found = shift_tangents(lambda w, x: jax.nn.softmax(x @ w["a"] + w["b"]), w, x)
-        >>> found.count, found.leaves  # of every row of a, and of b
+        >>> found.dimension, found.leaves  # of every row of a, and of b
         (3, ('a', 'b'))
     """
     _checks.check_params(params)
@@ -87,8 +89,8 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
         candidates = _count(shapes)
         if candidates * total > _MOST:
             raise InvalidInput(
-                f"shift_tangents would hold {candidates} candidates of {total} parameters each. Look "
-                "at a narrower network, or at a part of it."
+                f"shift_tangents would hold {candidates} candidates of {total} parameters each. "
+                "Look at a narrower network, or at a part of it."
             )
         tree = jax.tree.structure(params)
 
@@ -100,8 +102,8 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
         rows = jax.eval_shape(outputs, theta).shape[0]
         if rows < _ROWS * candidates:
             raise InvalidInput(
-                f"shift_tangents decides about {candidates} candidates by {rows} outputs, but needs "
-                f"{int(np.ceil(_ROWS * candidates))}. Pass more inputs."
+                f"shift_tangents decides about {candidates} candidates by {rows} outputs, but "
+                f"needs {int(np.ceil(_ROWS * candidates))}. Pass more inputs."
             )
         C = _candidates([np.asarray(a) for a in leaves])
         U, s, _ = np.linalg.svd(C.T, full_matrices=False)
@@ -116,9 +118,8 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
     s = np.concatenate([s, np.zeros(len(Q) - len(s))])
     null = s <= _CLEAR * max(s[0], np.finfo(float).tiny)
     tangents = Vt[null] @ Q
-    gap = (
-        s[~null].min() / s[null].max() if null.any() and (~null).any() and s[null].max() else np.inf
-    )
+    counted, zero = s[~null].min(initial=np.inf), s[null].max(initial=0)
+    gap = counted / zero if zero else np.inf
     names = [name or "params" for name in _checks.leaf_names(params, "")]
     moving = [bool((abs(part) > 1e-9).any()) for part in _split(tangents.T, shapes, flat=True)]
     return Shifts(
