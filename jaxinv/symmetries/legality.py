@@ -66,10 +66,12 @@ class SymmetryVerdict(NamedTuple):
 class _Pair(Value):
     """A value with the given parameters, and with the moved ones."""
 
-    __slots__ = ("after", "before", "image", "of_x")
+    __slots__ = ("after", "before", "blame", "of_x")
 
-    def __init__(self, before: Array, after: Array, of_x: bool, image: bool):
-        self.before, self.after, self.of_x, self.image = before, after, of_x, image
+    def __init__(self, before: Array, after: Array, of_x: bool, blame: dict | None = None):
+        self.before, self.after, self.of_x = before, after, of_x
+        # Which operations made it what cannot be taken back; none where it is an image.
+        self.blame: dict[tuple[str, str], None] = blame or {}
 
 
 class _PairDomain:
@@ -80,21 +82,23 @@ class _PairDomain:
 
     def __init__(self, eps: float) -> None:
         self.eps = eps
-        self.forbidden: dict[tuple[str, str], None] = {}
         self.undecided = 0
 
     def default(self, eqn: Equation, *inputs: Any) -> Any:
-        pairs = [v if isinstance(v, _Pair) else _Pair(v, v, False, True) for v in inputs]
+        pairs = [v if isinstance(v, _Pair) else _Pair(v, v, False) for v in inputs]
         before = eqn.bind(*(p.before for p in pairs))
         after = eqn.bind(*(p.after for p in pairs))
         of_x = any(p.of_x for p in pairs)
         many = eqn.primitive.multiple_results
         outputs = []
         for a, b in zip(before if many else [before], after if many else [after], strict=True):
-            image = not of_x or self._image(a, b)
-            if not image and all(p.image for p in pairs):
-                self.forbidden[eqn.written, eqn.source] = None
-            outputs.append(_Pair(a, b, of_x, image))
+            blame: dict[tuple[str, str], None] = {}
+            # The squares of a rotated stream are no image, but their sum is: all is well again.
+            if of_x and not self._image(a, b):
+                for pair in pairs:
+                    blame |= pair.blame
+                blame = blame or {(eqn.written, eqn.source): None}
+            outputs.append(_Pair(a, b, of_x, blame))
         return outputs if many else outputs[0]
 
     def _image(self, before: Array, after: Array) -> bool:
@@ -203,20 +207,21 @@ def is_symmetry(fn: Network, params: Params, x: Inputs, moved: Params) -> Symmet
         trace = walk.trace(lambda w, x: fn(w, x), before, inputs)
         domain = _PairDomain(eps)
         weights = [
-            _Pair(a, b, False, True)
+            _Pair(a, b, False)
             for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
         ]
-        data = [_Pair(a, a, True, True) for a in jax.tree.leaves(inputs)]
+        data = [_Pair(a, a, True) for a in jax.tree.leaves(inputs)]
         outputs = walk.interpret(trace, weights, data, domain)
-        errors = [_relative(v.before, v.after) for v in outputs if isinstance(v, _Pair)]
+        pairs = [v for v in outputs if isinstance(v, _Pair)]
+        errors = [_relative(v.before, v.after) for v in pairs]
     error = max(errors, default=0.0)
     same = error <= _EQUAL * eps
-    if not same and not domain.forbidden:
+    blame = {found: None for pair in pairs for found in pair.blame}
+    if not blame:
         # Only the outputs differ: they are images of what they were, and nothing takes that back.
         last = walk.output_equation(trace)
-        domain.forbidden[last.name, last.source] = None
-    forbidden = () if same else tuple(domain.forbidden)
-    return SymmetryVerdict(same, error, forbidden, domain.undecided)
+        blame = {(last.name, last.source): None}
+    return SymmetryVerdict(same, error, () if same else tuple(blame), domain.undecided)
 
 
 def _relative(before: Array, after: Array) -> float:
