@@ -63,6 +63,7 @@ DOORS = {
         "frames_of",  # the classes of matrices that a program allows, for symmetry groups
         "FrameClass",  # one of them
         "Place",  # where it acts
+        "PermutationDomain",  # the same program in permutations
     },
     "jacobians": {
         "problem_of",  # a network checked and traced once; ranks and priors pass it on

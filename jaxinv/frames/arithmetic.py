@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
 from jaxinv.frames.system import O
-from jaxinv.frames.values import Axis, Framed, like, matched, unify
+from jaxinv.frames.values import Axis, Framed, level, like, matched, unify
 
 RULES, rule = rule_table()
 
@@ -146,6 +146,33 @@ def _reduce_sum(domain: Any, eqn: Equation, value: Framed) -> Framed:
         domain.fixes_ones(value.axes[a])
     summed = like(value, axes=[None if a in axes else e for a, e in enumerate(value.axes)])
     return domain.kept(eqn, summed, shape, {a: i for i, a in enumerate(kept)})
+
+
+@rule("reduce_window_sum")
+def _pooled(domain: Any, eqn: Equation, value: Framed) -> Framed:
+    """A sum over windows is linear: axes along which a window holds one place keep their frames."""
+    return pooled(domain, eqn, domain.plain(eqn, value))
+
+
+def pooled(domain: Any, eqn: Equation, value: Framed) -> Framed:
+    """The frames of axes along which windows hold one place and nothing is padded."""
+    kept = [
+        a
+        for a, (n, before, after) in enumerate(
+            zip(eqn.params["window_dimensions"], value.shape, eqn.outputs[0].shape, strict=True)
+        )
+        if n == 1 and before == after
+    ]
+    for a, axis in enumerate(value.axes):
+        if a not in kept:
+            domain.end(eqn, axis)
+    free = like(value, axes=[e if a in kept else None for a, e in enumerate(value.axes)])
+    result: Framed = domain.kept(eqn, free, free.shape, {a: a for a in range(len(free.shape))})
+    pool = Framed(eqn.outputs[0].shape, uniform=[a for a in kept if a in value.uniform])
+    for a in kept:
+        axis = level(domain.system, result.axes[a], [b for b in range(len(free.shape)) if b != a])
+        pool.axes[a] = axis
+    return pool
 
 
 @rule("select_n")

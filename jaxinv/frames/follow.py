@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,11 @@ class Frames(NamedTuple):
     ended_by: tuple[tuple[str, str], ...]  # (operation, source line)
 
 
-def frames_of(trace: Trace, shapes: Sequence[tuple[int, ...]]) -> Frames:
+def frames_of(
+    trace: Trace,
+    shapes: Sequence[tuple[int, ...]],
+    domain_of: Callable[[], FramesDomain] = FramesDomain,
+) -> Frames:
     """All frames of a program with parameters of these shapes.
 
     An axis on which nothing may act counts as data from the start, and what meets it is told so:
@@ -47,7 +51,7 @@ def frames_of(trace: Trace, shapes: Sequence[tuple[int, ...]]) -> Frames:
     """
     dead: list[frozenset[int]] = [frozenset()] * len(shapes)
     while True:
-        domain = FramesDomain()
+        domain = domain_of()
         leaves = [domain.leaf(i, shape, dead[i]) for i, shape in enumerate(shapes)]
         last = walk.output_equation(trace)
         jaxpr, _ = walk.open_jaxpr(trace.jaxpr)

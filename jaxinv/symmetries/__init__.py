@@ -18,9 +18,25 @@ from jaxinv.symmetries.group import (
 )
 from jaxinv.symmetries.legality import SymmetryVerdict, is_symmetry
 from jaxinv.symmetries.matrices import MatrixClass
+from jaxinv.symmetries.permutations import (
+    Match,
+    PermutationClass,
+    PermutationGroup,
+    match,
+    permutation_group,
+    permute,
+    random_permutations,
+)
 from jaxinv.symmetries.shifts import Shifts, shift_tangents
 
 __all__ = [
+    "random_permutations",
+    "permute",
+    "permutation_group",
+    "match",
+    "PermutationGroup",
+    "PermutationClass",
+    "Match",
     "Comparison",
     "Discovered",
     "Element",

@@ -57,6 +57,11 @@ def named(found: FrameClass, leaf_names: Sequence[str], shapes: Sequence[tuple[i
     return f"{group}({found.size}): {' ~ '.join(shown)}"
 
 
+def labels(places: Sequence[Place], names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> str:
+    """Where something acts: `a in, b out and 1 more`."""
+    return _listed(list(dict.fromkeys(_label(p, names[p.leaf], shapes[p.leaf]) for p in places)))
+
+
 def _listed(labels: list[str]) -> str:
     more = len(labels) - 3
     return ", ".join(labels[:3]) + (f" and {more} more" if more > 0 else "")
