@@ -60,10 +60,15 @@ def _imported(path: Path) -> set[str]:
 # library may import.
 DOORS = {
     "frames": {
-        "frames_of",  # the classes of matrices that a program allows, for symmetry groups
-        "FrameClass",  # one of them
-        "Place",  # where it acts
+        "frames_of",  # the classes of matrices that a program allows, for symmetry groups and ranks
+        "Place",  # where one of them acts
         "PermutationDomain",  # the same program in permutations
+        "matrices",  # what an element of a class does to parameters
+        "MatrixStructure",  # the classes of a group
+        "named",  # a class in words
+        "labels",  # the places of a permutation in words
+        "exact_classes",  # those whose tangents are counted without rounding, for bounds on ranks
+        "off_diagonal_tangents",  # these tangents
     },
     "jacobians": {
         "problem_of",  # a network checked and traced once; ranks and priors pass it on

@@ -1,3 +1,5 @@
 """Which matrices may act on the axes of every value of a program without changing its outputs."""
 
-__all__ = ()
+from jaxinv.frames.matrices import MatrixClass
+
+__all__ = ["MatrixClass"]

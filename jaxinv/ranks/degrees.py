@@ -1,6 +1,6 @@
 """Degrees of freedom: what becomes of every parameter of a network.
 
-number of parameters d = rank of the Jacobian + rescalings + dead + unexplained + unseen
+number of parameters d = rank of the Jacobian + rescalings + matrices + dead + unexplained + unseen
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
 
 class DegreesOfFreedom(NamedTuple):
-    """d = rank + rescaling + dead + unexplained + unseen.
+    """d = rank + rescaling + matrix + dead + unexplained + unseen.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -54,7 +54,8 @@ class DegreesOfFreedom(NamedTuple):
     certain: Array  # bool: rank, unexplained and unseen are proven
     evidence: Rank
     dead_mask: Params  # like params, bool
-    basis: Array | None  # (unexplained + unseen, d): orthonormal, orthogonal to rescalings and dead
+    basis: Array | None  # (unexplained + unseen, d): orthonormal, orthogonal to what is known
+    matrix: Array  # int32: known matrix symmetries beyond rescalings
 
     def __str__(self) -> str:
         """The sum, and the names of dead parameters."""
@@ -78,7 +79,8 @@ class DegreesOfFreedom(NamedTuple):
                 f"at most {self.evidence.upper} degrees of freedom",
                 ["unknown unexplained"],
             )
-        known = f"{rank} + {self.rescaling} rescalings + {self.dead} dead"
+        matrix = f" + {self.matrix} matrix symmetries" if self.matrix else ""
+        known = f"{rank} + {self.rescaling} rescalings{matrix} + {self.dead} dead"
         lines = [f"{self.parameters} parameters = {' + '.join([known, *rest])}"]
         lines += [f"dead: {name}" for name in dead_names(self.dead_mask)]
         return "\n".join(lines) + "".join(self.evidence.notes())
@@ -129,14 +131,15 @@ def degrees_of_freedom(
     basis: bool = False,
     batch_axis: int | None = 0,
 ) -> DegreesOfFreedom:
-    """Split the number of parameters: d = rank + rescaling + dead + unexplained + unseen.
+    """Split the number of parameters: d = rank + rescaling + matrix + dead + unexplained + unseen.
 
-    Rescalings are those of `jaxinv.rescaling_group`. A parameter is dead if it changes no output
-    on these inputs (a pixel that is always 0, a unit that never fires): its column of J is exactly
-    zero. A rescaling of dead parameters alone counts as dead. The rest of the null space is unseen
-    if it acts on other inputs, and unexplained if it does not: then it is another symmetry. To tell
-    them apart the rank is also taken on the first d/out of these inputs and as many others, drawn
-    at random. Integer inputs, and networks that mix examples, are not compared.
+    Rescalings are those of `jaxinv.rescaling_group`. Matrices are those of `symmetry_group` beyond
+    them, where no gain is in between; others stay unexplained. A parameter is dead if it changes no
+    output on these inputs (a pixel that is always 0, a unit that never fires): its column of J is
+    exactly zero. A rescaling of dead parameters alone counts as dead. The rest of the null space is
+    unseen if it acts on other inputs, and unexplained if it does not: then it is another symmetry.
+    To tell them apart the rank is also taken on the first d/out of these inputs and as many others,
+    drawn at random. Integer inputs, and networks that mix examples, are not compared.
 
     Args:
         fn, params, x, method, rtol, dtype, chunk, batch_axis: as for `jacobian_rank`. On a region
@@ -167,7 +170,7 @@ def degrees_of_freedom(
     check_values(params, x, dtype, chunk)
     network = traced_in(dtype, fn, params, x, batch_axis)
     look = partial(_look, network, params, method=method, rtol=rtol, dtype=dtype, chunk=chunk)
-    evidence, zero, count, _ = look(x)
+    evidence, zero, count, matrix, _ = look(x)
     mask = unflatten(zero, jax.tree.map(lambda a: jnp.zeros(jnp.shape(a), bool), params))
     found = None
     if basis:
@@ -179,7 +182,7 @@ def degrees_of_freedom(
         found = call_in(dtype, hidden_basis, params, x)
     d = jnp.asarray(zero.size, jnp.int32)
     num_dead = zero.sum(dtype=jnp.int32)
-    rest = jnp.where(evidence.rank < 0, -1, d - num_dead - count - evidence.rank)
+    rest = jnp.where(evidence.rank < 0, -1, d - num_dead - count - matrix - evidence.rank)
     others = _elsewhere(look, x, evidence, rest, network.apart)
     unknown, compared = rest < 0, others.rest >= 0
     unexplained = jnp.where(compared & ~unknown, jnp.minimum(rest, others.rest), rest)
@@ -197,6 +200,7 @@ def degrees_of_freedom(
         evidence,
         mask,
         found,
+        matrix,
     )
 
 
@@ -207,7 +211,7 @@ def _on_region(params: Params, rank: Rank, found: FunctionalDimension) -> Degree
     rest = found.upper - found.lower
     return DegreesOfFreedom(
         count(found.parameters), rank.rank, count(found.rescaling), count(0), count(rest),
-        count(0), jnp.asarray(True), rank.certain, rank, none, None,
+        count(0), jnp.asarray(True), rank.certain, rank, none, None, count(0),
     )  # fmt: skip
 
 
@@ -220,10 +224,10 @@ def _look(
     rtol: float | None,
     dtype: Any,
     chunk: int | None,
-) -> tuple[Rank, Array, Array, Array]:
-    """The rank, the columns of zeros, the number of other rescalings; are the zeros proven?"""
+) -> tuple[Rank, Array, Array, Array, Array]:
+    """The rank, the columns of zeros, the numbers of symmetries; are the zeros proven?"""
 
-    def split(params: Params, x: Inputs) -> tuple[Array, Array, Array]:
+    def split(params: Params, x: Inputs) -> tuple[Array, Array, Array, Array]:
         return _split(params, x, network, dtype, chunk)
 
     found = rank_of(network, params, x, method, rtol, dtype, chunk)
@@ -236,7 +240,7 @@ class _Elsewhere(NamedTuple):
 
 
 def _elsewhere(
-    look: Callable[[Inputs], tuple[Rank, Array, Array, Array]],
+    look: Callable[[Inputs], tuple[Rank, Array, Array, Array, Array]],
     x: Inputs,
     evidence: Rank,
     rest: Array,
@@ -250,10 +254,10 @@ def _elsewhere(
 
     def others() -> _Elsewhere:
         enough = evidence.about.enough
-        found, zero, count, proven = look(
+        found, zero, count, matrix, proven = look(
             with_others(jax.tree.map(lambda a: a[:enough], x), enough)
         )
-        left = zero.size - zero.sum(dtype=jnp.int32) - count - found.rank
+        left = zero.size - zero.sum(dtype=jnp.int32) - count - matrix - found.rank
         return _Elsewhere(
             jnp.where(found.rank < 0, -1, left).astype(jnp.int32), found.certain & proven
         )
@@ -292,11 +296,11 @@ def with_others(x: Inputs, count: int) -> Inputs:
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _split(
     params: Params, x: Inputs, fn: Network, dtype: DTypeLike, chunk: int | None
-) -> tuple[Array, Array, Array]:
-    """The columns of zeros, the number of other rescalings, and are the zeros proven?"""
+) -> tuple[Array, Array, Array, Array]:
+    """The columns of zeros, the numbers of rescalings and matrices, and are the zeros proven?"""
     sizes = sizes_of(fn, params, x, dtype, chunk or 64)
     known = known_ambiguities(fn, params, x, sizes.zero, dtype)
-    return sizes.zero, known.span, (sizes.zero == sizes.dead).all()
+    return sizes.zero, known.rescaling, known.matrix, (sizes.zero == sizes.dead).all()
 
 
 def _hidden_basis(params: Params, x: Inputs, fn: Network, dtype: DTypeLike, rank: int) -> Array:

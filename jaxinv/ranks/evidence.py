@@ -1,8 +1,9 @@
 """What is known of the null space of a Jacobian, and how well the Jacobian itself is.
 
 Two things bound a rank from above without any decision on small numbers: parameters on which
-nothing depends, and rescalings that the program of `fn` is known to have. From below it is bounded
-by what stands out of the error of the computed Jacobian. See `_numerics.tolerances` for the policy.
+nothing depends, and rescalings and matrix symmetries that the program of `fn` is known to have.
+From below it is bounded by what stands out of the error of the computed Jacobian. See
+`_numerics.tolerances` for the policy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxinv._interpreter.rounding import with_rounding
@@ -20,9 +22,11 @@ from jaxinv._numerics.varying import vary_alike, varying_like
 from jaxinv._numerics.vectors import flatten as flattened
 from jaxinv._numerics.vectors import outputs_of
 from jaxinv.errors import UnsupportedOperation
+from jaxinv.frames.follow import frames_of
+from jaxinv.frames.matrices import exact_classes, off_diagonal_tangents
 from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator
 from jaxinv.jacobians.problem import problem_of
-from jaxinv.ranks.spans import exponents_of, independent_columns
+from jaxinv.ranks.spans import exponents_of, independent_columns, independent_exact_columns
 from jaxinv.rescaling.group import rescaling_group, tangent_vectors
 from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
@@ -30,6 +34,9 @@ _PROBES = 4
 # The span of the generators is worked out up to this many; more are not used as a bound.
 _MOST_GENERATORS = 4096
 _MOST_EXPONENTS = 1 << 28
+# Tangents of matrices are eliminated one by one, each against all parameters.
+_MOST_MATRICES = 1024
+_MOST_ENTRIES = 1 << 24
 _EXACT = lax.Precision.HIGHEST
 
 T = TypeVar("T")
@@ -129,8 +136,15 @@ class Known(NamedTuple):
 
     dead: Array  # (d,) bool: parameters on which nothing depends
     num_dead: Array  # int32
-    tangents: Array  # (d, k): rescalings, 0 on dead parameters; of norm one if independent, else 0
-    span: Array  # int32: how many are independent
+    # (d, k): rescalings, then matrices; 0 on dead parameters; of norm one if independent, else 0
+    tangents: Array
+    rescaling: Array  # int32: how many rescalings are independent
+    matrix: Array  # int32: how many matrices beside them
+
+    @property
+    def span(self) -> Array:
+        """How many are independent."""
+        return self.rescaling + self.matrix
 
 
 def known_ambiguities(
@@ -141,28 +155,79 @@ def known_ambiguities(
     dtype: DTypeLike,
     scale: Array | None = None,
 ) -> Known:
-    """The rescalings that move other parameters than the dead, which may be taken for such.
+    """The symmetries that move other parameters than the dead, which may be taken for such.
 
     With `scale` the tangents are those of J·diag(scale).
     """
-    num_dead = dead.sum(dtype=jnp.int32)
-    none = Known(dead, num_dead, jnp.zeros((dead.size, 0), dtype), jnp.zeros((), jnp.int32))
-    try:
-        group = rescaling_group(fn, params, x)
-    except UnsupportedOperation:
-        return none
-    if not 0 < group.dim <= _MOST_GENERATORS or group.dim * dead.size > _MOST_EXPONENTS:
-        return none
+    num_dead, none = dead.sum(dtype=jnp.int32), jnp.zeros((), jnp.int32)
     live = ~dead & (flattened(params, dtype) != 0)
-    independent = independent_columns(exponents_of(group), live)
-    T = tangent_vectors(group, params, dense=True).astype(dtype)
-    T = jnp.where(live[:, None] & independent, T, 0)
+    T, independent, exact = _rescalings(fn, params, x, live, dtype)
+    V, others = jnp.zeros((dead.size, 0), dtype), jnp.zeros(0, bool)
+    if exact:
+        V, others = _matrices(fn, params, x, dead, T, independent, dtype)
+    T = jnp.concatenate([jnp.where(live[:, None] & independent, T, 0), V], axis=1)
     T = T if scale is None else T / scale[:, None]
-    largest = abs(T).max(0)
+    largest = abs(T).max(0, initial=0)
     T = T / jnp.where(largest > 0, largest, 1)
     norm = jnp.linalg.norm(T, axis=0)
     T = T / jnp.where(norm > 0, norm, 1)
-    return Known(dead, num_dead, T, independent.sum(dtype=jnp.int32))
+    count = independent.sum(dtype=jnp.int32) if independent.size else none
+    return Known(dead, num_dead, T, count, others.sum(dtype=jnp.int32))
+
+
+def _rescalings(
+    fn: Network, params: Params, x: Inputs, live: Array, dtype: DTypeLike
+) -> tuple[Array, Array, bool]:
+    """Tangents of the rescalings, which are independent of those before, and are they exact?"""
+    nothing = jnp.zeros((live.size, 0), dtype), jnp.zeros(0, bool)
+    try:
+        group = rescaling_group(fn, params, x)
+    except UnsupportedOperation:
+        return *nothing, False
+    if group.dim == 0:
+        return *nothing, True
+    if not 0 < group.dim <= _MOST_GENERATORS or group.dim * live.size > _MOST_EXPONENTS:
+        return *nothing, False
+    exponents = exponents_of(group)
+    T = tangent_vectors(group, params, dense=True).astype(dtype)
+    # Twice a float is one, three times it may not be.
+    return T, independent_columns(exponents, live), int(np.abs(exponents).max()) <= 2
+
+
+def _matrices(
+    fn: Network,
+    params: Params,
+    x: Inputs,
+    dead: Array,
+    T: Array,
+    independent: Array,
+    dtype: DTypeLike,
+) -> tuple[Array, Array]:
+    """Tangents of matrices that are independent of the rescalings and of each other, else 0.
+
+    Their entries are entries of the parameters, so that independence is decided without rounding.
+    Proposed by rules, and dropped unless one random combination leaves the outputs alone.
+    """
+    leaves = [jnp.asarray(a, dtype) for a in jax.tree.leaves(params)]
+    trace = problem_of(fn, params, x).fn.program.trace
+    structure = exact_classes(frames_of(trace, [a.shape for a in leaves]), ())
+    count = sum(c.beyond_rescaling for c in structure.classes)
+    if not 0 < count <= _MOST_MATRICES or (count + T.shape[1]) * dead.size > _MOST_ENTRIES:
+        return jnp.zeros((dead.size, 0), dtype), jnp.zeros(0, bool)
+    V = jnp.where(dead[:, None], 0, off_diagonal_tangents(structure, leaves))
+    first = jnp.where(dead[:, None] | ~independent, 0, T)
+    both = independent_exact_columns(jnp.concatenate([first, V], axis=1))
+    chosen = both[T.shape[1] :] & _unmoved(fn, params, x, V, dtype)
+    return jnp.where(chosen, V, 0), chosen
+
+
+def _unmoved(fn: Network, params: Params, x: Inputs, V: Array, dtype: DTypeLike) -> Array:
+    """Whether a random combination of the columns leaves the outputs alone, to rounding."""
+    direction = V @ _signs(V.shape[1], jnp.uint32(512), dtype)
+    signs = _signs(direction.size, jnp.uint32(513), dtype)
+    matvec = jacobian_operator(fn, params, x).matvec
+    change, scale = (jnp.linalg.norm(matvec(v)) for v in (direction, signs * direction))
+    return change <= 1e4 * float(jnp.finfo(dtype).eps) * scale
 
 
 # --- errors ---------------------------------------------------------------------------

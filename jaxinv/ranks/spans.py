@@ -48,6 +48,12 @@ def independent_columns(exponents: np.ndarray, live: Array) -> Array:
     return _pivots(jnp.where(shown[:, None], residues, 0), _PRIMES[0])
 
 
+def independent_exact_columns(M: Array) -> Array:
+    """Which columns of exact floats are independent of those before them, modulo a prime."""
+    whole, exponent = _whole(M)
+    return _pivots(_residues(M < 0, whole, exponent, _PRIMES[0]), _PRIMES[0])
+
+
 class Modular(NamedTuple):
     """The rank of a matrix of exact numbers."""
 

@@ -17,7 +17,6 @@ from jaxinv.symmetries.group import (
     symmetry_tangents,
 )
 from jaxinv.symmetries.legality import SymmetryVerdict, is_symmetry
-from jaxinv.symmetries.matrices import MatrixClass
 from jaxinv.symmetries.permutations import (
     Match,
     PermutationClass,
@@ -40,7 +39,6 @@ __all__ = [
     "Comparison",
     "Discovered",
     "Element",
-    "MatrixClass",
     "Shifts",
     "Symmetries",
     "SymmetryGroup",

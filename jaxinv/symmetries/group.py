@@ -13,11 +13,11 @@ from jaxinv import _checks
 from jaxinv._interpreter.batch import leading, traced_network
 from jaxinv._interpreter.draws import traced_in
 from jaxinv.errors import InvalidInput
+from jaxinv.frames import matrices as _matrices
 from jaxinv.frames.follow import frames_of
+from jaxinv.frames.matrices import MatrixClass, MatrixStructure, named
 from jaxinv.rescaling import RescalingGroup, rescale, rescaling_group
 from jaxinv.rescaling.action import checked_leaves
-from jaxinv.symmetries import matrices as _matrices
-from jaxinv.symmetries.matrices import MatrixClass, MatrixStructure, named
 from jaxinv.typing import Array, Constant, DTypeLike, Inputs, Network, Params, PyTree
 
 # A tangent moves the outputs by rounding only: measured against the same velocities with random

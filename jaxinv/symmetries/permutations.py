@@ -14,9 +14,9 @@ from jaxinv import _checks
 from jaxinv._interpreter.batch import leading, traced_network
 from jaxinv.errors import InvalidInput
 from jaxinv.frames.follow import Place, frames_of
+from jaxinv.frames.matrices import labels
 from jaxinv.frames.permutations import PermutationDomain
 from jaxinv.rescaling import RescalingGroup, balance
-from jaxinv.symmetries.matrices import labels
 from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 
 _MOST_ROUNDS = 100

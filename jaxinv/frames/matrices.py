@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import expm
 
-from jaxinv.frames.follow import FrameClass, Place
+from jaxinv.frames.follow import FrameClass, Frames, Place
 from jaxinv.typing import Array, Constant, DTypeLike
 
 
@@ -190,3 +190,38 @@ def tangent(
 
     _, velocity = jax.jvp(at, (eyes, eyes), (list(element), [-A for A in element]))
     return velocity
+
+
+# --- tangents whose entries are entries of the parameters ----------------------------------
+
+
+def exact_classes(frames: Frames, shapes: Sequence[tuple[int, ...]]) -> MatrixStructure:
+    """The classes whose tangents copy weights, without rounding, to where others are.
+
+    No gain is in between, no difference of coordinates is taken, and no leaf has two axes in the
+    class.
+    """
+    kept = []
+    for found in frames.classes:
+        axes = {(p.leaf, p.axis) for p in found.places}
+        once = len(axes) == len({leaf for leaf, _ in axes})
+        if found.kind in ("GL", "O") and once and not any(p.relation.gains for p in found.places):
+            kept.append(MatrixClass(found.kind, found.size, "", found.places))
+    return MatrixStructure(tuple(kept), tuple(shapes))
+
+
+def off_diagonal_tangents(structure: MatrixStructure, leaves: Sequence[Array]) -> Array:
+    """Tangents of all matrices that are not diagonal, (parameters, Σ beyond_rescaling)."""
+    dtype = jnp.result_type(*leaves)
+    columns = [jnp.zeros((sum(leaf.size for leaf in leaves), 0), dtype)]
+    for i, found in enumerate(structure.classes):
+        all_of = basis(found.kind, found.size)
+        off = all_of[np.einsum("aii->ai", all_of).any(axis=1) == 0]
+        zeros = [jnp.zeros((c.size, c.size), dtype) for c in structure.classes]
+
+        def column(A: Array, i: int = i, zeros: list[Array] = zeros) -> Array:
+            moved_by = tangent(structure, (), leaves, [*zeros[:i], A, *zeros[i + 1 :]])
+            return jnp.concatenate([v.ravel() for v in moved_by])
+
+        columns.append(jax.vmap(column, out_axes=1)(jnp.asarray(off, dtype)))
+    return jnp.concatenate(columns, axis=1)
