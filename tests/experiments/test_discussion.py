@@ -18,7 +18,25 @@ def command(out, **changed):
     return ["reproduce", "discussion", *flags, "--out", str(out)]
 
 
+def made_up(params, x):
+    """The layout of ranks, without a program for every study: numbers that a rank may be."""
+    count, d = len(jax.tree.leaves(params)[0]), sum(a[0].size for a in jax.tree.leaves(params))
+    group = sum(layer["bias"].shape[-1] for layer in list(params.values())[:-1])
+    lists = {"rank": [d - group - 1] * count, "upper": [d - group] * count}
+    return {"d": d, "group": group, "examples": len(x), **lists, "certain": count}
+
+
 @pytest.fixture(scope="module")
+def run_without_ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discussion, "ranks", made_up)
+        assert cli.main(command(out)) == 0
+    return out, files.read_json(out / "results.json")["studies"]
+
+
+# Compiled anew for every study: all tests of it are slow.
+@pytest.fixture(scope="module", params=[pytest.param("run", marks=pytest.mark.slow)])
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     # As in every test, so that these find the programs that are compiled here.
@@ -43,8 +61,8 @@ def test_no_rank_exceeds_its_bounds(small_run):
         assert 0 <= cell["certain"] <= len(ranks)
 
 
-def test_parameters_and_hidden_units_are_those_of_the_architecture(small_run):
-    studies = small_run[1]
+def test_parameters_and_hidden_units_are_those_of_the_architecture(run_without_ranks):
+    studies = run_without_ranks[1]
     assert {(c["d"], c["group"]) for c in studies["inputs"].values()} == {
         (64 * 3 + 3 + 3 * 3 + 3 + 3 * 10 + 10, 6)
     }
@@ -88,18 +106,23 @@ def test_an_ensemble_has_the_ranks_that_numpy_finds_for_its_members(small_run):
     assert small_run[1]["depth"]["width 3, depth 1"]["rank"] == expected
 
 
-def test_training_starts_at_the_drawn_networks_and_lowers_the_loss(small_run):
-    cells = list(small_run[1]["training"].values())
-    assert [cell["epoch"] for cell in cells] == [0, 1, 2]
-    start = cells[0]["ranks"]["training images"]["rank"]
+def test_training_starts_at_the_drawn_networks(small_run):
+    start = small_run[1]["training"]["epoch 0"]["ranks"]["training images"]["rank"]
     assert start == small_run[1]["inputs"]["digits"]["rank"]
+
+
+def test_training_lowers_the_loss(run_without_ranks):
+    cells = list(run_without_ranks[1]["training"].values())
+    assert [cell["epoch"] for cell in cells] == [0, 1, 2]
     losses = np.array([cell["loss"] for cell in cells])
     assert losses.shape == (3, 2) and (losses[-1] < losses[0]).all()
     assert (losses[0] > math.log(10) / 2).all()
 
 
-def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_path, monkeypatch):
-    out, studies = small_run
+def test_a_run_computes_only_what_is_missing_and_finds_the_same(
+    run_without_ranks, tmp_path, monkeypatch
+):
+    out, studies = run_without_ranks
     content = files.read_json(out / "results.json")
     missing = ("inputs", "scales"), ("draws", "biases zero")
     for study, cell in missing:
@@ -109,9 +132,8 @@ def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_p
 
     def watched(params, x):
         computed.append(x.shape)
-        return ranks(params, x)
+        return made_up(params, x)
 
-    ranks = discussion.ranks
     monkeypatch.setattr(discussion, "ranks", watched)
     assert cli.main(command(tmp_path)) == 0
     assert computed == [(40, 64), (200, 6)]
@@ -121,7 +143,7 @@ def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_p
     assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
 
-def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypatch):
+def test_what_an_interrupted_run_has_found_is_kept(tmp_path, monkeypatch):
     count = 0
 
     def interrupted(params, x):
@@ -129,7 +151,7 @@ def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypa
         count += 1
         if count > 3:
             raise KeyboardInterrupt
-        return small_run[1]["inputs"]["digits"]
+        return made_up(params, x)
 
     monkeypatch.setattr(discussion, "ranks", interrupted)
     assert cli.main(command(tmp_path)) == 130
@@ -138,5 +160,5 @@ def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypa
     assert list(content["studies"]["examples"]) == ["digits, 1", "digits, 2", "digits, 5"]
 
 
-def test_the_command_writes_a_figure(small_run):
-    assert (small_run[0] / "studies.png").read_bytes().startswith(b"\x89PNG")
+def test_the_command_writes_a_figure(run_without_ranks):
+    assert (run_without_ranks[0] / "studies.png").read_bytes().startswith(b"\x89PNG")
