@@ -33,8 +33,15 @@ def test_spread_is_the_interquartile_range():
     assert spelled(values) == "50 (5e+01)"
 
 
-@pytest.mark.parametrize("make", [lambda: step_time.mlp_task((6, 8, 8, 3), 4),
-                                  lambda: step_time.resnet_task(TINY, "tiny", 8, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: step_time.mlp_task((6, 8, 8, 3), 4), id="mlp"),
+        pytest.param(
+            lambda: step_time.resnet_task(TINY, "tiny", 8, 4), id="resnet", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_both_loops_train_from_one_start(make):
     # Two steps, as they are spelled out in the program on a CPU.
     comparison = step_time.compare(make(), steps=2, repeats=2)

@@ -67,7 +67,7 @@ def test_one_estimate_is_that_of_the_library():
     np.testing.assert_allclose(cell["value"], found.value, rtol=0.2)
 
 
-FEW = {"examples": 1}
+FEW = {"networks": 1, "examples": 1}
 MORE = {"networks": 1, "examples": 1, "trained": 1}
 
 

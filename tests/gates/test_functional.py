@@ -36,7 +36,6 @@ def test_a_dense_network_has_all_but_its_rescalings():
 
 
 def test_what_is_lost_is_lost_and_named():
-    """One program throughout: the weights alone make the difference."""
     lost = params_of()
     lost["Dense_1"]["kernel"] = lost["Dense_1"]["kernel"].at[2].set(0)  # nobody reads unit 2
     found = functional_dimension(networks.mlp, lost, ANY, dense=0)
@@ -45,6 +44,9 @@ def test_what_is_lost_is_lost_and_named():
     # Its four parameters have no effect; each of the eight others has its rescaling.
     assert not found.certain and found.lower == 54 - 4 - 8
 
+
+@pytest.mark.slow
+def test_what_two_equal_units_could_tell_is_lost():
     twins = params_of()
     for name in ("kernel", "bias"):
         leaf = twins["Dense_0"][name]
@@ -54,6 +56,8 @@ def test_what_is_lost_is_lost_and_named():
     assert found.layers[0].ranks[:2].tolist() == [0, 0]
     assert found.lower <= by_jacobian(networks.mlp, twins)
 
+
+def test_behind_a_layer_that_never_fires_nothing_is_left():
     closed = params_of()
     closed["Dense_1"]["kernel"] = -abs(closed["Dense_1"]["kernel"])
     closed["Dense_1"]["bias"] = -abs(closed["Dense_1"]["bias"])
