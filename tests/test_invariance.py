@@ -196,7 +196,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("sgd", "adam") else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
+)
 def test_other_optimizers_are_far_from_invariant_under_rescalings(
     problem, name, x64, standard_dtype_promotion
 ):

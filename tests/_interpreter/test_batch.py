@@ -181,7 +181,10 @@ def test_jacobians_of_mixing_functions_take_the_batch_whole(first, second, seed)
     np.testing.assert_allclose(jacobian(fn, W, x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["minus the first", "weights by position", "batch norm"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("minus the first", marks=pytest.mark.slow), "weights by position", "batch norm"],
+)
 def test_ranks_of_mixing_functions_are_those_of_the_whole_batch(name):
     fn = MIXED[name]
     with jax.enable_x64(True):
@@ -213,20 +216,15 @@ def batch_major(w, x):
 
 def test_a_batch_axis_in_the_middle_gives_what_a_leading_one_gives():
     first = SEQUENCES.swapaxes(0, 1)
-    for ours, theirs in (
-        (path_norm(recurrent, R, SEQUENCES, batch_axis=1), path_norm(batch_major, R, first)),
-        (
-            path_kappa(recurrent, R, SEQUENCES, batch_axis=1)["mid"],
-            path_kappa(batch_major, R, first)["mid"],
-        ),
-        (jacobian(recurrent, R, SEQUENCES, batch_axis=1), jacobian(batch_major, R, first)),
-        (
-            tangent_kernel(recurrent, R, SEQUENCES, batch_axis=1),
-            tangent_kernel(batch_major, R, first),
-        ),
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert path_kappa(recurrent, R, SEQUENCES, batch_axis=1)["mid"].min() > 0
+    of = (path_norm, path_kappa, jacobian, tangent_kernel)
+    ours, theirs = jax.jit(
+        lambda w: (
+            [function(recurrent, w, SEQUENCES, batch_axis=1) for function in of],
+            [function(batch_major, w, first) for function in of],
+        )
+    )(R)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert ours[1]["mid"].min() > 0
     with pytest.raises(UnsupportedOperation, match="scan.* along the batch axis"):
         path_kappa(recurrent, R, SEQUENCES)
 
@@ -265,10 +263,10 @@ def test_every_call_traces_what_the_function_is_now():
     mask = jnp.array([1.0, 0, 0, 0, 0, 0, 0, 0])
     masked = lambda w, x: (hidden(w, x) * mask) @ w["out"]  # noqa: E731
     x = jax.random.normal(KEY, (50, 3))
-    before = int(jacobian_rank(masked, W, x).rank), float(path_norm(masked, W, x))
+    before = int(jacobian_rank(masked, W, x, method="svd").rank), float(path_norm(masked, W, x))
     assert before[0] == 4
     mask = jnp.ones(8)
-    assert int(jacobian_rank(masked, W, x).rank) == 32
+    assert int(jacobian_rank(masked, W, x, method="svd").rank) == 32
     np.testing.assert_allclose(path_norm(masked, W, x), path_norm(net, W, x), rtol=1e-6)
     assert rescaling_group(masked, W, x).dim == 8
 
@@ -312,7 +310,7 @@ class Centred:
 def test_any_callable_will_do(fn):
     x = jax.random.normal(KEY, (40, 3))
     np.testing.assert_allclose(path_norm(fn, W, x), path_norm(net, W, x), rtol=1e-6)
-    assert int(jacobian_rank(fn, W, x).rank) == 32
+    assert int(jacobian_rank(fn, W, x, method="svd").rank) == 32
     assert rescaling_group(fn, W, x).dim == 8
 
 
@@ -320,6 +318,6 @@ def test_batch_first_serves_optimizers():
     net_of_time = batch_first(recurrent, 1)
     optimizer = path_sgd(0.1, net_of_time, SEQUENCES.swapaxes(0, 1))
     gradients = jax.tree.map(jnp.ones_like, R)
-    updates, _ = optimizer.update(gradients, optimizer.init(R), R)
-    kappa = path_kappa(recurrent, R, SEQUENCES, batch_axis=1)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(R), R)
+    kappa = jax.jit(lambda w: path_kappa(recurrent, w, SEQUENCES, batch_axis=1))(R)
     chex.assert_trees_all_close(updates, jax.tree.map(lambda k: -0.1 / k, kappa), rtol=1e-5)

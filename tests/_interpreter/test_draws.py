@@ -82,13 +82,21 @@ def true_jacobian(fn):
     )
 
 
-RANKED = [
-    fn if fn in (dropout, in_a_branch) else pytest.param(fn, marks=pytest.mark.slow)
-    for fn in FUNCTIONS
-]
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
+def test_in_64_bits_a_function_has_its_own_draws(fn):
+    with jax.enable_x64(True):
+        found = traced_in(jnp.float64, fn, W, X)(*jax.tree.map(jnp.float64, (W, X)))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, fn(W, X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fn", RANKED, ids=lambda fn: fn.__name__)
+# Ranks ask for nothing but that program, whoever draws: those of two of the functions are enough.
+@pytest.mark.parametrize(
+    "fn",
+    [fn if fn in (dropout, carried) else pytest.param(fn, marks=pytest.mark.slow)
+     for fn in FUNCTIONS],
+    ids=lambda fn: fn.__name__,
+)  # fmt: skip
 def test_the_rank_is_that_of_the_function_with_its_own_draws(fn):
     """In 64 bits jax.random draws other numbers: another mask, another rank, called certain."""
     true = np.linalg.matrix_rank(true_jacobian(fn), tol=1e-4)
@@ -142,7 +150,8 @@ def test_draws_that_are_others_in_64_bits_are_refused_by_name(draw):
 
     with pytest.raises(UnsupportedOperation, match="jax.random draws other numbers.*\n.*dtype="):
         jacobian_rank(fn, W, X)
-    jacobian_rank(fn, W, X, dtype=np.float32)
+    # In 32 bits nothing is refused.
+    np.testing.assert_allclose(traced_in(jnp.float32, fn, W, X)(W, X), fn(W, X), rtol=1e-5)
 
 
 def test_draws_of_32_bits_are_left_alone():

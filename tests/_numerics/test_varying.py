@@ -79,7 +79,14 @@ def test_products_of_spread_examples():
     np.testing.assert_allclose(kernel[:12], J[:12] @ J[:12].T, **close)
 
 
-@pytest.mark.parametrize("method", ["auto", "svd", "tsqr", "gram", "certificate"])
+METHODS = [
+    "auto",
+    "certificate",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("svd", "tsqr", "gram")),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_ranks_of_one_network_per_device(method):
     def rank(pair, x):
         found = jacobian_rank(net, own(pair), x, method=method)

@@ -86,7 +86,9 @@ def test_multiplicity_shows_as_one_over_log_n(widths, rank):
     assert abs(found.value - expected) < 0.1 * expected
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2, 0), (2, 5, 2, 0)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((2, 2, 2, 0), marks=pytest.mark.slow), (2, 5, 2, 0)], ids=str
+)
 def test_singular_models_in_short(sizes):
     found = estimate(*linear_network(sizes[:3], sizes[3]), num_steps=4000, num_warmup=1500)
     exact = float(reduced_rank(*sizes).value)
@@ -102,7 +104,7 @@ def expected_by_quadrature(exponents, n, localization=1.0):
     return (weight * energy).sum() / weight.sum()
 
 
-@pytest.mark.parametrize("exponents", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("exponents", [pytest.param((2, 2), marks=pytest.mark.slow), (4, 2)])
 def test_normal_crossings_agree_with_quadrature(exponents):
     def loss(w):
         return w[0] ** exponents[0] * w[1] ** exponents[1]
@@ -154,8 +156,8 @@ def regression(n=400, d=3):
         pytest.param({}, id="mala"),
         pytest.param(
             {"sampler": "sgld", "batch_size": 100, "step_size": 1e-4},
-            marks=pytest.mark.slow,
             id="sgld",
+            marks=pytest.mark.slow,
         ),
     ],
 )

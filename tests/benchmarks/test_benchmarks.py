@@ -36,9 +36,9 @@ def test_spread_is_the_interquartile_range():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: step_time.mlp_task((6, 8, 8, 3), 4),
+        pytest.param(lambda: step_time.mlp_task((6, 8, 8, 3), 4), id="mlp"),
         pytest.param(
-            lambda: step_time.resnet_task(TINY, "tiny", 8, 4), marks=pytest.mark.slow, id="tiny"
+            lambda: step_time.resnet_task(TINY, "tiny", 8, 4), id="resnet", marks=pytest.mark.slow
         ),
     ],
 )
@@ -63,7 +63,6 @@ def test_the_step_table_has_the_competitor_beside_ours(tmp_path, capsys):
     assert "Path-SGD" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_kappa_of_a_resnet_is_measured():
     row = kappa_resnet.measure("tiny", TINY, size=8, repeats=2)
     assert row["all_finite"] and jnp.isfinite(row["log_path_norm"])

@@ -12,7 +12,7 @@ from jaxinv import cli
 from jaxinv.experiments import datasets, degrees_of_freedom
 from jaxinv.pages import experiment_page
 
-HIDDEN = 4
+HIDDEN = 2  # as in the example of `run`, whose programs are then found in the cache
 PARAMETERS = 64 * HIDDEN + HIDDEN + HIDDEN * 10 + 10
 
 

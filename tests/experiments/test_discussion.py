@@ -18,7 +18,25 @@ def command(out, **changed):
     return ["reproduce", "discussion", *flags, "--out", str(out)]
 
 
+def made_up(params, x):
+    """The layout of ranks, without a program for every study: numbers that a rank may be."""
+    count, d = len(jax.tree.leaves(params)[0]), sum(a[0].size for a in jax.tree.leaves(params))
+    group = sum(layer["bias"].shape[-1] for layer in list(params.values())[:-1])
+    lists = {"rank": [d - group - 1] * count, "upper": [d - group] * count}
+    return {"d": d, "group": group, "examples": len(x), **lists, "certain": count}
+
+
 @pytest.fixture(scope="module")
+def run_without_ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discussion, "ranks", made_up)
+        assert cli.main(command(out)) == 0
+    return out, files.read_json(out / "results.json")["studies"]
+
+
+# Compiled anew for every study: all tests of it are slow.
+@pytest.fixture(scope="module", params=[pytest.param("run", marks=pytest.mark.slow)])
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     # As in every test, so that these find the programs that are compiled here.
@@ -33,7 +51,6 @@ def every_cell(studies):
             yield from cell.get("ranks", {"": cell}).values()
 
 
-@pytest.mark.slow
 def test_no_rank_exceeds_its_bounds(small_run):
     cells = list(every_cell(small_run[1]))
     assert len(cells) > 20
@@ -44,9 +61,8 @@ def test_no_rank_exceeds_its_bounds(small_run):
         assert 0 <= cell["certain"] <= len(ranks)
 
 
-@pytest.mark.slow
-def test_parameters_and_hidden_units_are_those_of_the_architecture(small_run):
-    studies = small_run[1]
+def test_parameters_and_hidden_units_are_those_of_the_architecture(run_without_ranks):
+    studies = run_without_ranks[1]
     assert {(c["d"], c["group"]) for c in studies["inputs"].values()} == {
         (64 * 3 + 3 + 3 * 3 + 3 + 3 * 10 + 10, 6)
     }
@@ -60,7 +76,6 @@ def test_parameters_and_hidden_units_are_those_of_the_architecture(small_run):
         assert abs(cell["d"] - 60) <= (9 + 4 + cell["depth"] * (2 * cell["width"] + 2)) / 2
 
 
-@pytest.mark.slow
 def test_the_rank_grows_with_the_inputs_and_has_at_most_a_row_for_each_output(small_run):
     for name in ("digits", "standard normal"):
         cells = [c for c in small_run[1]["examples"].values() if c["inputs"] == name]
@@ -74,13 +89,11 @@ def test_the_rank_grows_with_the_inputs_and_has_at_most_a_row_for_each_output(sm
         assert ranks[-1].tolist() == small_run[1]["inputs"][name]["rank"]
 
 
-@pytest.mark.slow
 def test_half_of_the_inputs_show_no_more(small_run):
     for cell in small_run[1]["depth"].values():
         assert (np.array(cell["rank_of_half"]) <= np.array(cell["rank"])).all()
 
 
-@pytest.mark.slow
 def test_an_ensemble_has_the_ranks_that_numpy_finds_for_its_members(small_run):
     params = discussion.draw(3, (3, 3, 1), 10, 0.5)
     x = jax.random.normal(jax.random.key(1), (128, 3))
@@ -93,20 +106,23 @@ def test_an_ensemble_has_the_ranks_that_numpy_finds_for_its_members(small_run):
     assert small_run[1]["depth"]["width 3, depth 1"]["rank"] == expected
 
 
-@pytest.mark.slow
-def test_training_starts_at_the_drawn_networks_and_lowers_the_loss(small_run):
-    cells = list(small_run[1]["training"].values())
-    assert [cell["epoch"] for cell in cells] == [0, 1, 2]
-    start = cells[0]["ranks"]["training images"]["rank"]
+def test_training_starts_at_the_drawn_networks(small_run):
+    start = small_run[1]["training"]["epoch 0"]["ranks"]["training images"]["rank"]
     assert start == small_run[1]["inputs"]["digits"]["rank"]
+
+
+def test_training_lowers_the_loss(run_without_ranks):
+    cells = list(run_without_ranks[1]["training"].values())
+    assert [cell["epoch"] for cell in cells] == [0, 1, 2]
     losses = np.array([cell["loss"] for cell in cells])
     assert losses.shape == (3, 2) and (losses[-1] < losses[0]).all()
     assert (losses[0] > math.log(10) / 2).all()
 
 
-@pytest.mark.slow
-def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_path, monkeypatch):
-    out, studies = small_run
+def test_a_run_computes_only_what_is_missing_and_finds_the_same(
+    run_without_ranks, tmp_path, monkeypatch
+):
+    out, studies = run_without_ranks
     content = files.read_json(out / "results.json")
     missing = ("inputs", "scales"), ("draws", "biases zero")
     for study, cell in missing:
@@ -116,9 +132,8 @@ def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_p
 
     def watched(params, x):
         computed.append(x.shape)
-        return ranks(params, x)
+        return made_up(params, x)
 
-    ranks = discussion.ranks
     monkeypatch.setattr(discussion, "ranks", watched)
     assert cli.main(command(tmp_path)) == 0
     assert computed == [(40, 64), (200, 6)]
@@ -128,8 +143,7 @@ def test_a_run_computes_only_what_is_missing_and_finds_the_same(small_run, tmp_p
     assert (tmp_path / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
 
-@pytest.mark.slow
-def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypatch):
+def test_what_an_interrupted_run_has_found_is_kept(tmp_path, monkeypatch):
     count = 0
 
     def interrupted(params, x):
@@ -137,7 +151,7 @@ def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypa
         count += 1
         if count > 3:
             raise KeyboardInterrupt
-        return small_run[1]["inputs"]["digits"]
+        return made_up(params, x)
 
     monkeypatch.setattr(discussion, "ranks", interrupted)
     assert cli.main(command(tmp_path)) == 130
@@ -146,6 +160,5 @@ def test_what_an_interrupted_run_has_found_is_kept(small_run, tmp_path, monkeypa
     assert list(content["studies"]["examples"]) == ["digits, 1", "digits, 2", "digits, 5"]
 
 
-@pytest.mark.slow
-def test_the_command_writes_a_figure(small_run):
-    assert (small_run[0] / "studies.png").read_bytes().startswith(b"\x89PNG")
+def test_the_command_writes_a_figure(run_without_ranks):
+    assert (run_without_ranks[0] / "studies.png").read_bytes().startswith(b"\x89PNG")

@@ -23,13 +23,14 @@ from jaxinv import (
 from jaxinv._numerics import stream
 from jaxinv.networks import cnn, init_cnn, init_mlp, mlp
 
-SIZES = (6, 8, 7, 3)
+SIZES = (6, 8, 3)
+DEEP = (6, 8, 7, 3)
 X = jax.random.normal(jax.random.key(1), (16, 6))
 Y = jnp.arange(16) % 3
 
 
-def make_params(dtype=jnp.float32, seed=0):
-    return init_mlp(jax.random.key(seed), SIZES, bias_std=0.1, dtype=dtype)
+def make_params(dtype=jnp.float32, seed=0, sizes=SIZES):
+    return init_mlp(jax.random.key(seed), sizes, bias_std=0.1, dtype=dtype)
 
 
 def net(params, x):
@@ -66,7 +67,20 @@ VARIANTS = {
         )
     ),
 }
-variants = pytest.mark.parametrize("tx", [make() for make in VARIANTS.values()], ids=list(VARIANTS))
+
+
+def of_variants(*fast):
+    """Over the variants; those that are not named among the slow tests."""
+    return pytest.mark.parametrize(
+        "tx",
+        [
+            pytest.param(make(), marks=[] if name in fast else pytest.mark.slow, id=name)
+            for name, make in VARIANTS.items()
+        ],
+    )
+
+
+variants = of_variants(*VARIANTS)
 
 
 def update(tx, g, params):
@@ -77,19 +91,26 @@ def update(tx, g, params):
 # --- the formula ----------------------------------------------------------------------
 
 
+def both_precisions(p):
+    """Of float32 what p = 1.5 does not show is slow, of float64 what shows least."""
+    for dtype in (jnp.float32, jnp.float64):
+        slow = p != 1.5 if dtype == jnp.float32 else p in (1.5, 4.0)
+        yield pytest.param(p, dtype, marks=pytest.mark.slow if slow else [])
+
+
 @pytest.mark.parametrize(
-    ("p", "dtype"),
-    [
-        pytest.param(p, dtype, marks=[] if p in fast else pytest.mark.slow)
-        for dtype, fast in ((jnp.float32, (2.0,)), (jnp.float64, (1.0, 2.5)))
-        for p in (1.0, 1.5, 2.0, 2.5, 4.0)
-    ],
+    ("p", "dtype"), [case for p in (1.0, 1.5, 2.0, 2.5, 4.0) for case in both_precisions(p)]
 )
 def test_update_is_gradient_over_kappa_to_the_two_over_p(p, dtype, x64):
-    params = make_params(dtype)
+    params = make_params(dtype, sizes=DEEP)
+    tx = scale_by_path_kappa(net, X, p=p)
+
+    @jax.jit
+    def found(params, g):
+        return path_kappa(net, params, X, p=p), tx.update(g, tx.init(params), params)[0]
+
     g = gradient(params)
-    kappa = jax.jit(lambda w: path_kappa(net, w, X, p=p))(params)
-    u = update(scale_by_path_kappa(net, X, p=p), g, params)
+    kappa, u = found(params, g)
     rtol = 2e-5 if dtype == jnp.float32 else 1e-12
     assert {a.dtype for a in jax.tree.leaves(u)} == {jnp.dtype(dtype)}
     want = jax.tree.map(lambda a, k: a / k ** (2 / p), g, kappa)
@@ -99,9 +120,8 @@ def test_update_is_gradient_over_kappa_to_the_two_over_p(p, dtype, x64):
 def test_eps_is_added_to_the_metric():
     params = make_params()
     g = gradient(params)
-    kappa = jax.jit(lambda w: path_kappa(mlp, w, X))(params)
     tx = scale_by_path_kappa(mlp, X, eps=0.5)
-    u = update(tx, g, params)
+    kappa, u = jax.jit(lambda w: (path_kappa(mlp, w, X), tx.update(g, tx.init(w), w)[0]))(params)
     want = jax.tree.map(lambda a, k: a / (k + 0.5), g, kappa)
     chex.assert_trees_all_close(u, want, rtol=1e-5)
 
@@ -168,7 +188,7 @@ def test_weights_on_no_path_follow_the_zero_kappa_policy(policy):
 def test_weights_beyond_the_range_of_float32_give_nan_not_a_silent_zero():
     w = [jnp.ones((300, 300)).at[17, 33].set(1e30)]
     tx = scale_by_path_kappa(lambda w, x: x @ w[0], jnp.zeros((1, 300)))
-    u, _ = tx.update([jnp.ones((300, 300))], tx.init(w), w)
+    u = update(tx, [jnp.ones((300, 300))], w)
     assert np.isnan(u[0]).any()
 
 
@@ -235,7 +255,10 @@ def _trainer(name, p):
     return train
 
 
-@pytest.mark.parametrize("name, p", [("mlp", 1.0), ("mlp", 2.0), ("mlp", 3.0), ("cnn", 2.0)])
+CASES = [("mlp", 1.0), ("mlp", 2.0), pytest.param("mlp", 3.0, marks=pytest.mark.slow), ("cnn", 2.0)]
+
+
+@pytest.mark.parametrize("name, p", CASES)
 def test_power_of_two_rescaling_changes_no_bit_of_100_outputs(name, p):
     _, make, _, rescale = NETS[name]
     rng = np.random.default_rng(0)
@@ -245,7 +268,7 @@ def test_power_of_two_rescaling_changes_no_bit_of_100_outputs(name, p):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", list(NETS))
+@pytest.mark.parametrize("name", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_random_rescaling_changes_outputs_by_rounding_only(name, x64):
     fn, make, x, rescale = NETS[name]
     rng = np.random.default_rng(1)
@@ -284,7 +307,7 @@ def test_sgd_is_not_invariant():
 # --- the checks that optax makes of its own optimizers ----------------------------------
 
 
-@variants
+@of_variants("core", "p = 2.5, matched", "schedule, masked")
 def test_extra_arguments_are_accepted(tx):
     params = make_params()
     g = gradient(params)
@@ -326,7 +349,7 @@ def test_updates_keep_the_dtype_and_the_state_its_types(tx, dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
 
 
-@variants
+@of_variants("momentum, every 3", "p = 2.5, matched", "schedule, masked")
 def test_training_reduces_the_loss(tx):
     params = make_params()
 
@@ -393,14 +416,14 @@ def test_chain_multi_steps_and_apply_if_finite():
     for name, tx in wrapped.items():
         with relaxed if name == "multi" else contextlib.nullcontext():
             state = tx.init(params)
-            u, state = jax.jit(tx.update)(g, state, params)
+            step = jax.jit(tx.update)
+            u, state = step(g, state, params)
             if name == "multi":
                 assert float(optax.tree.norm(u)) == 0.0
-                u, state = jax.jit(tx.update)(g, state, params)
+                u, state = step(g, state, params)
         chex.assert_trees_all_close(u, want, rtol=1e-5)
     bad = jax.tree.map(lambda a: a * jnp.nan, g)
-    tx = wrapped["finite"]
-    u = update(tx, bad, params)
+    u, _ = step(bad, wrapped["finite"].init(params), params)  # the last of them
     assert float(optax.tree.norm(u)) == 0.0
 
 
@@ -429,10 +452,10 @@ def test_partition_and_masked_get_all_parameters_through_share_params():
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_masked_updates_are_those_without_a_mask_and_other_gradients_pass_through(every):
-    mask = {n: {"kernel": n != "Dense_2", "bias": False} for n in make_params()}
+    params = make_params(sizes=DEEP)
+    mask = {n: {"kernel": n != "Dense_2", "bias": False} for n in params}
     full = scale_by_path_kappa(mlp, X, every=every)
     tx = pass_full_params(optax.masked(full, mask))
-    params = make_params()
     here, there, steps = tx.init(params), full.init(params), [jax.jit(tx.update)]
     steps.append(jax.jit(full.update))
     for t in range(3):
@@ -455,18 +478,19 @@ def test_vmap_over_seeds_equals_the_loop():
     seeds = [make_params(seed=s) for s in range(3)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *seeds)
 
-    def two_steps(params):
-        state = tx.init(params)
-        for _ in range(3):
+    def three_steps(params):
+        def step(carry, _):
+            params, state = carry
             u, state = tx.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, u)
-        return params
+            return (optax.apply_updates(params, u), state), None
 
-    together = jax.jit(jax.vmap(two_steps))(stacked)
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=3)[0][0]
+
+    together, alone = jax.jit(jax.vmap(three_steps))(stacked), jax.jit(three_steps)
     for i, params in enumerate(seeds):
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-4, atol=1e-6),
-            together, jax.jit(two_steps)(params),
+            together, alone(params),
         )  # fmt: skip
 
 
@@ -474,8 +498,8 @@ def test_sharded_parameters_give_the_updates_of_one_device_and_stay_sharded():
     devices = np.array(jax.devices()[:8]).reshape(4, 2)
     assert devices.size == 8
     mesh = Mesh(devices, ("rows", "columns"))
-    params = init_mlp(jax.random.key(0), (16, 512, 256, 8), bias_std=0.1)
-    x, y = jax.random.normal(jax.random.key(1), (16, 16)), jnp.arange(16) % 8
+    params = init_mlp(jax.random.key(0), (512, 256, 8), bias_std=0.1)
+    x, y = jax.random.normal(jax.random.key(1), (16, 512)), jnp.arange(16) % 8
     tx = descend(match_gradient_norm(scale_by_path_kappa(mlp, x, every=2)), momentum=0.9)
 
     def place(a):
@@ -487,10 +511,10 @@ def test_sharded_parameters_give_the_updates_of_one_device_and_stay_sharded():
     want, _ = jax.jit(tx.update)(g, tx.init(params), params)
     got, state = jax.jit(tx.update)(jax.tree.map(place, g), tx.init(sharded), sharded)
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-7)
-    kernel = got["Dense_1"]["kernel"]
+    kernel = got["Dense_0"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.shape == (128, 128)
-    kappa = state[0].inner_state.kappa["Dense_1"]["kernel"]
+    kappa = state[0].inner_state.kappa["Dense_0"]["kernel"]
     assert kappa.addressable_shards[0].data.shape == (128, 128)
 
 

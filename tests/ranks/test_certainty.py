@@ -45,7 +45,11 @@ def check(kind, seed, method, dtype, sizes=None, biases=None):
     return bool(found.certain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    # Of what is combined of two or three, other tests have the parts.
+    [k if " " not in k else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_a_certain_rank_is_exact_on_networks_of_every_kind(kind, x64):
     counts = [check(kind, seed, "auto", np.float64, (3, 4, 2), True) for seed in range(6)]
     counts += [check(kind, seed, "auto", np.float64, (2, 3, 2, 1), False) for seed in range(6)]
@@ -121,15 +125,23 @@ def test_a_value_near_the_error_is_not_firm(x64):
     assert not found.certain
 
 
-def test_zeros_of_an_underflow_are_not_dead(x64):
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("auto", "certificate") else pytest.param(m, marks=pytest.mark.slow)
+     for m in (*SPECTRA, "certificate")],
+)  # fmt: skip
+def test_zeros_of_an_underflow_are_not_dead(method, x64):
     def soft(w, x):
         return jax.nn.softmax(2000.0 * (x @ w))
 
     x = integers(8, 12, 2) + 0.5
-    for method in (*SPECTRA, "certificate"):
-        found = jacobian_rank(soft, jnp.array(integers(7, 2, 3)), x, method=method)
-        assert not found.certain and not found.clear
-    assert "may have underflowed" in str(jacobian_rank(soft, jnp.array(integers(7, 2, 3)), x))
+    found = jacobian_rank(soft, jnp.array(integers(7, 2, 3)), x, method=method)
+    assert not found.certain and not found.clear
+    assert "may have underflowed" in str(found) or method != "auto"
+
+
+def test_zeros_of_a_saturation_are_not_dead(x64):
+    x = integers(8, 12, 2) + 0.5
 
     def saturated(w, x):
         return jnp.tanh(100 * (x @ w))
@@ -250,7 +262,7 @@ def test_the_bound_on_rounding_holds_and_is_0_where_nothing_is_rounded():
     x = jnp.asarray(rng.normal(size=(9, 5)) + 100, jnp.float32)
     with jax.enable_x64(True):
         want = net(jax.tree.map(lambda a: a.astype(jnp.float64), single), x.astype(jnp.float64))
-    value, error = with_rounding(net, single, x)
+    value, error = jax.jit(lambda w, x: with_rounding(net, w, x))(single, x)
     assert abs(float(value) - float(want)) <= float(error) < 1e-2
     _, error = with_rounding(lambda x: (x * 2.0**-20) @ jnp.ones(5, jnp.float32), jnp.round(x))
     assert error.shape == (9,) and (error == 0).all()

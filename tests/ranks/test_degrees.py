@@ -22,20 +22,25 @@ from jaxinv.ranks import dead_names
 relu = jax.nn.relu
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """64-16-16-10 on every sixth of the 1797 digits, two units made to never fire."""
-    x = jnp.asarray(load_digits().data[::6] / 16, jnp.float32)
-    params = networks.init_mlp(jax.random.key(0), (64, 16, 16, 10), bias_std=0.1)
+# Hidden units, every how manyth of the 1797 digits, parameters, pixels that are always 0.
+DIGITS = [(6, 9, 502, 7), pytest.param((16, 3, 1482, 5), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=DIGITS, ids=str)
+def digits(request):
+    """A network on some of the digits, two units made to never fire."""
+    width, step, *_ = request.param
+    x = jnp.asarray(load_digits().data[::step] / 16, jnp.float32)
+    params = networks.init_mlp(jax.random.key(0), (64, width, width, 10), bias_std=0.1)
     params["Dense_0"]["bias"] = params["Dense_0"]["bias"].at[3].set(-1e3)
     params["Dense_1"]["bias"] = params["Dense_1"]["bias"].at[5].set(-1e3)
-    return params, x, degrees_of_freedom(networks.mlp, params, x, method="svd")
+    return params, x, degrees_of_freedom(networks.mlp, params, x, method="svd"), request.param
 
 
 def test_on_the_digits_the_sum_is_exact_and_known(digits):
-    params, _, found = digits
+    params, _, found, (*_, parameters, _) = digits
     d = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert d == 1482 == int(found.parameters)
+    assert d == parameters == int(found.parameters)
     parts = (found.rank, found.rescaling, found.dead, found.unexplained, found.unseen)
     assert sum(map(int, parts)) == d and int(found.unexplained) >= 0 and int(found.unseen) >= 0
     assert found.evidence.clear and int(found.rank) == int(found.evidence.lower)
@@ -43,7 +48,7 @@ def test_on_the_digits_the_sum_is_exact_and_known(digits):
 
 def test_on_the_digits_every_dead_parameter_is_named(digits):
     """Pixels that are always 0 and units that never fire, found from the data with NumPy."""
-    params, x, found = digits
+    params, x, found, (width, *_, always) = digits
     x = np.asarray(x, np.float64)
     w = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     first = x @ w["Dense_0"]["kernel"] + w["Dense_0"]["bias"]
@@ -61,10 +66,10 @@ def test_on_the_digits_every_dead_parameter_is_named(digits):
     chex.assert_trees_all_equal(found.dead_mask, want)
     assert int(found.dead) == sum(leaf.sum() for leaf in jax.tree.leaves(want))
     never = [np.flatnonzero(~f.any(axis=0)) for f in fires]
-    assert int(found.rescaling) == 32 - sum(map(len, never))
+    assert int(found.rescaling) == 2 * width - sum(map(len, never))
     names = dead_names(found.dead_mask)
     blank = np.flatnonzero((x == 0).all(axis=0))
-    assert len(blank) == 6 and 3 in never[0] and 5 in never[1]
+    assert len(blank) == always and 3 in never[0] and 5 in never[1]
     expected = {f"Dense_0/kernel[{i}, :]" for i in blank}
     for i, units in enumerate(never):
         for j in units:

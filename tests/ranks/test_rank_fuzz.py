@@ -11,6 +11,7 @@ def assert_honest(report):
     assert not report.faults, "\n".join(map(snippet, report.faults[:3]))
 
 
+@pytest.mark.slow  # the same kinds of networks, of two sizes, are in test_certainty.py
 def test_no_rank_is_certain_and_wrong():
     report = fuzz(144, 1, methods=("auto", "gram"), dtypes=(np.float64,), of=(mlp,))
     assert_honest(report)

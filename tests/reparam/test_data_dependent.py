@@ -100,8 +100,15 @@ def build(name, fast=False):
     return normalized, params, variables["batch_stats"], batch_norm_as_reparam(fn, eps=1e-3), x
 
 
-@pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("conv", False),
+        ("dense", True),
+        pytest.param("conv", True, marks=pytest.mark.slow),
+        pytest.param("dense", False, marks=pytest.mark.slow),
+    ],
+)
 def test_values_and_gradients_are_those_of_flax(name, fast, standard_dtype_promotion):
     module, params, state, ours, x = build(name, fast)
     y = jax.random.normal(jax.random.key(5), (x.shape[0], 3))

@@ -256,7 +256,17 @@ def test_in_float32_norms_are_kept_to_its_rounding():
 # --- gauge-fixed ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gauge", [normalize, balance], ids=["unit norm", "balance"])
+# The loop of `balance` is compiled in a step of training: for one of the two networks alone.
+@pytest.mark.parametrize(
+    ("problem", "gauge"),
+    [
+        pytest.param("dense", normalize, id="dense-unit norm", marks=pytest.mark.slow),
+        pytest.param("dense", balance, id="dense-balance"),
+        pytest.param("residual conv", normalize, id="residual conv-unit norm"),
+        pytest.param("residual conv", balance, id="residual conv-balance", marks=pytest.mark.slow),
+    ],
+    indirect=["problem"],
+)
 def test_sgd_in_a_gauge_is_invariant_under_rescalings(problem, gauge, x64):
     fn, params, x, loss, group, _ = problem
     u = random_rescaling(group, jax.random.key(2), dtype=jnp.float64)

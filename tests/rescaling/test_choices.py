@@ -201,7 +201,15 @@ def test_choices_keep_the_generators_found_numerically(name, x64):
 # --- the same answer wherever it is asked ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *CHOICES])
+# Constants decide in the second table alone: of the first, one with a loop is enough.
+USUAL = [
+    name if name in ("dense", "scan over stacked layers") else pytest.param(name, marks=slow)
+    for name in ARCHITECTURES
+    for slow in [pytest.mark.slow]
+]
+
+
+@pytest.mark.parametrize("name", [*USUAL, *CHOICES])
 def test_a_group_found_inside_a_trace_is_the_group(name, standard_dtype_promotion):
     fn, shapes, x_shape, _, tokens, _ = {**ARCHITECTURES, **CHOICES}[name]
     params = _normal(shapes, np.float32)

@@ -326,7 +326,9 @@ def test_the_program_of_balance_is_as_long_for_twenty_layers_as_for_ten(monkeypa
     assert lengths[0] == lengths[1] > 0
 
 
-@pytest.mark.parametrize("gauge_of", ["balance", "path_condition"])
+@pytest.mark.parametrize(
+    "gauge_of", ["balance", pytest.param("path_condition", marks=pytest.mark.slow)]
+)
 def test_leaves_that_are_minimised_together_give_what_each_alone_gives(gauge_of, monkeypatch, x64):
     group, params = deep(6)
     params = jax.tree.map(lambda w: w.astype(np.float64), params)

@@ -356,7 +356,14 @@ def _normal(shapes, dtype=np.float64):
     )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Its parts, a skip and convolutions, are in the others.
+        pytest.param(name, marks=pytest.mark.slow) if name == "residual CNN" else name
+        for name in ARCHITECTURES
+    ],
+)
 def test_dimension_is_as_derived_by_hand_and_as_found_numerically(name, x64):
     fn, shapes, x_shape, dim, tokens, batch = ARCHITECTURES[name]
     params = _zeros(shapes)
@@ -857,7 +864,9 @@ def test_a_rescaled_state_is_that_of_rescaled_gradients(name, x64, standard_dtyp
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(("momentum", "every"), [(0.9, 1), (0.0, 2)])
+@pytest.mark.parametrize(
+    ("momentum", "every"), [(0.9, 1), pytest.param(0.0, 2, marks=pytest.mark.slow)]
+)
 def test_path_sgd_continues_its_trajectory_after_moving_along_the_orbit(momentum, every, x64):
     params, x, group = _small()
     core = match_gradient_norm(scale_by_path_kappa(networks.mlp, x, every=every))
