@@ -16,6 +16,7 @@ from jaxinv.symmetries import (
     symmetry_group,
     symmetry_tangents,
 )
+from tests.ground_truth import frames_fuzz
 from tests.ground_truth.zoo import ZOO, inputs_of, params_of
 
 FAST = ("attention with biases", "QK-norm", "layer norm between", "softmax", "grouped heads")
@@ -213,3 +214,9 @@ def test_a_rotation_does_not_pass_a_nonlinearity():
     assert [name for name, _ in found.forbidden_by] == ["tanh"]
     with pytest.raises(InvalidInput, match="moved must be a pytree like params"):
         is_symmetry(lambda w, x: x @ w["a"], w, x, {"a": w["a"]})
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(30))])
+def test_random_programs_have_no_class_that_moves_them(seed, x64):
+    found = frames_fuzz.check(frames_fuzz.draw(seed), seed)
+    assert not found.rejected and found.wrong < 1e-12 and sum(found.parts) <= found.nullity
