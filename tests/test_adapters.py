@@ -190,7 +190,8 @@ def test_fn_is_the_model_in_evaluation_mode_and_all_of_jaxinv_takes_it(case):
     W1, b1, scale, offset, mean, var, W2, b2 = (np.asarray(a, np.float64) for a in case.arrays)
     factor = scale / np.sqrt(var + case.eps)
     hidden = np.maximum((np.asarray(X, np.float64) @ W1 + b1 - mean) * factor + offset, 0)
-    for call in (fn, jax.jit(fn)):
+    compiled = jax.jit(fn)
+    for call in (fn, compiled):
         np.testing.assert_allclose(call(params, X), case.expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(call(params, X), hidden @ W2 + b2, rtol=1e-4, atol=1e-5)
 

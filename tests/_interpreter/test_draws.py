@@ -84,8 +84,9 @@ def true_jacobian(fn):
 
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
 def test_in_64_bits_a_function_has_its_own_draws(fn):
+    network = traced_in(jnp.float64, fn, W, X)
     with jax.enable_x64(True):
-        found = traced_in(jnp.float64, fn, W, X)(*jax.tree.map(jnp.float64, (W, X)))
+        found = network(*jax.tree.map(jnp.float64, (W, X)))
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, fn(W, X), rtol=1e-4, atol=1e-5)
 

@@ -472,9 +472,9 @@ def rescaling_and_weight_norm(fn, w, x):
 @pytest.mark.parametrize(
     "name",
     [
-        "linear",
         "rescaling",
         "weight norm",
+        pytest.param("linear", marks=slow),
         pytest.param("triangular flow", marks=slow),
         pytest.param("sinh", marks=slow),
     ],

@@ -122,6 +122,15 @@ def test_both_modes_and_any_chunk_give_the_reference(problem):
         np.testing.assert_allclose(got, J, rtol=1e-12, atol=1e-12)
 
 
+# What a factored product must see: convolutions, loops, rules of the user's own, mixed examples.
+SEEN = ("dense", "conv", "scan", "custom derivative", "batch norm")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [n if n in SEEN else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS],
+    indirect=True,
+)
 def test_products_are_those_of_the_reference(problem):
     fn, params, x, J = problem
     gram = gram_of(fn, params, x, chunk=2)

@@ -78,6 +78,15 @@ def problem(request):
         yield fn, params, x, loss, group, norms
 
 
+# Of one network, the one with units that several leaves lead into; the other is slow.
+convolutional = pytest.mark.parametrize(
+    "problem",
+    [pytest.param("dense", marks=pytest.mark.slow), "residual conv"],
+    indirect=True,
+    scope="module",
+)
+
+
 def test_incoming_norms_are_those_of_the_units(problem, x64):
     _, params, _, _, group, norms = problem
     found = jax.jit(lambda w: incoming_norms(group, w))(params)
@@ -181,6 +190,7 @@ def optimizers(group):
     }
 
 
+@convolutional
 @pytest.mark.parametrize("name", ["projected", "tangent"])
 def test_constrained_training_keeps_norms_and_the_function_of_each_step(problem, name, x64):
     fn, params, x, loss, group, norms = problem
@@ -216,6 +226,7 @@ def test_constrained_training_keeps_norms_and_the_function_of_each_step(problem,
     assert abs(norms(jax.tree.map(lambda a: a[0], wanted)) - 1).max() > 1e-5
 
 
+@convolutional
 def test_the_tangent_gradient_keeps_norms_to_first_order_and_nothing_else_is_removed(problem, x64):
     _, params, _, loss, group, norms = problem
     gradient, tangent = jax.jit(

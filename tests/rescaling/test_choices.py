@@ -202,11 +202,8 @@ def test_choices_keep_the_generators_found_numerically(name, x64):
 
 
 # Constants decide in the second table alone: of the first, one with a loop is enough.
-USUAL = [
-    name if name in ("dense", "scan over stacked layers") else pytest.param(name, marks=slow)
-    for name in ARCHITECTURES
-    for slow in [pytest.mark.slow]
-]
+FEW = ("dense", "scan over stacked layers")
+USUAL = [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
 
 
 @pytest.mark.parametrize("name", [*USUAL, *CHOICES])

@@ -58,7 +58,9 @@ def test_a_tanh_network_has_none_and_the_group_of_relu_is_not_confirmed():
     assert "not confirmed: Dense_0/kernel out 3 → Dense_1/kernel in 3" in str(result)
 
 
-@pytest.mark.parametrize("sizes", [(3, 2, 3), (2, 4, 2), (3, 2, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((3, 2, 3), marks=pytest.mark.slow), (2, 4, 2), (3, 2, 4, 2)], ids=str
+)
 def test_a_deep_linear_network_has_one_general_linear_group_per_hidden_layer(sizes):
     """W_i → W_i A, W_{i+1} → A⁻¹W_{i+1}: h² each, of which h are rescalings."""
     w, x = dense(*sizes, bias=False), shape(6, sizes[0])
