@@ -436,9 +436,22 @@ def quotient(above: Array, below: Array) -> tuple[Array, Array]:
     The plain quotient of two mantissas may leave the range of floats where the number that they
     stand for, with its exponent, does not.
     """
-    unit, other = _unit_of(abs(above)), _unit_of(below)
-    unit = jnp.where(jnp.isfinite(above), unit, 1)
-    return (above / unit) / (below / other), _exponent_of(unit) - _exponent_of(other)
+    (q, k), (d, other) = _split(above), _split(below)
+    return q / d, k - other
+
+
+def _split(x: Array) -> tuple[Array, Array]:
+    """(m, k) with x = m·2^k and 1 <= |m| < 2; k = 0 for 0, infinities and NaN.
+
+    By bits: of (a/2^i)/(b/2^j) XLA makes (a·2^j)/(b·2^i), which overflows.
+    """
+    integer, bits, bias = _layout(x.dtype)
+    raw = lax.bitcast_convert_type(x, integer)
+    k = ((raw >> integer(bits)) & integer(2 * bias + 1)).astype(jnp.int32)
+    normal = (k > 0) & (k < 2 * bias + 1)
+    kept = raw & integer(~((2 * bias + 1) << bits))
+    mantissa = lax.bitcast_convert_type(kept | integer(bias << bits), x.dtype)
+    return jnp.where(normal, mantissa, x), jnp.where(normal, k - bias, 0)
 
 
 def shared(s: Scaled) -> Scaled:
