@@ -19,8 +19,10 @@ from jaxinv.frames.system import NONE, Ref, Relation, S, System, Vector
 from jaxinv.frames.values import Axis, Block, Framed, each, level, like, numbers, refined
 from jaxinv.typing import ArrayLike
 
-# The frame of an axis of a parameter may be another at each of so many places along other axes.
-_MOST_PLACES = 1 << 15
+# The frame of an axis of a parameter may be another at each place along other axes (heads, experts,
+# q, k and v in one array), if there are so many places at most; longer axes are features.
+_MOST_ALONG = 64
+_MOST_PLACES = 1 << 12
 
 _ELEMENTWISE = frozenset(
     "add sub mul div max min neg exp exp2 log log1p expm1 sqrt rsqrt tanh logistic erf erfc abs "
@@ -49,11 +51,9 @@ class FramesDomain:
         for axis, n in enumerate(shape):
             if n == 1 or axis in dead:
                 continue
-            places = [1] * len(shape)
-            if len(shape) > 2:
-                places = [1 if a == axis else m for a, m in enumerate(shape)]
-                while np.prod(places) > _MOST_PLACES:
-                    places[int(np.argmax(places))] = 1
+            places = [1 if a == axis or m > _MOST_ALONG else m for a, m in enumerate(shape)]
+            while np.prod(places) > _MOST_PLACES:
+                places[int(np.argmax(places))] = 1
             refs = self.system.new(n, count=int(np.prod(places))).reshape(places)
             value.axes[axis] = [Block(n, refs)]
         return value
@@ -85,12 +85,14 @@ class FramesDomain:
 
     def end(self, eqn: Equation, axis: Axis) -> None:
         """Allow no matrix on an axis."""
+        alive = False
         for i in numbers(axis):
             for size, piece in self.system.pieces(self.system.ref(i)):
                 root = self.system.root(piece.frame).frame
-                if self.system.kinds[root] != NONE and size > 1:
-                    self.ended_by[eqn.written, eqn.source] = None
+                alive |= self.system.kinds[root] != NONE and size > 1
                 self.system.restrict(piece, NONE)
+        if alive:
+            self.ended_by[eqn.written, eqn.source] = None
 
     def end_all(self, eqn: Equation, value: Framed) -> None:
         if value.square is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxinv._interpreter import walk
 from jaxinv._interpreter.walk import Trace
 from jaxinv.frames.domain import FramesDomain
-from jaxinv.frames.system import NONE, SAME, Relation
+from jaxinv.frames.system import NONE, SAME, Ref, Relation, System
 from jaxinv.frames.values import Framed, refined
 
 
@@ -95,17 +95,24 @@ def _classes(domain: FramesDomain, leaves: Sequence[Framed]) -> tuple[FrameClass
         for axis, blocks in enumerate(leaf.axes):
             offset = 0
             for size, refs in refined(system, blocks) if blocks else ():
-                for i in np.unique(refs):
-                    root, relation = system.seen(system.ref(int(i)))
-                    if system.kinds[root] != NONE:
-                        for box in _boxes(refs == i, leaf.shape, axis, offset, size):
-                            place = Place(number, axis, box, relation)
-                            places.setdefault(root, []).append(place)
+                for (root, relation), here in _by_root(system, refs):
+                    for box in _boxes(here, leaf.shape, axis, offset, size):
+                        place = Place(number, axis, box, relation)
+                        places.setdefault(root, []).append(place)
                 offset += size
     return tuple(
         _as_written(FrameClass(system.kinds[root], system.sizes[root], tuple(found)))
         for root, found in places.items()
     )
+
+
+def _by_root(system: System, refs: np.ndarray) -> list[tuple[Ref, np.ndarray]]:
+    """The matrices that refs stand for, and where."""
+    numbers, at = np.unique(refs, return_inverse=True)
+    seen = [system.seen(system.ref(int(i))) for i in numbers]
+    place_of = {ref: i for i, ref in enumerate(dict.fromkeys(seen))}
+    of = np.array([place_of[ref] for ref in seen])[at.reshape(refs.shape)]
+    return [(ref, of == i) for ref, i in place_of.items() if system.kinds[ref.frame] != NONE]
 
 
 def _as_written(found: FrameClass) -> FrameClass:
@@ -124,16 +131,28 @@ def _as_written(found: FrameClass) -> FrameClass:
 def _boxes(
     here: np.ndarray, shape: Sequence[int], axis: int, offset: int, size: int
 ) -> list[tuple[tuple[int, int], ...]]:
-    """The places of one ref as boxes of the leaf."""
-    at = np.argwhere(here)
-    low, high = at.min(axis=0), at.max(axis=0) + 1
-    corners = [(low, high)] if len(at) == int(np.prod(high - low)) else [(p, p + 1) for p in at]
+    """The places of one matrix as boxes of the leaf."""
     boxes = []
-    for start, stop in corners:
+    for found in _runs(here):
         box = [
-            (int(s), int(e)) if m > 1 else (0, n)
-            for s, e, m, n in zip(start, stop, here.shape, shape, strict=True)
+            ends if m > 1 else (0, n) for ends, m, n in zip(found, here.shape, shape, strict=True)
         ]
         box[axis] = (offset, offset + size)
         boxes.append(tuple(box))
     return boxes
+
+
+def _runs(here: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
+    """Boxes that make up a set: runs along the first axis of what is alike along the others."""
+    if here.all():
+        return [tuple((0, n) for n in here.shape)]
+    if not here.any():
+        return []
+    flat = here.reshape(len(here), -1)
+    starts = [0, *(1 + np.flatnonzero((flat[1:] != flat[:-1]).any(axis=1))).tolist()]
+    ends = [*starts[1:], len(here)]
+    return [
+        ((start, end), *rest)
+        for start, end in zip(starts, ends, strict=True)
+        for rest in (_runs(here[start]) if here.ndim > 1 else [()] * bool(here[start]))
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jax.scipy.linalg import expm
 
 from jaxinv.frames.follow import FrameClass, Frames, Place
 from jaxinv.typing import Array, Constant, DTypeLike
+
+_Numbers = TypeVar("_Numbers", Array, np.ndarray)
 
 
 class MatrixClass(NamedTuple):
@@ -88,14 +91,12 @@ def _label(place: Place, name: str, shape: tuple[int, ...]) -> str:
 # --- matrices of a kind --------------------------------------------------------------------
 
 
-def project(kind: str, A: Array) -> Array:
+def project(kind: str, A: _Numbers) -> _Numbers:
     """The part of a matrix that is of the kind."""
     if kind in ("O", "O1"):
         A = (A - A.T) / 2
     if kind in ("S", "O1"):
-        n = A.shape[0]
-        P = jnp.eye(n, dtype=A.dtype) - jnp.full((n, n), 1 / n, A.dtype)
-        A = P @ A @ P
+        A = A - A.mean(axis=0) - A.mean(axis=1)[:, None] + A.mean()
     return A
 
 
@@ -124,16 +125,29 @@ def random_matrix(key: Array, kind: str, n: int, scale: float, dtype: DTypeLike)
 # --- action ---------------------------------------------------------------------------------
 
 
-def gains_of(place: Place, leaves: Sequence[Any], constants: Sequence[Any]) -> Any | None:
-    """The vector T through which a place sees A, or None for all ones."""
+def gains_of(
+    place: Place, leaves: Sequence[_Numbers], constants: Sequence[Any]
+) -> list[tuple[_Numbers, Fraction]]:
+    """The vectors through which a place sees A, and their powers."""
     size = place.box[place.axis][1] - place.box[place.axis][0]
-    total = None
-    for (source, offset), power in place.relation.gains:
-        array = leaves[source] if source >= 0 else constants[-1 - source]
-        vector = jnp.ravel(jnp.asarray(array))[offset : offset + size]
-        factor = vector ** int(power) if power.denominator == 1 else vector ** float(power)
-        total = factor if total is None else total * factor
-    return total
+    arrays = [
+        leaves[v.source] if v.source >= 0 else constants[-1 - v.source]
+        for v, _ in place.relation.gains
+    ]
+    return [
+        (array.reshape(-1)[v.offset : v.offset + size], power)
+        for array, (v, power) in zip(arrays, place.relation.gains, strict=True)
+    ]
+
+
+def _seen(
+    B: _Numbers, place: Place, leaves: Sequence[_Numbers], constants: Sequence[Any]
+) -> _Numbers:
+    """B as a place sees it: T·B·T⁻¹, with T the product of its gains."""
+    for vector, power in gains_of(place, leaves, constants):
+        T = vector ** (int(power) if power.denominator == 1 else float(power))
+        B = T.astype(B.dtype)[:, None] * B / T.astype(B.dtype)
+    return B
 
 
 def moved(
@@ -148,10 +162,7 @@ def moved(
     for found, M, N in zip(structure.classes, matrices, inverses, strict=True):
         for place in found.places:
             B = (N.T if place.relation.dual else M).astype(leaves[place.leaf].dtype)
-            T = gains_of(place, leaves, constants)
-            if T is not None:
-                T = T.astype(B.dtype)
-                B = T[:, None] * B / T
+            B = _seen(B, place, leaves, constants)
             box = tuple(slice(*ends) for ends in place.box)
             part = jnp.moveaxis(
                 jnp.tensordot(B, new[place.leaf][box], (1, place.axis)), 0, place.axis
@@ -183,13 +194,41 @@ def tangent(
     element: Sequence[Array],
 ) -> list[Array]:
     """Velocities of the parameters under exp(t·A) at t = 0."""
-    eyes = [jnp.eye(c.size, dtype=A.dtype) for c, A in zip(structure.classes, element, strict=True)]
-
-    def at(matrices: list[Array], inverses: list[Array]) -> list[Array]:
-        return moved(structure, constants, leaves, matrices, inverses)
-
-    _, velocity = jax.jvp(at, (eyes, eyes), (list(element), [-A for A in element]))
+    velocity = [jnp.zeros_like(leaf) for leaf in leaves]
+    for place, box, B in _generators(structure, constants, leaves, element):
+        part = jnp.tensordot(
+            B.astype(leaves[place.leaf].dtype), leaves[place.leaf][box], (1, place.axis)
+        )
+        velocity[place.leaf] = velocity[place.leaf].at[box].add(jnp.moveaxis(part, 0, place.axis))
     return velocity
+
+
+def numpy_tangent(
+    structure: MatrixStructure,
+    constants: Sequence[Any],
+    leaves: Sequence[np.ndarray],
+    element: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """The same of NumPy arrays: nothing is compiled for the shapes of all boxes."""
+    velocity = [np.zeros_like(leaf) for leaf in leaves]
+    for place, box, B in _generators(structure, constants, leaves, element):
+        part = np.tensordot(B, leaves[place.leaf][box], (1, place.axis))
+        velocity[place.leaf][box] += np.moveaxis(part, 0, place.axis)
+    return velocity
+
+
+def _generators(
+    structure: MatrixStructure,
+    constants: Sequence[Any],
+    leaves: Sequence[_Numbers],
+    element: Sequence[_Numbers],
+) -> Iterator[tuple[Place, tuple[slice, ...], _Numbers]]:
+    """What multiplies each box: A, or −Aᵀ, seen through gains."""
+    for found, A in zip(structure.classes, element, strict=True):
+        for place in found.places:
+            B = -A.T if place.relation.dual else A
+            box = tuple(slice(*ends) for ends in place.box)
+            yield place, box, _seen(B, place, leaves, constants)
 
 
 # --- tangents whose entries are entries of the parameters ----------------------------------

@@ -181,91 +181,88 @@ def _tried(
         )
     if not group.classes:
         return group._replace(verified=np.float64(0))
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
-    zero = [_has_zero_gain(c, leaves, group.constants) for c in group.classes]
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    shapes = group.structure.leaf_shapes
+    defined = [not _any_zero_gain(c, leaves, group.constants) for c in group.classes]
+    tried = tuple(c for c, fine in zip(group.classes, defined, strict=True) if fine)
+    bits = jax.random.bits(_checks.check_key("key", key), (4,), jnp.uint32)
     with jax.numpy_dtype_promotion("standard"):
         network = traced_in(jnp.float64, fn, params, x)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        errors = _errors(group, network, params, x, key)
+        tree, rng = jax.tree.structure(params), np.random.default_rng(np.asarray(bits))
+        trial = group._replace(structure=MatrixStructure(tried, shapes))
+        errors = _errors(trial, network, tree, leaves, x, rng)
     limit = _ROUNDINGS * np.finfo(np.float64).eps
-    bad = [z or not e <= limit for z, e in zip(zero, errors, strict=True)]
-    kept = tuple(c for c, b in zip(group.classes, bad, strict=True) if not b)
-    largest = max((e for e, b in zip(errors, bad, strict=True) if not b), default=0.0)
+    kept = tuple(c for c, e in zip(tried, errors, strict=True) if e <= limit)
     return group._replace(
-        structure=MatrixStructure(kept, group.structure.leaf_shapes),
-        verified=np.float64(largest),
-        rejected=tuple(c.name for c, b in zip(group.classes, bad, strict=True) if b),
+        structure=MatrixStructure(kept, shapes),
+        verified=np.float64(max((e for e in errors if e <= limit), default=0.0)),
+        rejected=tuple(c.name for c in group.classes if c not in kept),
     )
 
 
-def _has_zero_gain(found: MatrixClass, leaves: Sequence[Any], constants: Sequence[Any]) -> bool:
+def _any_zero_gain(found: MatrixClass, leaves: Sequence[Any], constants: Sequence[Any]) -> bool:
     """Whether a gain is 0 somewhere: a matrix seen through it is not defined."""
-    gains = (_matrices.gains_of(place, leaves, constants) for place in found.places)
-    return any(T is not None and not bool((np.isfinite(T) & (T != 0)).all()) for T in gains)
+    return any(
+        not bool((np.isfinite(vector) & (vector != 0)).all())
+        for place in found.places
+        for vector, _ in _matrices.gains_of(place, leaves, constants)
+    )
 
 
 def _errors(
-    group: SymmetryGroup, network: Network, params: Params, x: Inputs, key: Array
+    group: SymmetryGroup,
+    network: Network,
+    tree: jax.tree_util.PyTreeDef,
+    leaves: Sequence[np.ndarray],
+    x: Inputs,
+    rng: np.random.Generator,
 ) -> list[float]:
-    """Per class ‖J ξ‖ / ‖J |ξ|‖±, ξ the velocity of a random element near the given parameters."""
-    near_key, sign_key, x_key, element_key = jax.random.split(key, 4)
-    tree = jax.tree.structure(params)
-    leaves = _perturbed(jax.tree.leaves(params), near_key)
-    inputs = _given(x, x_key)
+    """Per class ‖J ξ‖ / ‖J (±ξ)‖, ξ the velocity of a random element near the given parameters.
 
-    def change(velocity: list[Array]) -> Array:
-        _, out = jax.jvp(
-            lambda *w: network(jax.tree.unflatten(tree, list(w)), inputs),
-            tuple(leaves),
-            tuple(velocity),
-        )
-        return jnp.sqrt(sum(jnp.sum(jnp.abs(a) ** 2) for a in jax.tree.leaves(out)))
+    Only the derivative of the network is compiled, once.
+    """
+    near = [_perturbed(leaf, rng) for leaf in leaves]
+    inputs = jax.tree.map(lambda leaf: _given(leaf, rng), x)
 
     @jax.jit
-    def one(element: list[Array]) -> Array:
-        velocity = _matrices.tangent(group.structure, group.constants, leaves, element)
-        keys = jax.random.split(sign_key, len(velocity))
-        signs = [
-            jax.random.rademacher(k, v.shape, v.dtype) for k, v in zip(keys, velocity, strict=True)
-        ]
-        scale = change([s * v for s, v in zip(signs, velocity, strict=True)])
-        return jnp.where(scale > 0, change(velocity) / scale, change(velocity))
+    def change(w: list[Array], velocity: list[Array], inputs: Inputs) -> Array:
+        def outputs(w: list[Array]) -> PyTree:
+            return network(jax.tree.unflatten(tree, w), inputs)
 
-    keys = jax.random.split(element_key, len(group.classes))
+        _, out = jax.jvp(outputs, (w,), (velocity,))
+        return jnp.sqrt(sum(jnp.sum(jnp.abs(a) ** 2) for a in jax.tree.leaves(out)))
+
+    def error(element: list[np.ndarray]) -> float:
+        velocity = _matrices.numpy_tangent(group.structure, group.constants, near, element)
+        found = float(change(near, velocity, inputs))
+        signed = [v * rng.choice([-1.0, 1.0], v.shape) for v in velocity]
+        scale = float(change(near, signed, inputs))
+        return found / scale if scale > 0 else found
+
     matrices = [
-        _matrices.random_matrix(k, c.kind, c.size, 1.0, jnp.float64)
-        for k, c in zip(keys, group.classes, strict=True)
+        _matrices.project(c.kind, rng.normal(size=(c.size, c.size)) / np.sqrt(c.size))
+        for c in group.classes
     ]
-    together = float(one(matrices))
+    together = error(matrices)
     if together <= _ROUNDINGS * np.finfo(np.float64).eps:
         return [together] * len(matrices)
-    zeros = [jnp.zeros_like(A) for A in matrices]
-    return [float(one([*zeros[:i], A, *zeros[i + 1 :]])) for i, A in enumerate(matrices)]
+    zeros = [np.zeros_like(A) for A in matrices]
+    return [error([*zeros[:i], A, *zeros[i + 1 :]]) for i, A in enumerate(matrices)]
 
 
-def _perturbed(leaves: Sequence[Any], key: Array) -> list[Array]:
+def _perturbed(leaf: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Generic parameters near the given ones: a symmetry is one everywhere, not at zeros alone."""
-    out = []
-    for leaf, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
-        a = jnp.asarray(leaf, jnp.float64)
-        size = jnp.sqrt(jnp.mean(a * a))
-        noise = jax.random.normal(k, a.shape, a.dtype)
-        out.append(a + 0.1 * jnp.where(size > 0, size, 1.0) * noise)
-    return out
+    size = np.sqrt(np.mean(leaf * leaf)) if leaf.size else 0.0
+    return leaf + 0.1 * (size if size > 0 else 1.0) * rng.normal(size=leaf.shape)
 
 
-def _given(x: Inputs, key: Array) -> Inputs:
+def _given(leaf: Any, rng: np.random.Generator) -> np.ndarray:
     """Inputs in float64; random ones where only shapes are known."""
-
-    def one(leaf: Any) -> Array:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return jnp.zeros(leaf.shape, leaf.dtype)
-            return jax.random.normal(key, leaf.shape, jnp.float64)
-        a = jnp.asarray(leaf)
-        return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-    return jax.tree.map(one, x)
+    real = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return rng.normal(size=leaf.shape) if real else np.zeros(leaf.shape, leaf.dtype)
+    return np.asarray(leaf, np.float64) if real else leaf
 
 
 # --- using a group ---------------------------------------------------------------------------
