@@ -103,19 +103,33 @@ def _fills_with_numbers(eqn: Equation) -> bool:
     return fill is not None and bool(np.isfinite(fill)) and fill != 0
 
 
-def _moved(domain: Scaling, eqn: Equation, scale: Scale, starts: _Starts, case: int) -> Scale:
-    """What is read when the unknown indices have the values of a case."""
-    full = eqn.inputs[0].shape
+def _index(eqn: Equation, starts: _Starts, at: dict[int, int]) -> list[Any]:
+    """The operands that say where to begin, with numbers for the unknown ones."""
     index = [np.array(i) if starts.unknown else i for i in starts.indices]
-    for a, start in starts.at(case).items():
+    for a, start in at.items():
         if eqn.name == "dynamic_slice":
             index[a] = np.asarray(start, index[a].dtype)
         else:
             index[0][..., starts.place[a]] = start
-    changed = {"fill_value": -1} if "fill_value" in eqn.params else {}
+    return index
+
+
+def _moved(domain: Scaling, eqn: Equation, scale: Scale, starts: _Starts, case: int) -> Scale:
+    """What is read when the unknown indices have the values of a case."""
+    full, sizes = eqn.inputs[0].shape, eqn.params["slice_sizes"]
+    at = starts.at(case)
+    fill = {"fill_value": -1} if "fill_value" in eqn.params else {}
 
     def move(array: np.ndarray) -> np.ndarray:
-        return by_binding(eqn, np.broadcast_to(array, full), *index, **changed)
+        # Axes along which nothing varies stay short, unless a known index may fall outside.
+        whole = [a for a, n in enumerate(array.shape) if n == 1 and sizes[a] == full[a]]
+        short = [a for a, n in enumerate(array.shape) if n == 1 and a in at and a not in whole]
+        operand = [
+            1 if a in whole else sizes[a] if a in short else full[a] for a in range(len(full))
+        ]
+        index = _index(eqn, starts, at | dict.fromkeys(short, 0))
+        taken = tuple(1 if a in whole else n for a, n in enumerate(sizes))
+        return by_binding(eqn, np.broadcast_to(array, operand), *index, slice_sizes=taken, **fill)
 
     def ids(array: np.ndarray) -> np.ndarray:
         return np.maximum(move(array), 0).astype(np.int64)
