@@ -19,6 +19,7 @@ from jaxinv.errors import ExponentOverflow
 # Integer elimination divides each row by its gcd, so coefficients stay tiny; beyond this they
 # would be about to overflow int64, and a wrong answer must not come out.
 _LARGEST = 2**30
+_MANY = 1 << 16  # so many equations are worth looking for repetitions in
 
 
 def check_exact(values: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -95,7 +96,9 @@ class System:
             self.union(kept[0][1], kept[1][1])
         else:
             cs = tuple(c for c, _ in kept)
-            rows = np.unique(np.stack([column for _, column in kept], axis=1), axis=0)
+            rows = np.stack([column for _, column in kept], axis=1)
+            if len(rows) > _MANY:
+                rows = np.unique(rows, axis=0)
             key = repr(cs).encode() + rows.tobytes()
             if key not in self._seen:
                 self._seen.add(key)
@@ -103,14 +106,17 @@ class System:
 
     def mark_read(self, ids: np.ndarray) -> None:
         """Note that something looked at these unknowns without an equation coming of it."""
-        self._read.append(np.unique(self.find(ids)))
+        self._read.append(distinct(self.find(ids)))
 
     def read(self) -> np.ndarray:
-        return np.unique(self.find(np.concatenate([np.zeros(1, np.int64), *self._read])))
+        return distinct(self.find(np.concatenate([np.zeros(1, np.int64), *self._read])))
 
     def solve(self) -> Solution:
         """Every unknown as a combination of independent ones."""
-        rows = self._rows()
+        return Solution(self, _reduced(_echelon(self.contracted(self._rows()))))
+
+    def contracted(self, rows: Rows) -> Rows:
+        """The rows that are left when those that say v = 0 or v = w are taken as unions."""
         while True:
             rows = _merged(rows._replace(col=self.find(rows.col)))
             start, count = rows.starts()
@@ -118,10 +124,13 @@ class System:
             two = start[count == 2]
             two = two[rows.val[two] == -rows.val[two + 1]]
             if not one.size and not two.size:
-                break
+                return rows
             self.union(rows.col[one], np.zeros(1, np.int64))
             self.union(rows.col[two], rows.col[two + 1])
-        return Solution(self, _reduced(_echelon(rows)))
+            left = np.ones(len(start), bool)
+            left[rows.row[one]] = left[rows.row[two]] = False
+            left = left[rows.row]
+            rows = Rows(rows.row[left], rows.col[left], rows.val[left])
 
     def _rows(self) -> Rows:
         row, col, val, done = [], [], [], 0
@@ -182,11 +191,33 @@ class Solution:
         )
 
 
-def independent_columns(row: np.ndarray, col: np.ndarray, val: np.ndarray) -> np.ndarray:
-    """Columns on which the row space projects one to one; their number is the rank."""
-    rows = _echelon(_merged(Rows(row, col, val)))
+def independent_columns(rows: Rows, equal: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Columns on which the row space projects one to one; their number is the rank.
+
+    `equal` are further rows, e_a − e_b for arrays of columns a and b. Column 0 is no column.
+    """
+    largest = [int(a.max(initial=0)) for pair in equal for a in pair]
+    system = System()
+    system.new((max([int(rows.col.max(initial=0)), *largest]),))
+    columns = distinct(np.concatenate([rows.col, *(a for pair in equal for a in pair)]))
+    for a, b in equal:
+        system.union(a, b)
+    # Of columns that are said to be equal the smallest is left: the others are last in a row.
+    rows = _echelon(system.contracted(rows))
     start, count = rows.starts()
-    return rows.col[start + count - 1]
+    joined = columns[system.find(columns) != columns]
+    return np.sort(np.concatenate([joined, rows.col[start + count - 1]]))
+
+
+def distinct(ids: np.ndarray) -> np.ndarray:
+    """The distinct ones of integers ≥ 0, sorted; by a table where there are many."""
+    ids = np.ravel(ids)
+    size = int(ids.max(initial=0)) + 1
+    if size > 8 * len(ids):
+        return np.unique(ids)
+    present = np.zeros(size, bool)
+    present[ids] = True
+    return np.flatnonzero(present)
 
 
 # --- exact elimination on sparse integer rows -----------------------------------------
@@ -205,26 +236,45 @@ def _merged(rows: Rows) -> Rows:
 
     Rows are numbered anew; the order of the entries is by row, then column.
     """
+    return _distinct_rows(_summed(rows))
+
+
+def _summed(rows: Rows) -> Rows:
+    """The same without looking for duplicates, under the old numbers."""
     keep = rows.col != 0
-    row, col, val = (part[keep] for part in rows)
-    order = np.lexsort((col, row))
-    row, col, val = row[order], col[order], val[order]
-    if row.size:
-        first = np.flatnonzero(np.r_[True, (row[1:] != row[:-1]) | (col[1:] != col[:-1])])
-        val = np.add.reduceat(val, first)
-        row, col = row[first], col[first]
-        row, col, val = row[val != 0], col[val != 0], val[val != 0]
+    row, col, val = rows if keep.all() else (part[keep] for part in rows)
     if not row.size:
         return Rows(row, col, val)
+    order = _order(row, col)
+    row, col, val = row[order], col[order], val[order]
+    new = np.r_[True, (row[1:] != row[:-1]) | (col[1:] != col[:-1])]
+    if not new.all():
+        first = np.flatnonzero(new)
+        val = np.add.reduceat(val, first)
+        row, col = row[first], col[first]
+    if not val.all():
+        row, col, val = row[val != 0], col[val != 0], val[val != 0]
+        if not row.size:
+            return Rows(row, col, val)
     check_exact(val)
     start, count = Rows(row, col, val).starts()
-    divisor = np.gcd.reduceat(val, start) * np.sign(val[start + count - 1])
+    divisor = np.sign(val[start + count - 1])
+    if (abs(val) != 1).any():
+        divisor = divisor * np.gcd.reduceat(val, start)
     val = val // np.repeat(divisor, count)
-    # Equal rows: compare by a hash, confirm by comparing entries.
+    return Rows(row, col, val)
+
+
+def _distinct_rows(rows: Rows) -> Rows:
+    """Without what repeats another row: compared by a hash, confirmed by comparing entries."""
+    _, col, val = rows
+    if not col.size:
+        return rows
+    start, count = rows.starts()
     number = np.repeat(np.arange(len(start)), count)
     mixed = (col * np.int64(0x9E3779B97F4A7C1) + val * np.int64(0x1000000000193)) ** 2
     digest = np.add.reduceat(mixed, start)
-    order = np.lexsort((digest, count))
+    order = np.argsort(digest)
     same = np.zeros(len(start), bool)
     a, b = order[:-1], order[1:]
     pairs = np.flatnonzero((digest[a] == digest[b]) & (count[a] == count[b]))
@@ -241,6 +291,14 @@ def _merged(rows: Rows) -> Rows:
     return Rows(renumbered[number[kept]], col[kept], val[kept])
 
 
+def _order(major: np.ndarray, minor: np.ndarray) -> np.ndarray:
+    """What sorts by the major integers, then by the minor ones; all are ≥ 0."""
+    width = int(minor.max(initial=0)) + 1
+    if int(major.max(initial=0)) < (1 << 62) // width:
+        return np.argsort(major * width + minor, kind="stable")
+    return np.lexsort((minor, major))
+
+
 def _combined(rows: Rows, target: np.ndarray, by: np.ndarray, entry: np.ndarray) -> Rows:
     """Eliminate from each row `target` its entry number `entry` with the pivot of row `by`."""
     start, count = rows.starts()
@@ -250,18 +308,24 @@ def _combined(rows: Rows, target: np.ndarray, by: np.ndarray, entry: np.ndarray)
     factor = np.ones(len(start), np.int64)
     factor[target] = pivot // g
     added = ranges(start[by], count[by])
-    return _merged(
+    left = np.ones(len(start), bool)
+    left[target] = False
+    same = left[rows.row]
+    old = Rows(*(part[same] for part in rows))
+    row, col, val = (part[~same] for part in rows)
+    new = _summed(
         Rows(
-            np.concatenate([rows.row, np.repeat(target, count[by])]),
-            np.concatenate([rows.col, rows.col[added]]),
+            np.concatenate([row, np.repeat(target, count[by])]),
+            np.concatenate([col, rows.col[added]]),
             np.concatenate(
-                [
-                    rows.val * np.repeat(factor, count),
-                    -rows.val[added] * np.repeat(value // g, count[by]),
-                ]
+                [val * factor[row], -rows.val[added] * np.repeat(value // g, count[by])]
             ),
         )
     )
+    # Rows that nothing was done to are as they were.
+    both = [np.concatenate(parts) for parts in zip(old, new, strict=True)]
+    order = np.argsort(both[0], kind="stable")
+    return _distinct_rows(Rows(*(part[order] for part in both)))
 
 
 def _echelon(rows: Rows) -> Rows:
@@ -269,7 +333,7 @@ def _echelon(rows: Rows) -> Rows:
     while rows.row.size:
         start, count = rows.starts()
         last = start + count - 1
-        order = np.lexsort((count, rows.col[last]))
+        order = _order(rows.col[last], count)
         pivot = rows.col[last][order]
         first = np.r_[True, pivot[1:] != pivot[:-1]]
         if first.all():
@@ -291,9 +355,10 @@ def _reduced(rows: Rows) -> Rows:
         start, count = rows.starts()
         last = start + count - 1
         pivots = rows.col[last]
-        place = np.searchsorted(pivots, rows.col)
-        place = np.minimum(place, len(pivots) - 1)
-        hit = np.flatnonzero((pivots[place] == rows.col) & (place != rows.row))
+        place = np.full(int(rows.col.max()) + 1, -1)
+        place[pivots] = np.arange(len(pivots))
+        place = place[rows.col]
+        hit = np.flatnonzero((place >= 0) & (place != rows.row))
         if not hit.size:
             return rows
         # One entry per row and round: the first, whose pivot row reaches no further right.

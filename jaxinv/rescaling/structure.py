@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.domain import ScalingDomain, gather_parts
-from jaxinv.rescaling.equations import check_exact, independent_columns, ranges
+from jaxinv.rescaling.equations import Rows, check_exact, distinct, independent_columns, ranges
 from jaxinv.typing import PyTree
+
+_MANY = 1 << 16  # so many columns are worth looking for repetitions in
 
 
 @jax.tree_util.register_static
@@ -101,15 +103,15 @@ def _classes(forms: list[scaling.Form]) -> _Classes:
     for form in forms:
         for c, ids in form:
             variables.setdefault(c, []).append(ids.ravel())
-    roots = {c: np.setdiff1d(np.concatenate(parts), [0]) for c, parts in variables.items()}
-    starts, total = {}, 1
+    roots = {c: distinct(np.concatenate(parts)) for c, parts in variables.items()}
+    roots = {c: ids[ids > 0] for c, ids in roots.items()}
+    starts, tables, total = {}, {}, 1
     for c, ids in roots.items():
         starts[c] = total
+        tables[c] = np.zeros(int(ids.max(initial=0)) + 1, np.int64)
+        tables[c][ids] = total + np.arange(len(ids))
         total += len(ids)
-    indices = [
-        tuple(np.where(ids == 0, 0, starts[c] + np.searchsorted(roots[c], ids)) for c, ids in form)
-        for form in forms
-    ]
+    indices = [tuple(tables[c][ids] for c, ids in form) for form in forms]
     return _Classes(roots, starts, total, indices)
 
 
@@ -141,7 +143,7 @@ def _integers(matrix: _Matrix, columns: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     2^(Bk) is then a power of two for integer k.
     """
-    keep = np.isin(matrix.free, columns)
+    keep = _table(columns, 1 + int(matrix.free.max(initial=0)))[matrix.free]
     rows, free, numerator, denominator = (v[keep] for v in matrix)
     generator = np.searchsorted(columns, free)
     multiple = np.ones(len(columns), np.int64)
@@ -168,9 +170,11 @@ def _generators(
     does not depend on its weights. Without those, units that feed only them may be dead in turn.
     """
     dead: list[np.ndarray | None] = [None] * len(indices)
+    size = 1 + max(int(ids.max(initial=0)) for ids in (matrix.free, seen))
     while True:
         columns = _basis(indices, matrix, dead)
-        keep = np.isin(matrix.free, columns)
+        wanted = _table(columns, size)
+        keep = wanted[matrix.free]
         row, free, sign = matrix.row[keep], matrix.free[keep], np.sign(matrix.numerator[keep])
         live = np.zeros((2, num_classes), bool)
         for terms, mask, divides in zip(indices, dead, inverse, strict=True):
@@ -179,12 +183,12 @@ def _generators(
                 live[int(divides), shown] = True
         up = live[0, row] & (sign > 0) | live[1, row] & (sign < 0)
         down = live[0, row] & (sign < 0) | live[1, row] & (sign > 0)
-        both = np.intersect1d(free[up], free[down])
-        dropped = np.setdiff1d(columns, np.concatenate([both, seen]))
-        if not dropped.size:
+        kept = _table(free[up], size) & _table(free[down], size) | _table(seen, size)
+        dropped = wanted & ~kept
+        if not dropped.any():
             return columns, dead
         gone = np.zeros(num_classes, bool)
-        gone[row[np.isin(free, dropped)]] = True
+        gone[row[dropped[free]]] = True
         for i, terms in enumerate(indices):
             masks = [gone[ids] for ids in terms]
             if any(m.any() for m in masks):
@@ -203,9 +207,8 @@ def _basis(
     """
     if not matrix.row.size:
         return np.zeros(0, np.int64)
-    rows, free, numerator, denominator = (v[np.argsort(matrix.row, kind="stable")] for v in matrix)
-    scale = lcm(*np.unique(denominator).tolist())
-    values = numerator * (scale // denominator)
+    combination = _combinations(matrix, max(int(i.max(initial=0)) for ids in indices for i in ids))
+    equal: list[tuple[np.ndarray, np.ndarray]] = []
     row: list[Any] = []
     cls: list[Any] = []
     sign: list[Any] = []
@@ -220,7 +223,16 @@ def _basis(
             first = alive[:, 0] if alive.size else np.zeros(0, np.int64)
         for group in groups:
             base = group[:, :1]
-            different = np.unique(group[:, (group != base).any(axis=0)], axis=1)
+            if len(group) == 1:
+                different = distinct(group[0])[None]
+                alone = combination.alone(different[0])
+                if alone is not None:
+                    equal.append((alone, alone[different[0] == base[0]]))
+                    continue
+            else:
+                different = group[:, (group != base).any(axis=0)]
+                if different.shape[1] > _MANY:
+                    different = np.unique(different, axis=1)
             n, t = different.shape[1], len(group)
             both = np.concatenate([different, np.broadcast_to(base, (t, n))])
             row.append(np.tile(np.arange(done, done + n), 2 * t))
@@ -232,11 +244,46 @@ def _basis(
         sign.append(np.ones(len(first), np.int64))
         done += 1
     classes, signs = np.concatenate(cls), np.concatenate(sign)
-    begin = np.searchsorted(rows, classes, side="left")
-    count = np.searchsorted(rows, classes, side="right") - begin
-    at = ranges(begin, count)
-    row_of = np.repeat(np.concatenate(row), count)
-    return np.sort(independent_columns(row_of, free[at], values[at] * np.repeat(signs, count)))
+    count = combination.size[classes]
+    at = ranges(combination.start[classes], count)
+    values = combination.values[at] * np.repeat(signs, count)
+    given = Rows(np.repeat(np.concatenate(row), count), combination.free[at], values)
+    return independent_columns(given, equal)
+
+
+def _table(ids: np.ndarray, size: int) -> np.ndarray:
+    """Which of the integers below size are among these."""
+    found = np.zeros(size, bool)
+    found[ids] = True
+    return found
+
+
+class _Combinations(NamedTuple):
+    """Every class as Σ values·v[free] over a common denominator."""
+
+    start: np.ndarray  # per class, where its entries begin
+    size: np.ndarray  # and how many it has
+    free: np.ndarray
+    values: np.ndarray
+
+    def alone(self, classes: np.ndarray) -> np.ndarray | None:
+        """The unknown that each class is one and the same multiple of (0 for none), if it is."""
+        if not self.values.size or (self.size[classes] > 1).any():
+            return None
+        at = np.minimum(self.start[classes], self.values.size - 1)
+        present = self.size[classes] == 1
+        values = self.values[at][present]
+        if values.size and (values != values[0]).any():
+            return None
+        return np.where(present, self.free[at], 0)
+
+
+def _combinations(matrix: _Matrix, last: int) -> _Combinations:
+    order = np.argsort(matrix.row, kind="stable")
+    row, free, numerator, denominator = (v[order] for v in matrix)
+    scale = lcm(*distinct(denominator).tolist())
+    count = np.bincount(row, minlength=last + 1)
+    return _Combinations(np.cumsum(count) - count, count, free, numerator * (scale // denominator))
 
 
 def _joint(terms: tuple[np.ndarray, ...]) -> list[np.ndarray]:
@@ -256,14 +303,14 @@ def layers_of(
 ) -> tuple[int, ...]:
     """For every generator the first leaf, kernels before vectors, that it multiplies."""
     order = sorted(range(len(indices)), key=lambda i: max([a.ndim for a in indices[i]] + [0]) < 2)
-    layer = np.full(dim, len(indices))
+    first = np.full(num_classes, len(indices))
     for rank, i in reversed(list(enumerate(order))):
-        present = np.zeros(num_classes, bool)
         for ids in indices[i]:
-            present[ids.ravel()] = True
-        layer[generator[present[rows] & (exponents > 0)]] = rank
-    chosen = np.array([*order, 0])[np.minimum(layer, len(indices))]
-    return tuple(int(i) for i in chosen)
+            first[ids.ravel()] = rank
+    layer = np.full(dim, len(indices))
+    up = exponents > 0
+    np.minimum.at(layer, generator[up], first[rows[up]])
+    return tuple(np.array([*order, 0])[layer].tolist())
 
 
 # --- names ----------------------------------------------------------------------------

@@ -144,8 +144,10 @@ def symmetry_group(
           GL(3): k out ~ q out
           GL(3): o in ~ v out
     """
-    rescaling = rescaling_group(fn, params, x, ignore_epsilon=ignore_epsilon, batch_axis=batch_axis)
-    network = traced_network(fn, params, leading(x, batch_axis), batch_axis, least=3)
+    _checks.check_params(params, values=False, complex_numbers=True)
+    inputs = leading(x, batch_axis)
+    network = traced_network(fn, params, inputs, batch_axis, least=3)
+    rescaling = rescaling_group(network, params, inputs, ignore_epsilon=ignore_epsilon)
     shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(params))
     frames = frames_of(network.program.trace, shapes)
     names = [name or "params" for name in _checks.leaf_names(params, "")]
