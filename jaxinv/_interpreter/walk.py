@@ -1,14 +1,14 @@
 """Trace a function once and interpret its jaxpr in another domain.
 
 Everything that touches jaxpr internals is in this folder, and here is the one walk over them. A
-*domain* gives every value another meaning ("sum over the paths into this element"). It supplies
+*domain* gives every value another meaning ("sum over the paths into this element"), by
 
 * `rules`: a table primitive -> function, one small function per operation;
 * `default`: what happens to a primitive without a rule (usually: refuse, by name);
 * `switch` and `scan`: how values meet at a non-constant `cond` and go round a loop.
 
-The walker owns what all domains share: constant folding, dead code, identity of values, and the
-structural primitives (`jit`, `remat`, `custom_jvp`, `custom_vjp`, `cond`, `while`).
+The walker owns what all share: constant folding, dead code, identity of values, and `jit`, `remat`,
+`custom_jvp`, `custom_vjp`, `cond`, `while`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
+from jaxinv._interpreter.constants import with_own_constants
 from jaxinv._interpreter.source import part_of, remedy_for, short_type, source_line, written_as
 from jaxinv._numerics.varying import vary_alike
 from jaxinv.errors import UnsupportedOperation
@@ -235,7 +236,7 @@ def trace(fn: Callable, params: Any, x: Any, *, remedy: str = "") -> Trace:
     shapes, inputs = jax.tree.map(shape, params), jax.tree.map(shape, x)
     with calling("fn(params, x)", shapes, inputs, remedy=remedy):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(shapes, inputs)
-    names = leaf_names(params, "params")
+    closed, names = with_own_constants(closed), leaf_names(params, "params")
     return Trace(closed, len(names), names, jax.tree.structure(out))
 
 
@@ -478,15 +479,14 @@ def _scan(
     num_consts, num_carry = scan_split(eqn)
     consts = inputs[:num_consts]
     init, xs = inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
-    needed = [True] * num_carry + wanted[num_carry:]
-    return domain.scan(eqn, Body(eqn.params["jaxpr"], domain, keys, needed), consts, init, xs)
+    body = Body(eqn.params["jaxpr"], domain, keys, [True] * num_carry + wanted[num_carry:])
+    return domain.scan(eqn, body, consts, init, xs)
 
 
 def scan_split(eqn: Equation) -> tuple[int, int]:
-    """(number of consts, number of carries) of a scan.
+    """(number of consts, number of carries) of a scan, read off the shapes: jax renames them.
 
-    Read off the shapes, since jax changes how it names them: an array that is scanned has one axis
-    more outside the body than inside, and nothing else has.
+    An array that is scanned has one axis more outside the body than inside, and nothing else has.
     """
     body, _ = open_jaxpr(eqn.params["jaxpr"])
 

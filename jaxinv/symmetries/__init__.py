@@ -7,6 +7,13 @@ from jaxinv.symmetries.discovery import (
     compare,
     discover_symmetries,
 )
+from jaxinv.symmetries.gauges import (
+    Aligned,
+    MatrixGauge,
+    align,
+    balance_matrices,
+    distance_mod_symmetries,
+)
 from jaxinv.symmetries.group import (
     Element,
     SymmetryGroup,
@@ -26,9 +33,16 @@ from jaxinv.symmetries.permutations import (
     permute,
     random_permutations,
 )
+from jaxinv.symmetries.preconditioner import scale_by_matrix_symmetries
 from jaxinv.symmetries.shifts import Shifts, shift_tangents
 
 __all__ = [
+    "Aligned",
+    "MatrixGauge",
+    "align",
+    "balance_matrices",
+    "distance_mod_symmetries",
+    "scale_by_matrix_symmetries",
     "random_permutations",
     "permute",
     "permutation_group",

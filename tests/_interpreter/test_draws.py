@@ -194,3 +194,26 @@ def test_symmetries_and_natural_gradients_are_of_the_functions_own_draws():
         for d in (np.float64, np.float32)
     )
     chex.assert_trees_all_close(exact.v, measured.v, rtol=1e-4, atol=1e-5)
+
+
+def test_float64_arrays_that_a_function_closes_over_are_those_of_the_precision_asked_for():
+    """While the user's float32 program lives, jax hands its rounded constants to others."""
+    rng = np.random.default_rng(0)
+    frozen, x = rng.normal(size=(3, 4)), jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+
+    def fn(w, x):
+        return x @ (frozen + w)
+
+    w = jnp.zeros((3, 4))
+    users = jax.jit(fn)
+    users(w, x)
+    network = traced_in(jnp.float64, fn, w, x)
+    with jax.enable_x64(True):
+        y = network(np.zeros((3, 4)), np.asarray(x, np.float64))
+        assert y.dtype == jnp.float64
+        # What the user's program computes with: the array rounded to float32, or the array itself.
+        close = [
+            np.abs(np.asarray(x, np.float64) @ a - y).max() for a in (frozen, frozen.astype("f"))
+        ]
+        assert min(close) < 1e-14
+    assert degrees_of_freedom(fn, w, x).certain
