@@ -1,4 +1,4 @@
-"""What jaxinv sees in a network: parameters, rescaling group, balance, path norm.
+"""What jaxinv sees in a network: parameters, symmetries, balance, path norm.
 
 `jaxinv inspect MODULE:NAME` prints this report. NAME is a function without arguments that returns
 `(fn, params, x)`; MODULE is a file (`model.py`) or an importable module (`package.model`).
@@ -26,9 +26,11 @@ from jaxinv._text import printable
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.paths.norms import log_path_norm
 from jaxinv.rescaling.group import RescalingGroup, rescaling_group
+from jaxinv.symmetries.group import symmetry_group
 from jaxinv.typing import Inputs, Network, Params
 
 _MOST_NAMES = 3
+_MOST_CLASSES = 12
 
 
 class Layer(NamedTuple):
@@ -49,6 +51,8 @@ class Report(NamedTuple):
     layers: tuple[Layer, ...]
     unused: tuple[str, ...]
     pinned_by: tuple[tuple[str, str], ...]  # (operation, source line)
+    matrices: tuple[str, ...]  # classes of matrix symmetries
+    beyond_rescaling: int  # dimension of these matrices, less their diagonals
     log_path_norm: float | None  # natural logarithm of γ₂; None if refused
     refused: str | None  # why there is no path norm
 
@@ -71,6 +75,11 @@ class Report(NamedTuple):
             lines += [f"    and {more} more"] if more else []
         lines += [f"  unused: {printable(name)}" for name in self.unused]
         lines += [f"  pinned by {name} at {printable(where)}" for name, where in self.pinned_by]
+        if self.matrices:
+            lines.append(f"matrix symmetries: {self.beyond_rescaling} dimensions beyond rescalings")
+            lines += [f"  {printable(name)}" for name in self.matrices[:_MOST_CLASSES]]
+            more = len(self.matrices) - _MOST_CLASSES
+            lines += [f"  and {more} more"] if more > 0 else []
         if self.log_path_norm is None:
             lines.append("path norm refused:")
             lines += [f"  {printable(line)}" for line in str(self.refused).split("\n")]
@@ -103,6 +112,10 @@ class Report(NamedTuple):
                 "unused": list(self.unused),
                 "pinned_by": [{"operation": a, "where": b} for a, b in self.pinned_by],
             },
+            "matrix_symmetries": {
+                "dimension_beyond_rescalings": self.beyond_rescaling,
+                "classes": list(self.matrices),
+            },
             "log_path_norm": None if norm is None else _finite(norm),
             "path_norm_refused": self.refused,
         }
@@ -114,7 +127,8 @@ def inspect(fn: Network, params: Params, x: Inputs) -> Report:
     Args:
         fn: any JAX-traceable `fn(params, x) -> y`.
         params: pytree of float arrays.
-        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s; only shapes are used.
+        x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s: matrix symmetries are then
+            tried on random inputs.
 
     Returns:
         A `Report`. The balance of a unit is the ratio of the norms of all weights that its
@@ -140,7 +154,7 @@ def inspect(fn: Network, params: Params, x: Inputs) -> Report:
         path norm 10 (p = 2)
     """
     _checks.check_params(params)
-    group = rescaling_group(fn, params, x)
+    group, matrices, beyond = _symmetries(fn, params, x)
     leaves = jax.tree.leaves(params)
     names = [name or "params" for name in _checks.leaf_names(params, "")]
     ratios = unit_balance(group, params)
@@ -168,9 +182,22 @@ def inspect(fn: Network, params: Params, x: Inputs) -> Report:
         layers=tuple(layers),
         unused=group.unused,
         pinned_by=group.pinned_by,
+        matrices=matrices,
+        beyond_rescaling=beyond,
         log_path_norm=norm,
         refused=refused,
     )
+
+
+def _symmetries(
+    fn: Network, params: Params, x: Inputs
+) -> tuple[RescalingGroup, tuple[str, ...], int]:
+    """Rescalings, the names of classes of matrices, and the dimension of the latter."""
+    try:
+        found = symmetry_group(fn, params, x)
+    except UnsupportedOperation:  # what cannot be tried in float64 is not reported
+        return rescaling_group(fn, params, x), (), 0
+    return found.rescaling, tuple(c.name for c in found.classes), found.beyond_rescaling
 
 
 def unit_balance(group: RescalingGroup, params: Params) -> np.ndarray:

@@ -175,3 +175,16 @@ def test_the_command_prints_hostile_names_in_any_form(tmp_path, capsys):
     assert "\x1b" not in written and r"\u001b[2J" in written
     assert cli.main(["inspect", "no\x1bwhere:model"]) == 2
     assert r"no\x1bwhere" in capsys.readouterr().err
+
+
+def test_matrix_symmetries_are_named_in_text_and_json():
+    w = {"in": jnp.ones((3, 2)) + jnp.eye(3, 2), "out": jnp.ones((2, 3)) + jnp.eye(2, 3)}
+    report = inspect(
+        lambda w, x: x @ w["in"] @ w["out"], w, jax.ShapeDtypeStruct((1, 3), "float32")
+    )
+    assert "matrix symmetries: 2 dimensions beyond rescalings\n  GL(2): in out ~ out in" in str(
+        report
+    )
+    assert report.as_dict()["matrix_symmetries"]["classes"] == ["GL(2): in out ~ out in"]
+    relu = inspect(lambda w, x: jax.nn.relu(x @ w["in"]) @ w["out"], w, jnp.ones((1, 3)))
+    assert relu.matrices == () and "matrix" not in str(relu)

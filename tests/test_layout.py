@@ -16,9 +16,10 @@ LEVELS = [
     ("command line", {"cli"}),
     ("pages", {"pages"}),
     ("experiments", {"experiments"}),
+    ("inspection", {"inspection"}),
     (
         "uses",
-        {"bayes", "capacity", "inspection", "invariance", "optimizers", "reparam", "symmetries"},
+        {"bayes", "capacity", "invariance", "optimizers", "reparam", "symmetries"},
     ),
     ("ranks", {"ranks"}),
     ("programs", {"frames", "gates"}),

@@ -103,6 +103,7 @@ def describe(
         "log10_path_norm": None if log_norm is None else _number(log_norm / math.log(10)),
         "refused": report.refused,
         "group": report.as_dict()["group"],
+        "matrices": report.as_dict()["matrix_symmetries"],
         "freedom": _freedom(fn, params, x, report.parameters, rank_limit),
         "leaves": [
             {
@@ -225,7 +226,7 @@ def _freedom(fn: Network, params: Params, x: Inputs, d: int, limit: int) -> dict
         "inputs": source,
         **{
             k: int(getattr(found, k))
-            for k in ("rank", "rescaling", "dead", "unexplained", "unseen")
+            for k in ("rank", "rescaling", "matrix", "dead", "unexplained", "unseen")
         },
         "certain": bool(found.certain),
         "evidence": f"rank {int(found.rank)}, proven by a Cholesky factorisation"

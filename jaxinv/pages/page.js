@@ -66,10 +66,12 @@ function model() {
 
   const limits = section("What the counts say", null);
   if (f.refused) limits.append(warning("No degrees of freedom", f.refused));
-  else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings + ${show(f.dead)} dead + ${show(f.unexplained)} unexplained${f.unseen > 0 ? ` + ${show(f.unseen)} unseen` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
+  else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings${f.matrix > 0 ? ` + ${show(f.matrix)} of matrices` : ""} + ${show(f.dead)} dead + ${show(f.unexplained)} unexplained${f.unseen > 0 ? ` + ${show(f.unseen)} unseen` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
   if (data.refused) limits.append(warning("No path norm and no κ", data.refused));
   if (group.pinned_by.length) limits.append(el("p", {}, "What limits the group: these operations fix the scale of their operands."), table([["operation"], ["where"]], group.pinned_by.map((p) => [p.operation, p.where]), "pinned"));
   else limits.append(el("p", {}, "No operation fixes the scale of its operands."));
+  const classes = data.matrices.classes;
+  if (classes.length) limits.append(el("p", {}, `Matrix symmetries: ${show(data.matrices.dimension_beyond_rescalings)} dimensions beyond rescalings. Weights before ~ are multiplied by a matrix, those after it by its inverse.`), table([["class"]], classes.map((name) => [name]), "matrices"));
   if (group.unused.length) limits.append(el("p", {}, `Unused, the function cannot depend on them: ${group.unused.join(", ")}.`));
   page.append(limits);
 

@@ -233,7 +233,10 @@ def _errors(
             return network(jax.tree.unflatten(tree, w), inputs)
 
         _, out = jax.jvp(outputs, (w,), (velocity,))
-        return jnp.sqrt(sum(jnp.sum(jnp.abs(a) ** 2) for a in jax.tree.leaves(out)))
+        change = jnp.concatenate([jnp.abs(jnp.ravel(a)) for a in jax.tree.leaves(out)])
+        # Where the network itself is not differentiable, as 0/0 of a masked token, nothing is told.
+        fine = jnp.isfinite(change)
+        return jnp.where(fine.any(), jnp.linalg.norm(jnp.where(fine, change, 0)), jnp.nan)
 
     def error(element: list[np.ndarray]) -> float:
         velocity = _matrices.numpy_tangent(group.structure, group.constants, near, element)
