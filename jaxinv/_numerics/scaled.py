@@ -259,6 +259,13 @@ def power_along(value: Array, p: float, dtype: DTypeLike) -> Scaled:
     return Scaled((x * (1 / unit)) ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
+def by_index(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
+    """(x / 2^k, k): for each index of the axes, the exponent k of its largest element is even."""
+    cells = [n if a in axes else 1 for a, n in enumerate(x.shape)]
+    unit, k = _even_unit(_tops(lax.stop_gradient(x), cells))
+    return x * (1 / unit), k
+
+
 def _power_of_constant(value: ArrayLike, p: float, dtype: DTypeLike) -> Scaled:
     x = np.abs(np.asarray(value)).astype(np.float64)
     top, least = x.max(initial=0.0), x.min(initial=np.inf, where=x > 0)

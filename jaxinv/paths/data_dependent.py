@@ -23,7 +23,6 @@ networks", ICLR 2016 (arXiv:1511.06747).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +37,7 @@ from jaxinv.errors import InvalidInput
 from jaxinv.paths.data_domain import Data, DataDomain, MixingDomain, Unit
 from jaxinv.paths.domain import PathDomain
 from jaxinv.paths.norms import scaled_kappa
+from jaxinv.paths.squared_gradients import mean_squares
 from jaxinv.paths.values import Weight, as_paths, start
 from jaxinv.typing import Array, ArrayLike, DType, Inputs, Network, Params, PyTree
 
@@ -291,7 +291,9 @@ def scaled_data_kappa(
         found = units(leaves, inputs)
         return [r * a.astype(r.dtype) for r, (a, _) in zip(roots, found, strict=True)]
 
-    means = _mean_squares(weighted, problem, centered, probes, key)
+    means = mean_squares(
+        weighted, problem.leaves, problem.inputs, problem.dtype, centered, probes, key
+    )
     data_part = [Scaled(s.mantissa, s.exponent + 2 * unit) for s in means]
     return [scaled.add([a, b]) for a, b in zip(path_part, data_part, strict=True)]
 
@@ -302,48 +304,6 @@ def _root(s: Scaled, unit: Array) -> Array:
     odd = s.exponent & 1
     mantissa = jnp.sqrt(jnp.maximum(s.mantissa, 0) * (1 + odd).astype(s.mantissa.dtype))
     return scaled.shift(mantissa, ((s.exponent - odd) >> 1) - unit)
-
-
-def _mean_squares(
-    weighted: Callable[[list[Array], list[Array]], list[Array]],
-    problem: Problem,
-    centered: bool,
-    probes: int | None,
-    key: Array | None,
-) -> list[Scaled]:
-    """Σ_v mean_i (∂s_iv/∂w)² of the weighted units s, exactly or from random signs."""
-    n = len(problem.inputs[0])
-    shapes = jax.eval_shape(weighted, problem.leaves, problem.inputs)
-    size = sum(s.size for s in shapes) // n
-    if probes is None or key is None:
-        rows: Any = jnp.arange(size)
-    else:
-        rows = jax.random.split(key, probes)
-
-    def cotangents(row: Array) -> Array:
-        if probes is None:
-            return jax.nn.one_hot(row, size, dtype=problem.dtype)
-        # Variances over the examples need one sign per unit; signs of examples average out sooner.
-        return jax.random.rademacher(row, (size,) if centered else (n, size), problem.dtype)
-
-    def of_example(signs: Array, inputs: list[Array]) -> list[Array]:
-        def combined(leaves: list[Array]) -> Array:
-            arrays = weighted(leaves, [a[None] for a in inputs])
-            return jnp.concatenate([a.ravel() for a in arrays]) @ signs
-
-        return jax.grad(combined)(problem.leaves)
-
-    def step(total: list[Scaled], row: Array) -> tuple[list[Scaled], None]:
-        signs = cotangents(row)
-        slopes = jax.vmap(of_example, (0 if signs.ndim == 2 else None, 0))(signs, problem.inputs)
-        if centered:
-            slopes = [g - g.mean(axis=0) for g in slopes]
-        means = [scaled.mean(scaled.power_along(g, 2.0, problem.dtype)) for g in slopes]
-        return [scaled.add([t, m]) for t, m in zip(total, means, strict=True)], None
-
-    start = [Scaled(jnp.zeros_like(w), jnp.zeros(w.shape, jnp.int32)) for w in problem.leaves]
-    total, _ = jax.lax.scan(step, start, rows)
-    return [s._replace(mantissa=s.mantissa / (probes or 1)) for s in total]
 
 
 __all__ = ["data_dependent_path_kappa", "data_dependent_path_norm"]

@@ -157,7 +157,7 @@ def plan(fn, params, x):
     def one(w, example):
         return fn(w, example[None])[0]
 
-    found = kernel_factors._find_products(trace(one, params, x[0]))
+    found = kernel_factors.products_of(trace(one, params, x[0]))
     names = [path[0].key for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     return {names[p.leaf]: (p.positions, p.inputs, p.outputs) for p in found}
 
