@@ -377,6 +377,18 @@ def add(parts: Sequence[Scaled], edges: tuple[bool, ...] | None = None) -> Scale
 
 
 @jax.jit
+def plus(a: Scaled, b: Scaled) -> Scaled:
+    """a + b for numbers > 0 or = 0 of one shape, each over its own exponent; not renormalised."""
+    over = lax.max(every_exponent(a), every_exponent(b))
+    top = jnp.where(a.mantissa == 0, b.exponent, jnp.where(b.mantissa == 0, a.exponent, over))
+    parts = [
+        s.mantissa * _exact_power(lax.min(s.exponent - top, jnp.int32(0)), a.mantissa.dtype)
+        for s in (a, b)
+    ]
+    return Scaled(parts[0] + parts[1], top)
+
+
+@jax.jit
 def multiply(a: Scaled, b: Scaled) -> Scaled:
     """Elementwise product, not renormalised."""
     return Scaled(a.mantissa * b.mantissa, a.exponent + b.exponent)

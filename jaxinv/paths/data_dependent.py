@@ -295,7 +295,7 @@ def scaled_data_kappa(
         weighted, problem.leaves, problem.inputs, problem.dtype, centered, probes, key
     )
     data_part = [Scaled(s.mantissa, s.exponent + 2 * unit) for s in means]
-    return [scaled.add([a, b]) for a, b in zip(path_part, data_part, strict=True)]
+    return [scaled.plus(a, b) for a, b in zip(path_part, data_part, strict=True)]
 
 
 @jax.jit
