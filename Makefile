@@ -88,6 +88,8 @@ docs: $(VENV)/.stamp-docs
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/data_dependent.py
+	$(BIN)/python benchmarks/symmetries.py
 	$(BIN)/python benchmarks/kappa_resnet.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/functional_dimension.py
