@@ -158,14 +158,18 @@ def figure(found: dict[str, Any], data: str, out: Path) -> None:
     left.plot([], [], "k-", label="from (B, A)")
     left.plot([], [], "k--", label="from (B·M, M⁻¹·A)")
     left.legend(fontsize=8)
-    middle.set(xlabel="step", ylabel="|difference of losses|", title="between the two starts")
+    middle.set(
+        xlabel="step", ylabel="|difference of losses|", title="Adapters: between the two starts"
+    )
     for (name, (loss, _)), color in zip(
         found["lines"]["curves"].items(), ("#999999", "#56b4e9", "#009e73"), strict=True
     ):
         right.semilogy(found["lines"]["at"], loss, color=color, label=name)
     right.set(xlabel="place on the line", ylabel="test loss", title="Two networks on a line")
-    right.legend(fontsize=8)
-    fig.suptitle(f"{data}, float64, one seed", fontsize=10)
+    right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.1))
+    fig.suptitle(
+        f"{data}, float64, one seed; two hidden layers, adapters of rank {RANK}", fontsize=10
+    )
     fig.savefig(out / "symmetries.png", dpi=120)
 
 

@@ -18,7 +18,7 @@ from jaxinv._checks import check_params
 from jaxinv._interpreter.batch import TracedNetwork
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics.precision import as_dtype, in_precision
-from jaxinv.errors import InvalidInput, UnsupportedOperation
+from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.gates.blocks import Block, block_of
 from jaxinv.gates.domain import Atom
 from jaxinv.gates.reading import Gates, read
@@ -115,6 +115,7 @@ def functional_dimension(
         UnsupportedOperation: for an operation that jumps, a branch or loop that depends on the
             values, or a network that mixes examples.
         InvalidInput: for params or a region that are not floating point.
+        JaxinvError: if the two bounds contradict each other, which a fault of jaxinv alone can do.
 
     References:
         Grigsby, Lindsey, Meyerhoff, Wu, "Functional dimension of feedforward ReLU neural networks"
@@ -180,6 +181,12 @@ def _dimension(search: Search, dense: int, progress: Progress) -> FunctionalDime
         number = max(_ROWS_PER_PARAMETER * total, _LEAST_ROWS)
         rows = of_outputs(search, _whole(gates, shapes), pool, number)
         lower = max(lower, int(rows.found.rank[0]))
+    if lower > upper:
+        raise JaxinvError(
+            f"the bounds on the functional dimension contradict each other: at least {lower} by "
+            f"the boundaries of gates, at most {upper} by {span} rescalings. This is a fault of "
+            "jaxinv: please report the network."
+        )
     certain = lower == upper and not gates.casts
     return FunctionalDimension(
         lower, upper, certain, total, span, str(search.region), tuple(layers), gates.casts

@@ -118,9 +118,9 @@ def test_growth_is_fitted_and_drawn(tmp_path):
 
 def test_dimensions_keep_what_was_measured_of_other_networks(tmp_path):
     cell = {"method": "boundary", "network": "a", "lower": 3, "upper": 4, "certain": False}
-    cell |= {"parameters": 10, "seconds": 1.0, "cpu_seconds": 2.0, "peak_bytes": 3e9}
+    cell |= {"parameters": 10, "seconds": 1.0, "cpu_seconds": 2.0, "peak_bytes": 3e9, "cpu": "c"}
     larger = {**cell, "network": "b", "parameters": 1000, "seconds": 100.0, "certain": True}
-    expected = ["a", "10", "boundary", "[3, 4]", "1.0", "2.0", "3.00"]
+    expected = ["a", "10", "boundary", "[3, 4]", "1.0", "2.0", "3.00", "c"]
     assert functional_dimension.row(cell) == expected
     assert functional_dimension.row(larger)[3] == "3"
     assert functional_dimension.exponent([cell, larger], "seconds") == pytest.approx(1)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxinv import degrees_of_freedom, functional_dimension, jacobian_rank, networks
-from jaxinv.errors import InvalidInput, UnsupportedOperation
-from jaxinv.gates import box, everywhere, segments
+from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
+from jaxinv.gates import box, everywhere, functional, segments
 
 SIZES = (3, 5, 4, 2)
 ANY = everywhere(jax.ShapeDtypeStruct((1, 3), np.float32))
@@ -33,6 +33,12 @@ def test_a_dense_network_has_all_but_its_rescalings():
     assert [layer.columns for layer in found.layers] == [4, 6, 5]
     assert all((layer.missing == 0).all() for layer in found.layers)
     assert str(found).startswith(f"functional dimension {d - 9} of {d} parameters (certain)")
+
+
+def test_bounds_that_contradict_each_other_are_never_an_answer(monkeypatch):
+    monkeypatch.setattr(functional, "span_dimension", lambda group, params: 30)
+    with pytest.raises(JaxinvError, match="at least 45 by .*, at most 24 by 30 resc"):
+        functional_dimension(networks.mlp, params_of(), ANY)
 
 
 def test_what_is_lost_is_lost_and_named():
