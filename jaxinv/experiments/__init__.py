@@ -69,6 +69,10 @@ EXPERIMENTS = {
         "jaxinv.experiments.discussion",
         "Is rescaling all? The rank against inputs, draws, training, depth and width",
     ),
+    "functional-dimension": Experiment(
+        "jaxinv.experiments.functional_dimension",
+        "Proven degrees of freedom against depth, width, training: is there a large-scale limit?",
+    ),
     "bayes": Experiment(
         "jaxinv.experiments.bayes",
         "Posterior predictives under Jeffreys' and a Gaussian prior, in two parametrisations",

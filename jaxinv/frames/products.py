@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
-from jaxinv.frames.values import Axis, Block, Framed, level, like, unify
+from jaxinv.frames.values import Axis, Block, Framed, level, like, refined, unify
 
 RULES, rule = rule_table()
 
@@ -103,7 +105,38 @@ def _flat(axis: Axis) -> list[Block]:
 
 
 def _grouped(domain: Any, eqn: Equation, x: Framed, w: Framed) -> Framed:
-    """Channels of one group do not meet those of others, which no frame here knows."""
-    domain.end_all(eqn, x)
-    domain.end_all(eqn, w)
-    return Framed(eqn.outputs[0].shape)
+    """A convolution per group of channels, with the kernel of the outputs of that group."""
+    n, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    result = Framed(eqn.outputs[0].shape)
+    (batch, channels, *space), (out, into, *taps) = n.lhs_spec, n.rhs_spec
+    for v, axes in ((x, (batch, *space)), (w, taps)):
+        for a in axes:
+            domain.end(eqn, v.axes[a])
+    system, one, other = domain.system, x.axes[channels], w.axes[into]
+    if one is None or other is None or eqn.params["batch_group_count"] != 1:
+        domain.end(eqn, one)
+        domain.end(eqn, other)
+    else:
+        size, outputs = w.shape[into], w.shape[out] // groups
+        rest = [a for a in range(len(x.shape)) if a != channels]
+        blocks = refined(system, level(system, one, rest) or (), range(size, size * groups, size))
+        ends = np.cumsum([0] + [k for k, _ in blocks])
+        for j in range(groups):
+            mine = [
+                b for b, end in zip(blocks, ends, strict=False) if j * size <= end < (j + 1) * size
+            ]
+            own = slice(j * outputs, (j + 1) * outputs)
+            kernel = [
+                Block(k, np.take(r, range(r.shape[out])[own], out) if r.shape[out] > 1 else r)
+                for k, r in refined(system, other)
+            ]
+            unify(system, _flat(mine), _flat(level(system, kernel, [*taps, out])), dual=True)
+    if eqn.params["batch_group_count"] != 1:
+        domain.end(eqn, w.axes[out])
+        return result
+    axis = level(system, w.axes[out], [*taps, into])
+    if axis is not None:
+        step, rank = w.shape[out] // groups, len(result.shape)
+        cut = refined(system, axis, range(step, step * groups, step))
+        result.axes[n.out_spec[1]] = [Block(k, r.reshape([1] * rank)) for k, r in cut]
+    return result

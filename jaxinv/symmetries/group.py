@@ -122,8 +122,8 @@ def symmetry_group(
 
     Notes:
         Sound, not complete: a class that is reported is a symmetry. Not found are, among others,
-        rotations of the two coordinates of a rotary embedding, matrices behind grouped
-        convolutions, and shifts of biases (`shift_tangents` looks for those numerically).
+        rotations of the two coordinates of a rotary embedding, and shifts of biases
+        (`shift_tangents` looks for those numerically).
 
     References:
         Kunin et al., "Neural mechanics", ICLR 2021 (arXiv:2012.04728) and Zhao et al., ICLR 2023

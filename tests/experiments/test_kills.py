@@ -28,6 +28,8 @@ FLAGS = {
     "discussion": {"width": "2", "networks": "1", "examples": "20", "epochs": "1", "draws": "2"}
     | {"parameters": "60", "depths": "1", "layer-widths": "2"},
     "learning-coefficient": {"chains": "2", "steps": "20", "hidden": "2", "epochs": "2"},
+    "functional-dimension": {"depths": "1", "layer-widths": "2", "draws": "1", "hidden": "2"}
+    | {"epochs": "1", "seeds": "1"},
     "bayes": {"examples": "6", "chains": "2", "warmup": "20", "draws": "20"},
 }
 # Nearly all of the time of a small run is compilation, of each of seventy and forty programs here.

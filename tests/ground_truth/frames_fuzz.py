@@ -152,6 +152,7 @@ def check(program: Program, seed: int, null: bool = True) -> Found:
         return Found(len(group.classes), group.rejected, 0, (0, 0, 0), float(group.verified))
     d = sum(a.size for a in params.values())
     x = program.x(max(80, d // 3), rng)
+    x = x[np.isfinite(np.asarray(fn(params, x))).reshape(len(x), -1).all(axis=1)]
     leaves = jax.tree.leaves(jax.jit(jax.jacrev(lambda w: fn(w, x).ravel()))(params))
     J = np.concatenate([np.asarray(a).reshape(leaves[0].shape[0], -1) for a in leaves], axis=1)
     s = np.linalg.svd(J, compute_uv=False)

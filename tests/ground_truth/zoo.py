@@ -133,9 +133,11 @@ def _batchnorm(w: Any, x: Any) -> Any:
     return jax.nn.relu(c / jnp.sqrt((c * c).mean(0)) * w["g"] + w["c"]) @ w["b"] + w["b0"]
 
 
-def _conv(x: Any, w: Any) -> Any:
+def _conv(x: Any, w: Any, groups: int = 1) -> Any:
     names = ("NWC", "WIO", "NWC")
-    return jax.lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=names)
+    return jax.lax.conv_general_dilated(
+        x, w, (1,), "VALID", dimension_numbers=names, feature_group_count=groups
+    )
 
 
 _FROZEN = jnp.asarray(np.random.default_rng(5).normal(size=(7, 6)), jnp.float32)
@@ -227,6 +229,10 @@ ZOO: dict[str, Case] = {
     "linear convolutions": Case(
         lambda w, x: _conv(_conv(x, w["a"]), w["b"]), {"a": (3, 4, 3), "b": (3, 3, 5)}, (12, 4),
         3, 6,
+    ),
+    "grouped convolutions": Case(
+        lambda w, x: jnp.tanh(_conv(_conv(x, w["a"], 2), w["b"], 2)) @ w["c"],
+        {"a": (2, 3, 4), "b": (2, 2, 6), "c": (6, 3)}, (7, 6), 4, 4,
     ),
     "sines": Case(
         lambda w, x: jnp.sin(jnp.sin(x @ w["a"] + w["a0"]) @ w["b"]) @ w["c"],
