@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
 from jaxinv.frames.system import O
-from jaxinv.frames.values import Axis, Framed, level, like, matched, unify
+from jaxinv.frames.values import Axis, Framed, Frames, level, like, matched, unify
 
 RULES, rule = rule_table()
 
 
 @rule("neg", "reduce_precision", "convert_element_type")
-def _same(domain: Any, eqn: Equation, operand: Framed) -> Any:
+def _same(domain: Frames, eqn: Equation, operand: Framed) -> Framed | list[Framed]:
     if not jnp.issubdtype(eqn.outputs[0].dtype, jnp.inexact):
         return domain.default(eqn, operand)
     return like(operand)
 
 
 @rule("add", "sub", "add_any")
-def _add(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+def _add(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Framed:
     """Both terms have one frame; one number added to all of an axis leaves ones alone."""
     x, y = domain.framed(left), domain.framed(right)
     shape = eqn.outputs[0].shape
@@ -44,7 +42,7 @@ def _spread(value: Framed, shape: tuple[int, ...]) -> Framed:
     return Framed(shape, value.axes, value.uniform, value.vector)
 
 
-def _sum(domain: Any, eqn: Equation, x: Framed, y: Framed, a: int) -> Axis:
+def _sum(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int) -> Axis:
     one, other = x.axes[a], y.axes[a]
     if one is None and other is None:
         return None
@@ -61,7 +59,7 @@ def _sum(domain: Any, eqn: Equation, x: Framed, y: Framed, a: int) -> Axis:
 
 
 @rule("mul")
-def _mul(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+def _mul(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Framed:
     x, y = domain.framed(left), domain.framed(right)
     if isinstance(left, Framed) and isinstance(right, Framed) and left.key == right.key:
         return _squared(domain, eqn, x)
@@ -69,21 +67,21 @@ def _mul(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
 
 
 @rule("div")
-def _div(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+def _div(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Framed:
     return _product(domain, eqn, domain.framed(left), domain.framed(right), -1)
 
 
 @rule("square")
-def _square(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _square(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     return _squared(domain, eqn, value)
 
 
 @rule("integer_pow")
-def _integer_pow(domain: Any, eqn: Equation, value: Framed) -> Any:
+def _integer_pow(domain: Frames, eqn: Equation, value: Framed) -> Framed | list[Framed]:
     return _squared(domain, eqn, value) if eqn.params["y"] == 2 else domain.default(eqn, value)
 
 
-def _squared(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _squared(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     value = domain.plain(eqn, value)
     result = Framed(value.shape, uniform=value.uniform)
     if value.framed:
@@ -91,7 +89,7 @@ def _squared(domain: Any, eqn: Equation, value: Framed) -> Framed:
     return result
 
 
-def _product(domain: Any, eqn: Equation, x: Framed, y: Framed, power: int) -> Framed:
+def _product(domain: Frames, eqn: Equation, x: Framed, y: Framed, power: int) -> Framed:
     """x·y or x/y, where one of them is a number, or a gain along an axis of the other."""
     shape = eqn.outputs[0].shape
     if y.is_scalar and x.shape == shape:
@@ -109,7 +107,7 @@ def _product(domain: Any, eqn: Equation, x: Framed, y: Framed, power: int) -> Fr
     return result
 
 
-def _scaled(domain: Any, eqn: Equation, x: Framed, y: Framed, a: int, power: int) -> Axis:
+def _scaled(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int, power: int) -> Axis:
     one, other = x.axes[a], y.axes[a]
     if one is None and other is None:
         return None
@@ -130,7 +128,7 @@ def _scaled(domain: Any, eqn: Equation, x: Framed, y: Framed, a: int, power: int
 
 
 @rule("reduce_sum")
-def _reduce_sum(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _reduce_sum(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     axes = eqn.params["axes"]
     shape = eqn.outputs[0].shape
     kept = [a for a in range(len(value.shape)) if a not in axes]
@@ -149,12 +147,12 @@ def _reduce_sum(domain: Any, eqn: Equation, value: Framed) -> Framed:
 
 
 @rule("reduce_window_sum")
-def _pooled(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _pooled(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     """A sum over windows is linear: axes along which a window holds one place keep their frames."""
     return pooled(domain, eqn, domain.plain(eqn, value))
 
 
-def pooled(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def pooled(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     """The frames of axes along which windows hold one place and nothing is padded."""
     kept = [
         a
@@ -176,7 +174,7 @@ def pooled(domain: Any, eqn: Equation, value: Framed) -> Framed:
 
 
 @rule("select_n")
-def _select(domain: Any, eqn: Equation, which: Operand, *cases: Operand) -> Framed:
+def _select(domain: Frames, eqn: Equation, which: Operand, *cases: Operand) -> Framed:
     """Along an axis where the choice is one for all, cases are what a sum of them would be."""
     chosen = domain.framed(which)
     domain.end_all(eqn, chosen)

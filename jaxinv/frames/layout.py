@@ -9,19 +9,19 @@ import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Operand, is_concrete, rule_table
 from jaxinv.frames.system import NONE
-from jaxinv.frames.values import Axis, Block, Framed, ends, like, moved, refined, unify
+from jaxinv.frames.values import Axis, Block, Framed, Frames, ends, like, moved, refined, unify
 
 RULES, rule = rule_table()
 
 
 @rule("transpose")
-def _transpose(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _transpose(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     order = eqn.params["permutation"]
     return domain.kept(eqn, value, eqn.outputs[0].shape, {a: i for i, a in enumerate(order)})
 
 
 @rule("broadcast_in_dim")
-def _broadcast(domain: Any, eqn: Equation, value: Framed, *_: Operand) -> Framed:
+def _broadcast(domain: Frames, eqn: Equation, value: Framed, *_: Operand) -> Framed:
     shape, places = eqn.outputs[0].shape, eqn.params["broadcast_dimensions"]
     result = domain.kept(eqn, value, shape, dict(enumerate(places)))
     result.uniform |= {a for a in range(len(shape)) if a not in places}
@@ -29,7 +29,7 @@ def _broadcast(domain: Any, eqn: Equation, value: Framed, *_: Operand) -> Framed
 
 
 @rule("squeeze")
-def _squeeze(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _squeeze(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     left = [a for a in range(len(value.shape)) if a not in eqn.params["dimensions"]]
     return domain.kept(eqn, value, eqn.outputs[0].shape, {a: i for i, a in enumerate(left)})
 
@@ -38,7 +38,7 @@ def _squeeze(domain: Any, eqn: Equation, value: Framed) -> Framed:
 
 
 @rule("reshape")
-def _reshape(domain: Any, eqn: Equation, value: Framed, *_: Operand) -> Framed:
+def _reshape(domain: Frames, eqn: Equation, value: Framed, *_: Operand) -> Framed:
     value = domain.plain(eqn, value)
     old, new = value.shape, eqn.outputs[0].shape
     result = Framed(new)
@@ -96,7 +96,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 
 def _cut(
-    domain: Any, value: Framed, axis: int, into: list[int], new: Sequence[int], relaid: Any
+    domain: Frames, value: Framed, axis: int, into: list[int], new: Sequence[int], relaid: Any
 ) -> Axis:
     """n → (h, c): the frame is cut into h blocks, and that of the last axis is one per block."""
     system, size, total = domain.system, new[into[-1]], value.shape[axis]
@@ -125,7 +125,7 @@ def _by_head(size: int, group: list[np.ndarray], places: list[int], heads: list[
     return Block(size, refs)
 
 
-def _merged(domain: Any, eqn: Equation, value: Framed, large: list[int], relaid: Any) -> Axis:
+def _merged(domain: Frames, eqn: Equation, value: Framed, large: list[int], relaid: Any) -> Axis:
     """(h, c) → n: as many blocks as there are places along the axes that are merged."""
     for a in large[:-1]:
         domain.end(eqn, value.axes[a])
@@ -145,7 +145,7 @@ def _merged(domain: Any, eqn: Equation, value: Framed, large: list[int], relaid:
 # --- parts of an axis --------------------------------------------------------------------------
 
 
-def taken(domain: Any, value: Framed, starts: Sequence[int], limits: Sequence[int]) -> Framed:
+def taken(domain: Frames, value: Framed, starts: Sequence[int], limits: Sequence[int]) -> Framed:
     """A box out of an array: axes that are cut keep the blocks inside."""
     axes: list[Axis] = []
     for a, axis in enumerate(value.axes):
@@ -175,7 +175,7 @@ def taken(domain: Any, value: Framed, starts: Sequence[int], limits: Sequence[in
 
 
 @rule("slice")
-def _slice(domain: Any, eqn: Equation, value: Framed) -> Any:
+def _slice(domain: Frames, eqn: Equation, value: Framed) -> Framed | list[Framed]:
     strides = eqn.params["strides"]
     value = domain.plain(eqn, value)
     if strides is not None:
@@ -190,7 +190,7 @@ def _slice(domain: Any, eqn: Equation, value: Framed) -> Any:
 
 
 @rule("split")
-def _split(domain: Any, eqn: Equation, value: Framed) -> list[Framed]:
+def _split(domain: Frames, eqn: Equation, value: Framed) -> list[Framed]:
     value, axis, offset, parts = domain.plain(eqn, value), eqn.params["axis"], 0, []
     for n in eqn.params["sizes"]:
         starts, limits = [0] * len(value.shape), list(value.shape)
@@ -201,7 +201,7 @@ def _split(domain: Any, eqn: Equation, value: Framed) -> list[Framed]:
 
 
 @rule("concatenate")
-def _concatenate(domain: Any, eqn: Equation, *operands: Operand) -> Framed:
+def _concatenate(domain: Frames, eqn: Equation, *operands: Operand) -> Framed:
     axis, shape = eqn.params["dimension"], eqn.outputs[0].shape
     values = [domain.plain(eqn, domain.framed(v)) for v in operands]
     result = Framed(shape)
@@ -216,17 +216,17 @@ def _concatenate(domain: Any, eqn: Equation, *operands: Operand) -> Framed:
                 for v, e in zip(values, axes, strict=True)
                 for block in (e or [_pinned(domain, v.shape[a], len(shape))])
             ]
-        elif any(e is None for e in axes):
-            for e in axes:
+        elif len(known := [e for e in axes if e is not None]) < len(axes):
+            for e in known:
                 domain.end(eqn, e)
         else:
-            for e in axes[1:]:
-                unify(domain.system, axes[0], e)
-            result.axes[a] = refined(domain.system, axes[0])
+            for e in known[1:]:
+                unify(domain.system, known[0], e)
+            result.axes[a] = refined(domain.system, known[0])
     return result
 
 
-def _pinned(domain: Any, size: int, rank: int) -> Block:
+def _pinned(domain: Frames, size: int, rank: int) -> Block:
     """A block on which nothing acts."""
     return Block(size, domain.system.new(size, NONE).reshape([1] * rank))
 
@@ -235,7 +235,7 @@ def _pinned(domain: Any, size: int, rank: int) -> Block:
 
 
 @rule("gather")
-def _gather(domain: Any, eqn: Equation, value: Operand, index: Operand) -> Framed:
+def _gather(domain: Frames, eqn: Equation, value: Operand, index: Operand) -> Framed:
     """Axes that are taken whole keep their frames: the row of a table is a vector of its frame."""
     table, dims, shape = domain.framed(value), eqn.params["dimension_numbers"], eqn.outputs[0].shape
     domain.end_all(eqn, domain.framed(index))
@@ -255,7 +255,7 @@ def _gather(domain: Any, eqn: Equation, value: Operand, index: Operand) -> Frame
 
 
 @rule("dynamic_slice")
-def _dynamic_slice(domain: Any, eqn: Equation, value: Operand, *starts: Operand) -> Framed:
+def _dynamic_slice(domain: Frames, eqn: Equation, value: Operand, *starts: Operand) -> Framed:
     table, shape = domain.framed(value), eqn.outputs[0].shape
     if all(is_concrete(s) for s in starts):
         first = [
@@ -277,7 +277,7 @@ def _dynamic_slice(domain: Any, eqn: Equation, value: Operand, *starts: Operand)
 
 
 @rule("rev")
-def _rev(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _rev(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     """Other axes keep their frames; that of a reversed one would be P·A·P."""
     value = domain.plain(eqn, value)
     for a in eqn.params["dimensions"]:

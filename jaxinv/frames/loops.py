@@ -9,14 +9,14 @@ import numpy as np
 from jaxinv._interpreter.walk import Body, Equation, Operand
 from jaxinv.frames.layout import taken
 from jaxinv.frames.system import Vector
-from jaxinv.frames.values import Axis, Block, Framed, like, unify
+from jaxinv.frames.values import Axis, Block, Framed, Frames, like, unify
 
 # Each step is walked: the matrices of a stack of layers are one apart from another.
 MOST_STEPS = 128
 
 
 def scan(
-    domain: Any, eqn: Equation, body: Body, consts: list, init: list, xs: list
+    domain: Frames, eqn: Equation, body: Body, consts: list, init: list, xs: list
 ) -> list[Operand]:
     """Step by step, with slice i of what is scanned."""
     length = int(eqn.params["length"])
@@ -42,7 +42,7 @@ def scan(
     return [*carry, *outputs[len(init) :]]
 
 
-def _step(domain: Any, stack: Framed, i: int) -> Framed:
+def _step(domain: Frames, stack: Framed, i: int) -> Framed:
     whole = like(stack, axes=[None, *stack.axes[1:]])
     starts, limits = [0] * len(stack.shape), list(stack.shape)
     starts[0], limits[0] = i, i + 1
@@ -60,7 +60,7 @@ def _step(domain: Any, stack: Framed, i: int) -> Framed:
     return step
 
 
-def _stack(domain: Any, eqn: Equation, column: list[Framed], output: Framed) -> None:
+def _stack(domain: Frames, eqn: Equation, column: list[Framed], output: Framed) -> None:
     """What a loop collects has the frames that all its steps have in common."""
     for a in range(1, len(output.shape)):
         common = _common(domain, eqn, [v.axes[a - 1] for v in column])
@@ -68,7 +68,7 @@ def _stack(domain: Any, eqn: Equation, column: list[Framed], output: Framed) -> 
             output.axes[a] = [Block(n, np.expand_dims(r, 0)) for n, r in common]
 
 
-def _common(domain: Any, eqn: Equation, axes: list[Axis]) -> Axis:
+def _common(domain: Frames, eqn: Equation, axes: list[Axis]) -> Axis:
     """The frames that several axes have in common; none where one of them has none."""
     known = [axis for axis in axes if axis is not None]
     if len(known) < len(axes):
@@ -81,7 +81,7 @@ def _common(domain: Any, eqn: Equation, axes: list[Axis]) -> Axis:
 
 
 def switch(
-    domain: Any, eqn: Equation, index: Operand, branches: list[Body], inputs: list
+    domain: Frames, eqn: Equation, index: Operand, branches: list[Body], inputs: list
 ) -> list[Operand]:
     """Whatever branch is taken, its results have one frame."""
     domain.end_all(eqn, domain.framed(index))

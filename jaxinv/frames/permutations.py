@@ -7,14 +7,13 @@ its own dual. So there are two kinds only, any permutation and none, and no gain
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
 from jaxinv.frames import layout, products
 from jaxinv.frames.arithmetic import pooled
 from jaxinv.frames.domain import FramesDomain
 from jaxinv.frames.system import NONE, Ref, System, Vector
-from jaxinv.frames.values import Axis, Block, Framed, level, like, unify
+from jaxinv.frames.values import Axis, Block, Framed, Frames, level, like, unify
 
 RULES, rule = rule_table()
 
@@ -28,7 +27,7 @@ class PermutationSystem(System):
             super().restrict(ref, kind)
 
 
-def _together(domain: Any, eqn: Equation, axes: Sequence[Axis]) -> Axis:
+def _together(domain: Frames, eqn: Equation, axes: Sequence[Axis]) -> Axis:
     """One permutation for all of these axes; none where one of them has none."""
     known = [axis for axis in axes if axis is not None]
     if len(known) < len(axes):
@@ -46,7 +45,7 @@ def _together(domain: Any, eqn: Equation, axes: Sequence[Axis]) -> Axis:
     *"erfc erf_inv sqrt rsqrt cbrt abs square integer_pow is_finite convert_element_type".split(),
     *"reduce_precision gt lt ge le eq ne and or not xor asin acos atan sinh cosh".split(),
 )
-def _elementwise(domain: Any, eqn: Equation, *operands: Operand) -> Framed:
+def _elementwise(domain: Frames, eqn: Equation, *operands: Operand) -> Framed:
     values = [domain.framed(v) for v in operands]
     shape = eqn.outputs[0].shape
     full = [v for v in values if v.shape]
@@ -60,7 +59,7 @@ def _elementwise(domain: Any, eqn: Equation, *operands: Operand) -> Framed:
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
-def _reduce(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _reduce(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     """A sum over an axis does not see its order."""
     axes, rank = eqn.params["axes"], len(value.shape)
     kept = [a for a in range(rank) if a not in axes]
@@ -76,12 +75,12 @@ def _reduce(domain: Any, eqn: Equation, value: Framed) -> Framed:
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def _pooled(domain: Any, eqn: Equation, value: Framed) -> Framed:
+def _pooled(domain: Frames, eqn: Equation, value: Framed) -> Framed:
     return pooled(domain, eqn, value)
 
 
 @rule("dot_general")
-def _dot_general(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+def _dot_general(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Framed:
     """Batch axes of both operands go together; the rest is as for matrices."""
     x, y = domain.framed(left), domain.framed(right)
     _, (xb, yb) = eqn.params["dimension_numbers"]
@@ -107,7 +106,7 @@ def _flat(axis: Axis) -> Axis:
 
 
 @rule("conv_general_dilated")
-def _conv(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Any:
+def _conv(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Framed | list[Framed]:
     """A channel of its own for every kernel (depthwise) goes along with it."""
     x, w, n = domain.framed(left), domain.framed(right), eqn.params["dimension_numbers"]
     channels, out = n.lhs_spec[1], n.rhs_spec[0]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
-from jaxinv.frames.values import Axis, Block, Framed, level, like, refined, unify
+from jaxinv.frames.values import Axis, Block, Framed, Frames, level, like, refined, unify
 
 RULES, rule = rule_table()
 
 
 @rule("dot_general")
-def _dot_general(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Framed:
+def _dot_general(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Framed:
     """Σ_k x_k y_k is left alone if y's frame is the dual of x's: (A x)·y + x·(−Aᵀ y) = 0."""
     x, y = (domain.plain(eqn, domain.framed(v)) for v in (left, right))
     (xk, yk), (xb, yb) = eqn.params["dimension_numbers"]
@@ -45,7 +44,7 @@ def _dot_general(domain: Any, eqn: Equation, left: Operand, right: Operand) -> F
 _Side = tuple[Framed, int, Sequence[int], Sequence[int], list[int]]
 
 
-def _contract(domain: Any, eqn: Equation, left: _Side, right: _Side) -> None:
+def _contract(domain: Frames, eqn: Equation, left: _Side, right: _Side) -> None:
     (x, a, *_), (y, b, *_) = left, right
     one, other = x.axes[a], y.axes[b]
     if one is None or other is None:
@@ -59,7 +58,7 @@ def _contract(domain: Any, eqn: Equation, left: _Side, right: _Side) -> None:
 
 
 def _arranged(
-    domain: Any, v: Framed, axis: int, batch: Sequence[int], met: Sequence[int], own: list[int]
+    domain: Frames, v: Framed, axis: int, batch: Sequence[int], met: Sequence[int], own: list[int]
 ) -> list[Block]:
     """Refs by place along batch axes and contracted axes, which are those of the other operand."""
     out = []
@@ -72,7 +71,7 @@ def _arranged(
 
 
 @rule("conv_general_dilated")
-def _conv(domain: Any, eqn: Equation, left: Operand, right: Operand) -> Any:
+def _conv(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Framed | list[Framed]:
     """Channels meet as in a product; places of the kernel and of the image keep no frames."""
     x, w = (domain.plain(eqn, domain.framed(v)) for v in (left, right))
     n = eqn.params["dimension_numbers"]
@@ -104,7 +103,7 @@ def _flat(axis: Axis) -> list[Block]:
     return [Block(size, refs.reshape(1)) for size, refs in axis or ()]
 
 
-def _grouped(domain: Any, eqn: Equation, x: Framed, w: Framed) -> Framed:
+def _grouped(domain: Frames, eqn: Equation, x: Framed, w: Framed) -> Framed:
     """A convolution per group of channels, with the kernel of the outputs of that group."""
     n, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     result = Framed(eqn.outputs[0].shape)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jaxinv._interpreter.walk import Value
+from jaxinv._interpreter.walk import Equation, Operand, Value
 from jaxinv.frames.system import DUAL, Ref, System, Vector
 
 
@@ -64,6 +64,24 @@ def like(value: Framed, **changed: object) -> Framed:
     for name, new in changed.items():
         setattr(copy, name, new)
     return copy
+
+
+class Frames(Protocol):
+    """What rules ask of the domain."""
+
+    system: System
+
+    def framed(self, operand: Operand) -> Framed: ...
+    def end(self, eqn: Equation, axis: Axis) -> None: ...
+    def end_all(self, eqn: Equation, value: Framed) -> None: ...
+    def plain(self, eqn: Equation, value: Framed) -> Framed: ...
+    def restrict(self, axis: Axis, kind: str) -> None: ...
+    def fixes_ones(self, axis: Axis) -> None: ...
+    def multiplied(self, axis: Sequence[Block], vector: Vector, power: int) -> list[Block]: ...
+    def kept(
+        self, eqn: Equation, value: Framed, shape: Sequence[int], places: Mapping[int, int]
+    ) -> Framed: ...
+    def default(self, eqn: Equation, *inputs: Operand) -> Framed | list[Framed]: ...
 
 
 # --- axes as lists of blocks --------------------------------------------------------------
@@ -146,6 +164,7 @@ __all__ = [
     "Axis",
     "Block",
     "Framed",
+    "Frames",
     "each",
     "ends",
     "level",
