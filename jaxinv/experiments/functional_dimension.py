@@ -189,7 +189,7 @@ def table(result: Result) -> Table:
             what = f"digits, epoch {cell['epoch']}"
             rows.append([what, str(found[0]["parameters"]), region, *map(_percent, numbers)])
     columns = ["network", "d", "region", "full", "not proven of d − h", "units short"]
-    draws = f"{result.config.draws} draws per row, {result.config.seeds} seeds in training"
+    draws = f"{result.config.draws} draws per row; in training, seeds: {result.config.seeds}"
     return Table(f"Functional dimension, proven; {draws}", columns, rows)
 
 
@@ -233,8 +233,10 @@ def plot(result: Result, path: Path) -> None:
         right.plot([cell["epoch"] for cell in own], lost, style, label=name)
     sizes = "-".join(map(str, (64, *result.config.hidden, 10)))
     right.set(xlabel="epochs of SGD", ylabel="(upper − lower bound) / (d − h), %")
-    right.set_title(f"digits, {sizes}, {result.config.seeds} seeds (mean)")
+    right.set_title(f"digits, {sizes} (mean over seeds: {result.config.seeds})")
     right.set_xscale("symlog", linthresh=1)
+    for axes in (left, middle):
+        axes.set_xticks(result.config.depths)
     for axes in (left, middle, right):
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=130)
