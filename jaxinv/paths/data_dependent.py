@@ -92,7 +92,7 @@ def _ones(array: Array, dtype: DType) -> Scaled:
 
 def squares(problem: Problem) -> list[Scaled]:
     """w² of every leaf."""
-    return [scaled.power(w, 2.0, problem.dtype) for w in problem.leaves]
+    return [scaled.power(w, 2.0, problem.dtype, sample=True) for w in problem.leaves]
 
 
 class _Mixed(NamedTuple):
