@@ -1,6 +1,7 @@
 """Set up jax before anything imports it, and the fixtures every test may use."""
 
 import atexit
+import functools
 import gc
 import importlib.metadata
 import os
@@ -39,6 +40,12 @@ import chex  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir as _mlir  # noqa: E402
+
+if hasattr(_mlir, "make_ir_context"):
+    # jax makes a context of the compiler, with all its dialects, for every single program: a third
+    # of what lowering a small one costs. The programs are the same if those of a file share one.
+    _mlir.make_ir_context = functools.cache(_mlir.make_ir_context)
 
 # Compilation makes the first example of a test slow, so a deadline would only flake;
 # derandomised, because a suite that fails one day in ten says nothing about today's change.
@@ -71,6 +78,7 @@ def bounded_memory():
     """Drop compiled programs after each file; a whole run would otherwise keep gigabytes."""
     yield
     jax.clear_caches()
+    getattr(_mlir.make_ir_context, "cache_clear", lambda: None)()
 
 
 @pytest.fixture
