@@ -42,10 +42,22 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src.interpreters import mlir as _mlir  # noqa: E402
 
-if hasattr(_mlir, "make_ir_context"):
-    # jax makes a context of the compiler, with all its dialects, for every single program: a third
-    # of what lowering a small one costs. The programs are the same if those of a file share one.
-    _mlir.make_ir_context = functools.cache(_mlir.make_ir_context)
+# jax makes a context of the compiler, with all its dialects, for every single program: a third of
+# what lowering a small one costs. The programs are the same if those of a file share one.
+_new_context = getattr(_mlir, "make_ir_context", None)
+_shared_context = functools.cache(lambda: _new_context())
+
+
+def _context():
+    try:
+        _mlir.ir.Context.current  # noqa: B018
+    except ValueError:
+        return _shared_context()
+    return _new_context()  # a program that is compiled while another is being written
+
+
+if _new_context is not None:
+    _mlir.make_ir_context = _context
 
 # Compilation makes the first example of a test slow, so a deadline would only flake;
 # derandomised, because a suite that fails one day in ten says nothing about today's change.
@@ -78,7 +90,7 @@ def bounded_memory():
     """Drop compiled programs after each file; a whole run would otherwise keep gigabytes."""
     yield
     jax.clear_caches()
-    getattr(_mlir.make_ir_context, "cache_clear", lambda: None)()
+    _shared_context.cache_clear()
 
 
 @pytest.fixture
