@@ -5,8 +5,10 @@ import functools
 import gc
 import importlib.metadata
 import os
+import platform
 import shutil
 import tempfile
+from pathlib import Path
 
 # Eight devices on one CPU, so that sharded parameters are tested on any machine.
 _flags = ["--xla_force_host_platform_device_count=8"]
@@ -26,12 +28,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # What one file or worker has compiled, the others read. For this run alone: it ends with the
-    # process that made it, the one which starts the workers.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="jaxinv-tests-")
+    # What one file or worker has compiled, the others read, and so does the next run: jax looks for
+    # the very program, flags and version. `make clean` removes it.
+    _cache = Path(__file__).parents[1] / ".pytest_cache" / f"programs-{platform.node()}"
+    try:
+        if _cache.exists() and sum(entry.stat().st_size for entry in os.scandir(_cache)) > 1e9:
+            shutil.rmtree(_cache, ignore_errors=True)
+        _cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # not ours to write: for this run alone
+        _cache = Path(tempfile.mkdtemp(prefix="jaxinv-tests-"))
+        atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 # Run by itself where only a wheel is installed; collecting it would run it here.
 collect_ignore = ["smoke.py"]
