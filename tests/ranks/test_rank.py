@@ -80,7 +80,7 @@ def both_precisions(sizes, biases):
 
 # Every architecture is two programs to compile; the weights cost little.
 @pytest.mark.parametrize(
-    ("count", "kinds"), [(200, 1), pytest.param(500, 6, marks=pytest.mark.slow)]
+    ("count", "kinds"), [(80, 1), pytest.param(500, 6, marks=pytest.mark.slow)]
 )
 def test_a_certain_rank_is_the_exact_one_on_random_networks(count, kinds):
     """In float64 nearly all are certain; float32 is often wrong, and never wrong and certain."""
@@ -120,7 +120,7 @@ def test_a_certain_rank_is_the_exact_one_on_random_networks(count, kinds):
 )
 def test_generic_ranks_of_small_networks(sizes, without, with_biases):
     keys = jax.random.split(jax.random.key(0), 20)
-    x = 3 * jax.random.normal(jax.random.key(1), (400, sizes[0]))
+    x = 3 * jax.random.normal(jax.random.key(1), (150, sizes[0]))
     for bias, want in ((False, without), (True, with_biases)):
 
         def member(key, bias=bias):
@@ -141,7 +141,7 @@ def gaussian_problem(sizes, bias_std, n):
 
 @pytest.mark.slow
 def test_3402_of_3466_proven_inside_a_jit_without_64_bits():
-    """With biases; without them it is an example in the README."""
+    """With biases; without them every method is asked below."""
     assert not jax.config.jax_enable_x64
     params, x = gaussian_problem((64, 32, 32, 10), 0.1, 1000)
     found = jax.jit(lambda w, x: jacobian_rank(networks.mlp, w, x))(params, x)
@@ -206,7 +206,8 @@ def test_fewer_rows_than_columns(method):
     x = x[:20]
     with jax.enable_x64(True):
         double = jax.tree.map(lambda a: a.astype(jnp.float64), params)
-        want = np.linalg.matrix_rank(jacobian(networks.mlp, double, x.astype(jnp.float64)))
+        J = jax.jit(lambda w: jacobian(networks.mlp, w, x.astype(jnp.float64)))(double)
+        want = np.linalg.matrix_rank(J)
     found = jacobian_rank(networks.mlp, params, x, method=method)
     exact = method == "auto"  # which is certain that no other row counts
     assert (int(found.rank), bool(found.clear), bool(found.certain)) == (want, True, exact)
@@ -262,7 +263,7 @@ def test_rank_is_at_most_what_the_group_leaves(name, x64):
     found = jacobian_rank(fn, params, x)
     assert found.clear and found.rank <= found.upper <= d - group.dim
     assert found.lower == found.rank
-    J = np.asarray(jacobian(fn, params, x, mode="fwd"))
+    J = np.asarray(jax.jit(lambda w: jacobian(fn, w, x, mode="fwd"))(params))
     assert int(found.rank) == np.linalg.matrix_rank(J)
 
 
@@ -298,7 +299,7 @@ def test_an_ensemble_spread_over_devices_is_the_loop():
     spread = jax.device_put(members, NamedSharding(mesh, PartitionSpec("member")))
     ranks = jax.jit(jax.vmap(lambda w: jacobian_rank(networks.mlp, w, x, method="svd")))(spread)
     assert len(ranks.rank.sharding.device_set) == 8
-    for i in (0, 7, 15):
+    for i in (0, 15):
         alone = jacobian_rank(
             networks.mlp, jax.tree.map(lambda a, i=i: a[i], members), x, method="svd"
         )
