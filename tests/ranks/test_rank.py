@@ -110,27 +110,30 @@ def test_a_certain_rank_is_the_exact_one_on_random_networks(count, kinds):
 # --- known ranks --------------------------------------------------------------------------------
 
 
+# Without biases, and of these sizes: the fast exact ranks above are of a larger network.
 @pytest.mark.parametrize(
-    ("sizes", "without", "with_biases"),
+    ("sizes", "bias", "want"),
     [
-        ((2, 2, 2, 1), 6, 11),
-        pytest.param((3, 5, 4, 2), 34, 45, marks=pytest.mark.slow),
-        pytest.param((2, 3, 1), 6, 10, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2, 1), False, 6, marks=pytest.mark.slow),
+        ((2, 2, 2, 1), True, 11),
+        pytest.param((3, 5, 4, 2), False, 34, marks=pytest.mark.slow),
+        pytest.param((3, 5, 4, 2), True, 45, marks=pytest.mark.slow),
+        pytest.param((2, 3, 1), False, 6, marks=pytest.mark.slow),
+        pytest.param((2, 3, 1), True, 10, marks=pytest.mark.slow),
     ],
 )
-def test_generic_ranks_of_small_networks(sizes, without, with_biases):
+def test_generic_ranks_of_small_networks(sizes, bias, want):
     keys = jax.random.split(jax.random.key(0), 20)
-    x = 3 * jax.random.normal(jax.random.key(1), (150, sizes[0]))
-    for bias, want in ((False, without), (True, with_biases)):
+    x = 3 * jax.random.normal(jax.random.key(1), (400, sizes[0]))
 
-        def member(key, bias=bias):
-            w = networks.init_mlp(key, sizes, bias=bias, bias_std=1.0 if bias else 0.0)
-            return jacobian_rank(networks.mlp, w, x, method="svd")
+    def member(key):
+        w = networks.init_mlp(key, sizes, bias=bias, bias_std=1.0 if bias else 0.0)
+        return jacobian_rank(networks.mlp, w, x, method="svd")
 
-        found = jax.jit(jax.vmap(member))(keys)
-        assert int(found.rank.max()) == want
-        best = found.rank == found.upper
-        assert bool(found.certain[best].all())
+    found = jax.jit(jax.vmap(member))(keys)
+    assert int(found.rank.max()) == want
+    best = found.rank == found.upper
+    assert bool(found.certain[best].all())
 
 
 def gaussian_problem(sizes, bias_std, n):
@@ -176,9 +179,9 @@ def test_every_method_gives_the_rank_and_tells_it_is_certain(method, bias_std):
 
 @pytest.mark.parametrize(
     "method",
-    [m if m in ("svd", "certificate") else pytest.param(m, marks=pytest.mark.slow)
-     for m in METHODS],
-)  # fmt: skip
+    # By "svd" the random networks above are of float32 as well.
+    [m if m == "certificate" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
 @pytest.mark.parametrize("bias_std", [0.0, 0.1])
 def test_a_rank_in_float32_is_right_or_not_certain(method, bias_std):
     params, x = gaussian_problem((12, 8, 8, 4), bias_std, 400)
@@ -307,6 +310,7 @@ def test_an_ensemble_spread_over_devices_is_the_loop():
         np.testing.assert_allclose(ranks.smallest[i], alone.smallest, rtol=1e-6)
 
 
+@pytest.mark.slow  # over the devices of one process: tests/jacobians/test_jacobians.py
 def test_rank_and_spectrum_from_a_gram_matrix_over_two_processes(tmp_path):
     program = textwrap.dedent("""
         import sys, numpy as np, jax
