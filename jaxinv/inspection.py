@@ -20,8 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import _checks
-from jaxinv._numerics import scaled
-from jaxinv._numerics.vectors import summed_to
 from jaxinv._text import printable
 from jaxinv.errors import InvalidInput, UnsupportedOperation
 from jaxinv.paths.norms import log_path_norm
@@ -215,14 +213,14 @@ def unit_balance(group: RescalingGroup, params: Params) -> np.ndarray:
         >>> unit_balance(group, w).tolist()
         [4.0]
     """
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
-    dtype = scaled.working_dtype(leaves)
-    totals = jnp.zeros(group.structure.num_classes, dtype)
-    for leaf, terms in zip(leaves, group.indices, strict=True):
+    # In NumPy: operation by operation, jax would compile some for the shape of every leaf.
+    totals = np.zeros(group.structure.num_classes)
+    for leaf, terms in zip(jax.tree.leaves(params), group.indices, strict=True):
+        squares = np.square(np.asarray(abs(leaf), np.float64))
         for ids in terms:
-            totals = totals.at[ids].add(summed_to(leaf.astype(dtype) ** 2, ids.shape))
+            np.add.at(totals, np.broadcast_to(np.asarray(ids), squares.shape), squares)
     rows, columns, coefficients = (np.asarray(v) for v in group[:3])
-    picked = np.asarray(totals)[rows].astype(np.float64) * coefficients
+    picked = totals[rows] * coefficients
     sides = np.zeros((2, group.dim))
     np.add.at(sides, ((coefficients < 0).astype(int), columns), np.abs(picked))
     with np.errstate(divide="ignore", invalid="ignore"):

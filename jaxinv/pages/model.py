@@ -88,7 +88,8 @@ def describe(
     ratios = unit_balance(group, params)
     log_norm, kappa, logs, outputs = report.log_path_norm, None, None, None
     if log_norm is not None:
-        kappa = log_path_kappa(fn, params, x)
+        # Compiled whole: operation by operation, as `inspect` has checked them, it takes longer.
+        kappa = jax.jit(lambda params: log_path_kappa(fn, params, x))(params)
         logs = [np.asarray(k, np.float64) for k in jax.tree.leaves(kappa)]
         outputs = _outputs(fn, params, x)
     graph = unit_graph(fn, params, x, group, kappa, log_norm)
@@ -184,7 +185,7 @@ def _histogram(parts: list[np.ndarray], names: list[str]) -> dict[str, Any]:
 
 def _outputs(fn: Network, params: Params, x: Inputs) -> dict[str, Any] | None:
     try:
-        norms = unit_path_norms(fn, params, x)
+        norms = jax.jit(lambda params: unit_path_norms(fn, params, x))(params)
     except JaxinvError:  # an output without a batch axis has no units
         return None
     named = zip(_checks.leaf_names(norms, "y"), jax.tree.leaves(norms), strict=True)

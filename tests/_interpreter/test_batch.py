@@ -177,8 +177,10 @@ def test_jacobians_of_mixing_functions_take_the_batch_whole(first, second, seed)
         return MIXED[first](w, x) - 0.5 * MIXED[second](w, x)
 
     assert not traced_network(fn, W, x).apart or first == second
-    expected = flat(jax.jacrev(lambda w: fn(w, x).ravel())(W))
-    np.testing.assert_allclose(jacobian(fn, W, x), expected, rtol=1e-4, atol=1e-5)
+    wanted, found = jax.jit(
+        lambda w: (jax.jacrev(lambda w: fn(w, x).ravel())(w), jacobian(fn, w, x))
+    )(W)
+    np.testing.assert_allclose(found, flat(wanted), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_ranks_of_mixing_functions_are_those_of_the_whole_batch(name):
     fn = MIXED[name]
     with jax.enable_x64(True):
         w, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (W, X))
-        J = flat(jax.jacrev(lambda w: fn(w, x).ravel())(w))
+        J = flat(jax.jit(jax.jacrev(lambda w: fn(w, x).ravel()))(w))
     assert int(jacobian_rank(fn, W, X, method="svd").rank) == np.linalg.matrix_rank(J, tol=1e-9)
 
 
@@ -241,12 +243,15 @@ def test_a_graph_is_one_input():
     fn = lambda w, x: adjacency @ jax.nn.relu(adjacency @ x @ w["in"]) @ w["out"]  # noqa: E731
     with pytest.raises(InvalidInput, match="batch_axis=None"):
         path_norm(fn, W, X)
-    total = sum(
-        path_norm(lambda w, x, i=i: fn(w, x)[i], W, X, batch_axis=None) ** 2 for i in range(6)
-    )
-    np.testing.assert_allclose(path_norm(fn, W, X, batch_axis=None) ** 2, total, rtol=1e-5)
-    expected = flat(jax.jacrev(lambda w: fn(w, X).ravel())(W))
-    np.testing.assert_allclose(jacobian(fn, W, X, batch_axis=None), expected, rtol=1e-4, atol=1e-4)
+    parts = [fn, *(lambda w, x, i=i: fn(w, x)[i] for i in range(6))]
+    norm, *norms = jax.jit(lambda w: [path_norm(part, w, X, batch_axis=None) for part in parts])(W)
+    np.testing.assert_allclose(norm**2, np.square(norms).sum(), rtol=1e-5)
+    J, wanted = jax.jit(
+        lambda w: (
+            jacobian(fn, w, X, batch_axis=None), jax.jacrev(lambda w: fn(w, X).ravel())(w)
+        )
+    )(W)  # fmt: skip
+    np.testing.assert_allclose(J, flat(wanted), rtol=1e-4, atol=1e-4)
     assert rescaling_group(fn, W, X, batch_axis=None).dim == 8
 
 

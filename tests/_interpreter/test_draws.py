@@ -1,5 +1,7 @@
 """Functions that draw random numbers: in float64 they are the functions that the user wrote."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -75,8 +77,9 @@ def noise(w, x):
 FUNCTIONS = [dropout, old_dropout, key_inside, in_a_loop, carried, in_a_branch, noise]
 
 
+@functools.cache
 def true_jacobian(fn):
-    J = jax.jacfwd(lambda w: fn(w, X).ravel())(W)
+    J = jax.jit(jax.jacfwd(lambda w: fn(w, X).ravel()))(W)
     return np.concatenate(
         [np.asarray(j, np.float64).reshape(20, -1) for j in jax.tree.leaves(J)], 1
     )
@@ -86,9 +89,9 @@ def true_jacobian(fn):
 def test_in_64_bits_a_function_has_its_own_draws(fn):
     network = traced_in(jnp.float64, fn, W, X)
     with jax.enable_x64(True):
-        found = network(*jax.tree.map(jnp.float64, (W, X)))
+        found = jax.jit(lambda w, x: network(w, x))(*jax.tree.map(np.float64, (W, X)))
     assert found.dtype == np.float64
-    np.testing.assert_allclose(found, fn(W, X), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, jax.jit(fn)(W, X), rtol=1e-4, atol=1e-5)
 
 
 # Ranks ask for nothing but that program, whoever draws: those of two of the functions are enough.
@@ -114,16 +117,16 @@ def test_the_spectrum_is_that_of_the_function_with_its_own_draws():
 
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
 def test_functions_that_draw_have_jacobians_groups_and_path_norms(fn):
-    np.testing.assert_allclose(jacobian(fn, W, X), true_jacobian(fn), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        jax.jit(lambda w: jacobian(fn, w, X))(W), true_jacobian(fn), rtol=1e-4, atol=1e-5
-    )
+    of = (jacobian, path_norm, path_kappa)
+    J, norm, kappa = jax.jit(lambda w: [function(fn, w, X) for function in of])(W)
+    for found in (jacobian(fn, W, X), J):
+        np.testing.assert_allclose(found, true_jacobian(fn), rtol=1e-4, atol=1e-5)
     assert rescaling_group(fn, W, X).dim <= 4
-    assert jax.jit(lambda w: path_norm(fn, w, X))(W) == pytest.approx(
-        float(path_norm(fn, W, X)), rel=1e-5
-    )
-    jax.tree.map(np.testing.assert_array_less, jax.tree.map(lambda a: -1e-9 + 0 * a, W),
-                 path_kappa(fn, W, X))  # fmt: skip
+    # Operation by operation as well; and Σ |w|² κ over the last layer, which every path crosses.
+    assert float(path_norm(fn, W, X)) == pytest.approx(float(norm), rel=1e-5)
+    cut = np.sum(np.square(W["b"]) * kappa["b"])
+    assert cut == pytest.approx(float(norm) ** 2, rel=1e-5)
+    assert (np.asarray(kappa["a"]) >= 0).all()
 
 
 def test_a_dropout_mask_is_a_mask_for_paths_too():

@@ -209,13 +209,12 @@ def test_dead_units_have_density_zero_and_no_nan(net):
     dead = jax.tree.map(jnp.asarray, w)
     dead["Dense_0"]["bias"] = dead["Dense_0"]["bias"].at[0].set(-100.0)
     gone = jax.tree.map(jnp.zeros_like, w)
-    both = jax.tree.map(lambda *a: jnp.stack(a), w, dead, gone)
+    both = jax.tree.map(lambda *a: np.stack(a), w, dead, gone)
     values, gradients = jax.jit(
         jax.vmap(jax.value_and_grad(jeffreys_log_prior(mlp, group, X, "gaussian")))
     )(both)
-    assert jnp.isfinite(values[0]) and (values[1:] == -jnp.inf).all()
-    for leaf in jax.tree.leaves(gradients):
-        assert jnp.isfinite(leaf[0]).all() and jnp.isfinite(leaf[1:]).all()
+    assert np.isfinite(values[0]) and (values[1:] == -np.inf).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 def test_what_makes_no_sense_is_refused(net):

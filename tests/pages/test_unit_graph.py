@@ -17,9 +17,8 @@ unit_graph_module = importlib.import_module("jaxinv.pages.unit_graph")
 
 def graph_of(fn, w, x):
     group = unit_basis(rescaling_group(fn, w, x))
-    return group, unit_graph(
-        fn, w, x, group, log_path_kappa(fn, w, x), float(log_path_norm(fn, w, x))
-    )
+    kappa, norm = jax.jit(lambda w: (log_path_kappa(fn, w, x), log_path_norm(fn, w, x)))(w)
+    return group, unit_graph(fn, w, x, group, kappa, float(norm))
 
 
 def edges(graph):

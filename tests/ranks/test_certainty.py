@@ -152,6 +152,17 @@ def test_zeros_of_a_saturation_are_not_dead(x64):
     assert not tiny.certain or int(tiny.rank) == 2
 
 
+def test_a_column_that_rounding_may_have_made_zero_is_not_clear(x64):
+    """Whatever the gap: beside it the derivative by the other parameter is 1 and exact."""
+
+    def net(w, x):
+        return jnp.concatenate([x * w[0], jnp.tanh(100 * x * w[1])], 1)
+
+    found = jacobian_rank(net, jnp.ones(2), 1 + abs(integers(8, 12, 1)), method="svd")
+    assert (int(found.rank), int(found.lower), int(found.upper)) == (1, 1, 2)
+    assert found.gap == np.inf and found.error < 1e-9 and not found.clear
+
+
 def test_zeros_without_rounding_are_dead(x64):
     x = integers(3, 30, 3)
     x[:, 1] = 0
@@ -164,6 +175,7 @@ def test_the_number_of_rows_is_a_proof(x64):
     for method in SPECTRA:
         found = jacobian_rank(linear, jnp.ones((5, 1)), x, method=method)
         assert (int(found.rank), bool(found.certain)) == (2, True)
+        assert found.gap == np.inf  # of two singular values none is left to be zero
         assert "limited by 2 rows: at least 5 inputs needed for 5 parameters" in str(found)
 
 

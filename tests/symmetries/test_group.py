@@ -44,7 +44,8 @@ def test_every_null_direction_is_explained_or_named(name, x64):
     params = params_of(case)
     d = sum(a.size for a in params.values())
     outputs = int(np.prod(jax.eval_shape(case.fn, params, inputs_of(case, 2)).shape)) // 2
-    x = inputs_of(case, max(150, 3 * d // outputs + 8))
+    # Of the slow ones some have units of relu that few inputs reach.
+    x = inputs_of(case, max(0 if name in FAST else 150, 3 * d // outputs + 8))
     J = jacobian_of(case.fn, params, x)
     s = np.linalg.svd(J, compute_uv=False)
     nullity = d - int((s > 1e-11 * s[0]).sum())
