@@ -144,7 +144,7 @@ def symmetry_group(
           GL(3): k out ~ q out
           GL(3): o in ~ v out
     """
-    _checks.check_params(params, values=False, complex_numbers=True)
+    _checks.check_params(params, values=False)
     inputs = leading(x, batch_axis)
     network = traced_network(fn, params, inputs, batch_axis, least=3)
     rescaling = rescaling_group(network, params, inputs, ignore_epsilon=ignore_epsilon)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinv import InvalidInput, tangent_vectors
+from jaxinv.frames.follow import _runs
 from jaxinv.symmetries import (
     Element,
     act,
@@ -183,8 +184,24 @@ def test_elements_of_another_group_are_refused():
     group = symmetry_group(lambda w, x: x @ w[0] @ w[1], w, jnp.eye(2))
     with pytest.raises(InvalidInput, match="an element belongs to the group"):
         act(group, w, Element(jnp.zeros(3), (jnp.eye(2),)))
+    complex_ones = [jnp.ones((2, 2), jnp.complex64)] * 2
+    with pytest.raises(InvalidInput, match="must be real floating-point"):
+        symmetry_group(lambda w, x: x @ w[0] @ w[1], complex_ones, jnp.eye(2))
     with pytest.raises(InvalidInput, match="cannot run under jit"):
         jax.jit(lambda w: symmetry_group(lambda w, x: x @ w[0], w, jnp.eye(2)).verified)(w)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_boxes_make_up_a_set_without_overlaps(seed):
+    rng = np.random.default_rng(seed)
+    here = rng.random(rng.integers(1, 5, size=rng.integers(1, 4))) < rng.choice([0.3, 0.8, 1])
+    count = np.zeros(here.shape, int)
+    for box in _runs(here):
+        count[tuple(slice(*ends) for ends in box)] += 1
+    np.testing.assert_array_equal(count, here)
+    box = np.zeros((4, 3, 5), bool)
+    box[1:3, :, 2:4] = True
+    assert _runs(box) == [((1, 3), (0, 3), (2, 4))]
 
 
 # --- is it legal? -----------------------------------------------------------------------------
@@ -204,6 +221,33 @@ def test_a_leaf_that_was_forgotten_is_found_at_its_consumer(forgotten, x64):
         assert found.same  # nothing reads it
     else:
         assert not found.same and "zoo.py" in str(found.forbidden_by[0][1])
+
+
+def test_outputs_without_a_derivative_are_passed_over_and_all_of_them_are_not(x64):
+    """0/0 of a masked row says nothing; a network that is NaN everywhere has no class."""
+    w = {"a": jnp.eye(3, 2) + 1, "b": jnp.eye(2, 3) + 1}
+
+    def net(w, x):
+        y = x @ w["a"] @ w["b"]
+        return y / jnp.sqrt((y * y).sum(-1, keepdims=True))
+
+    x = jnp.concatenate([jnp.zeros((1, 3)), jnp.eye(3)])
+    assert [c.name for c in symmetry_group(net, w, x).classes] == ["GL(2): a out ~ b in"]
+    nowhere = symmetry_group(net, w, x[:1])
+    assert not nowhere.classes and nowhere.rejected == ("GL(2): a out ~ b in",)
+
+
+def test_heads_with_biases_have_a_matrix_each():
+    rng = np.random.default_rng(0)
+    w = {n: rng.normal(size=(4, 2, 3)) for n in "qk"} | {"q0": rng.normal(size=(2, 3))}
+    w = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), w)
+
+    def scores(w, x):
+        q = jnp.einsum("nd,dhc->nhc", x, w["q"]) + w["q0"]
+        return jnp.einsum("nhc,nhc->nh", q, jnp.einsum("nd,dhc->nhc", x, w["k"]))
+
+    group = symmetry_group(scores, w, jnp.ones((5, 4)))
+    assert [(c.kind, c.size) for c in group.classes] == [("GL", 3)] * 2
 
 
 def test_a_rotation_does_not_pass_a_nonlinearity():
