@@ -113,7 +113,7 @@ def test_update_is_gradient_over_kappa_to_the_two_over_p(p, dtype, x64):
     kappa, u = found(params, g)
     rtol = 2e-5 if dtype == jnp.float32 else 1e-12
     assert {a.dtype for a in jax.tree.leaves(u)} == {jnp.dtype(dtype)}
-    want = jax.tree.map(lambda a, k: a / k ** (2 / p), g, kappa)
+    want = jax.tree.map(lambda a, k: np.asarray(a) / np.asarray(k) ** dtype(2 / p), g, kappa)
     chex.assert_trees_all_close(u, want, rtol=rtol)
 
 
@@ -299,9 +299,9 @@ def test_sgd_is_not_invariant():
     other = _rescale_mlp(params, lambda shape: jnp.asarray(2.0 ** rng.integers(-2, 3, shape)))
     after = []
     for p in (params, other):
-        u = update(tx, jax.grad(loss)(p), p)
+        u = update(tx, gradient(p), p)
         after.append(mlp(optax.apply_updates(p, u), X))
-    assert float(jnp.abs(after[0] - after[1]).max()) > 1e-2
+    assert np.abs(np.subtract(*after)).max() > 1e-2
 
 
 # --- the checks that optax makes of its own optimizers ----------------------------------
@@ -322,7 +322,7 @@ def test_the_second_call_does_not_recompile(tx):
     step = jax.jit(chex.assert_max_traces(tx.update, n=1))
     state = tx.init(params)
     for _ in range(3):
-        u, state = step(jax.grad(loss)(params), state, params)
+        u, state = step(gradient(params), state, params)
         params = optax.apply_updates(params, u)
 
 
@@ -419,12 +419,12 @@ def test_chain_multi_steps_and_apply_if_finite():
             step = jax.jit(tx.update)
             u, state = step(g, state, params)
             if name == "multi":
-                assert float(optax.tree.norm(u)) == 0.0
+                assert not any(np.any(a) for a in jax.tree.leaves(u))
                 u, state = step(g, state, params)
         chex.assert_trees_all_close(u, want, rtol=1e-5)
     bad = jax.tree.map(lambda a: a * jnp.nan, g)
     u, _ = step(bad, wrapped["finite"].init(params), params)  # the last of them
-    assert float(optax.tree.norm(u)) == 0.0
+    assert not any(np.any(a) for a in jax.tree.leaves(u))
 
 
 def _labels(params):
@@ -476,7 +476,7 @@ def test_masked_updates_are_those_without_a_mask_and_other_gradients_pass_throug
 def test_vmap_over_seeds_equals_the_loop():
     tx = descend(match_gradient_norm(scale_by_path_kappa(mlp, X, every=2)), momentum=0.9)
     seeds = [make_params(seed=s) for s in range(3)]
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *seeds)
+    stacked = jax.tree.map(lambda *a: np.stack(a), *seeds)
 
     def three_steps(params):
         def step(carry, _):
@@ -507,7 +507,7 @@ def test_sharded_parameters_give_the_updates_of_one_device_and_stay_sharded():
         return jax.device_put(a, NamedSharding(mesh, spec))
 
     sharded = jax.tree.map(place, params)
-    g = jax.grad(loss)(params, mlp, x, y)
+    g = jax.jit(jax.grad(lambda w: loss(w, mlp, x, y)))(params)
     want, _ = jax.jit(tx.update)(g, tx.init(params), params)
     got, state = jax.jit(tx.update)(jax.tree.map(place, g), tx.init(sharded), sharded)
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-7)
