@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxinv._interpreter.walk import (
     Equation,
+    Operand,
     Trace,
     Value,
     evaluate_alone,
@@ -63,13 +64,13 @@ class _Whole:
     rules: dict[Any, Callable[..., Any]] = {}
 
     # What an operation gives; its inputs are values, or arrays that `fn` closes over.
-    results: Callable[[Equation, Iterable[Any]], list[Any]]
+    results: Callable[[Equation, Iterable[Operand]], list[Value]]
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Value | list[Value]:
         results = self.results(eqn, inputs)
         return results if eqn.primitive.multiple_results else results[0]
 
-    def called(self, eqn: Equation, inputs: list[Any], walk: Callable[[], list]) -> list[Any]:
+    def called(self, eqn: Equation, inputs: list[Operand], walk: Callable[[], list]) -> list[Value]:
         return walk() if eqn.primitive in _JIT else self.results(eqn, inputs)
 
 
@@ -92,16 +93,17 @@ class _Uses(_Whole):
     def __init__(self, num_leaves: int):
         self.of: list[list[Product | None]] = [[] for _ in range(num_leaves)]
 
-    def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
+    def results(self, eqn: Equation, inputs: Iterable[Operand]) -> list[Value]:
         inputs = list(inputs)
-        if _only_moves(eqn) and (leaf := _leaf_of(inputs[0])) is not None:
-            return [_Origin(leaf, False, (*inputs[0].moves, eqn))]
+        first = inputs[0] if inputs else None
+        if _only_moves(eqn) and isinstance(first, _Origin) and first.leaf is not None:
+            return [_Origin(first.leaf, False, (*first.moves, eqn))]
         depends = [isinstance(v, _Origin) and v.data for v in inputs]
-        for operand, leaf in enumerate(map(_leaf_of, inputs)):
-            if leaf is not None:
+        for operand, value in enumerate(inputs):
+            if isinstance(value, _Origin) and value.leaf is not None:
                 other = len(inputs) == 2 and depends[1 - operand]
-                moves = inputs[operand].moves
-                self.of[leaf].append(_product(eqn, leaf, operand, moves) if other else None)
+                product = _product(eqn, value.leaf, operand, value.moves) if other else None
+                self.of[value.leaf].append(product)
         return [_Origin(None, any(depends)) for _ in eqn.outputs]
 
 
@@ -153,7 +155,7 @@ class _Traced(Value):
         self.key, self.array = object(), array
 
 
-def _array(value: Any) -> Any:
+def _array(value: Operand) -> Any:
     return value.array if isinstance(value, _Traced) else value
 
 
@@ -169,7 +171,7 @@ class Perturbed(_Whole):
         self.products, self.perturbations = products, perturbations
         self.operands: list[Any] = [None] * len(products)
 
-    def results(self, eqn: Equation, inputs: Iterable[Any]) -> list[Any]:
+    def results(self, eqn: Equation, inputs: Iterable[Operand]) -> list[Value]:
         arrays = [_array(v) for v in inputs]
         results = evaluate_alone(eqn.raws[0], arrays, self.debug_info)
         i = self.index.get(_place(eqn))

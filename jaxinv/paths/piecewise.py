@@ -94,7 +94,7 @@ def _abs(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
 
 
 @rule("conj")
-def _conjugate(domain: Any, eqn: Equation, value: Any) -> Any:
+def _conjugate(domain: Semantics, eqn: Equation, value: Operand) -> Result:
     if isinstance(value, Paths):
         return Paths(value.rows, runs=value.runs)
     if isinstance(value, Weight) and value.length is not None:
@@ -103,7 +103,7 @@ def _conjugate(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("real", "imag")
-def _part(domain: Any, eqn: Equation, value: Any) -> Any:
+def _part(domain: Semantics, eqn: Equation, value: Operand) -> Result:
     """As long as the number itself at some phase, and never longer: a gate of slope one."""
     if isinstance(value, Paths):
         return Paths(value.rows, runs=value.runs)
@@ -111,7 +111,7 @@ def _part(domain: Any, eqn: Equation, value: Any) -> Any:
 
 
 @rule("complex")
-def _complex(domain: Any, eqn: Equation, real: Any, imaginary: Any) -> Any:
+def _complex(domain: Semantics, eqn: Equation, real: Operand, imaginary: Operand) -> Result:
     """The sum of one part and i times the other, with |i| = 1."""
     if not isinstance(real, Paths) and not isinstance(imaginary, Paths):
         return domain.default(eqn, real, imaginary)
