@@ -97,6 +97,11 @@ class System:
         else:
             cs = tuple(c for c, _ in kept)
             rows = np.stack([column for _, column in kept], axis=1)
+            varying = np.flatnonzero((rows != rows[0]).any(axis=0))
+            if len(varying) == 1:  # what c·v equals is the same in all rows, and so is v
+                self.union(rows[:, varying[0]], rows[0, varying[0]])
+            if len(varying) <= 1:
+                rows = self.find(rows[:1])
             if len(rows) > _MANY:
                 rows = np.unique(rows, axis=0)
             key = repr(cs).encode() + rows.tobytes()
