@@ -12,7 +12,7 @@ import numpy as np
 from jaxinv import _checks
 from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._interpreter.draws import traced_in
-from jaxinv._interpreter.program import dependent_equations
+from jaxinv._interpreter.program import coarsest
 from jaxinv.errors import InvalidInput
 from jaxinv.frames import matrices as _matrices
 from jaxinv.frames.follow import frames_of
@@ -207,10 +207,7 @@ def _tried(
 
 def _limit(network: TracedNetwork) -> float:
     """What rounding may leave of a change: that of float64, or of what the network casts to."""
-    found = [jnp.dtype(jnp.float64)]
-    for eqn in dependent_equations(network.program.trace.jaxpr):
-        found += [a.dtype for a in eqn.outputs if jnp.issubdtype(a.dtype, jnp.floating)]
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in set(found))
+    eps = max(coarsest(network.program.trace.jaxpr), np.finfo(np.float64).eps)
     return min(_ROUNDINGS * eps, np.sqrt(eps))
 
 

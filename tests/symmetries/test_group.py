@@ -174,6 +174,17 @@ def test_a_network_that_computes_in_less_than_float64_is_tried_to_that(dtype):
     assert group.verified <= np.sqrt(float(jnp.finfo(dtype).eps))
 
 
+def test_shifts_of_a_network_that_casts_to_float32():
+    """Softmax sees no common shift of its inputs: of a row of weights, or of the bias."""
+
+    def net(w, x):
+        return jax.nn.softmax((x @ w["a"] + w["b"]).astype("float32"))
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(40, 5)), jnp.float32)
+    found = shift_tangents(net, normal({"a": (5, 4), "b": (4,)}), x)
+    assert found.dimension == 6 and found.gap > 100
+
+
 def hostile():
     """Programs in which a frame would be easy to see where there is none."""
     two, square = {"a": (5, 4), "b": (4, 3)}, {"a": (5, 4), "b": (4, 4)}
