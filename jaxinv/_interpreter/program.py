@@ -131,6 +131,13 @@ def _dependent(
             yield from _dependent(open_jaxpr(body)[0], inside, needed_inside, (raw, *callers))
 
 
+def coarsest(closed: Any) -> float:
+    """The spacing at 1 of the coarsest floats that a program computes from its arguments."""
+    dtypes = {a.dtype for eqn in dependent_equations(closed) for a in eqn.outputs}
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floats), default=0.0)
+
+
 # --- equality -------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
-from jaxinv.frames.system import O
+from jaxinv.frames.system import O, Vector
 from jaxinv.frames.values import Axis, Framed, Frames, level, like, matched, unify
 
 RULES, rule = rule_table()
@@ -93,9 +93,10 @@ def _product(domain: Frames, eqn: Equation, x: Framed, y: Framed, power: int) ->
     """x·y or x/y, where one of them is a number, or a gain along an axis of the other."""
     shape = eqn.outputs[0].shape
     if y.is_scalar and x.shape == shape:
-        return like(x, vector=None)  # its square too: the sum of squares is only scaled
+        # Its square too: the sum of squares is only scaled.
+        return like(x, vector=None, gain=_gain(x))
     if x.is_scalar and y.shape == shape and power == 1:
-        return like(y, vector=None)
+        return like(y, vector=None, gain=_gain(y))
     x, y = domain.plain(eqn, x), domain.plain(eqn, y)
     if power == -1:
         domain.end_all(eqn, y)
@@ -104,7 +105,20 @@ def _product(domain: Frames, eqn: Equation, x: Framed, y: Framed, power: int) ->
     result = Framed(shape, uniform=x.uniform & y.uniform)
     for a in range(len(shape)):
         result.axes[a] = _scaled(domain, eqn, x, y, a, power)
+    result.gain = _times_numbers(x, y) or (_times_numbers(y, x) if power == 1 else None)
     return result
+
+
+def _times_numbers(x: Framed, y: Framed) -> tuple[Vector, int] | None:
+    """The gain that x is, if y is one number for all of its axis: 1/σ · g of a normalisation."""
+    gain = _gain(x)
+    return gain if gain and gain[1] in y.uniform and y.axes[gain[1]] is None else None
+
+
+def _gain(value: Framed) -> tuple[Vector, int] | None:
+    """A vector that is repeated along all other axes, but for numbers."""
+    repeated = len(value.uniform) >= len(value.shape) - 1
+    return value.gain or (value.vector if repeated else None)
 
 
 def _scaled(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int, power: int) -> Axis:
@@ -117,11 +131,10 @@ def _scaled(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int, power: 
             continue
         if factor.axes[a] is None and a in factor.uniform:
             return axis
-        if factor.vector is None or factor.vector[1] != a or value.vector is not None:
-            continue
-        if len(factor.uniform) >= len(factor.shape) - 1:
+        gain = _gain(factor)
+        if gain and gain[1] == a and value.vector is None:
             domain.end(eqn, factor.axes[a])
-            return domain.multiplied(axis, factor.vector[0], sign)
+            return domain.multiplied(axis, gain[0], sign)
     domain.end(eqn, one)
     domain.end(eqn, other)
     return None

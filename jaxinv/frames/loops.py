@@ -38,7 +38,9 @@ def scan(
         rows.reverse()
     for j, output in enumerate(outputs[len(init) :]):
         column = [domain.plain(eqn, row[j]) for row in rows]
-        _stack(domain, eqn, column, output)
+        # What nobody reads is not walked, and a loop without steps collects nothing.
+        if column and column[0].shape == output.shape[1:]:
+            _stack(domain, eqn, column, output)
     return [*carry, *outputs[len(init) :]]
 
 

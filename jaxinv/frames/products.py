@@ -18,6 +18,10 @@ def _dot_general(domain: Frames, eqn: Equation, left: Operand, right: Operand) -
     x, y = (domain.plain(eqn, domain.framed(v)) for v in (left, right))
     (xk, yk), (xb, yb) = eqn.params["dimension_numbers"]
     shape = eqn.outputs[0].shape
+    if x.zero or y.zero:  # the state before the first step of a loop
+        result = Framed(shape, uniform=range(len(shape)))
+        result.zero = result.constant = True
+        return result
     for v, batch in ((x, xb), (y, yb)):
         for a in batch:
             domain.end(eqn, v.axes[a])

@@ -28,7 +28,9 @@ Axis = list[Block] | None  # None: nothing may act here, or the axis is not one 
 class Framed(Value):
     """An array: frames of its axes, and what else rules must know."""
 
-    __slots__ = ("axes", "constant", "leaf", "shape", "square", "uniform", "vector", "zero")
+    __slots__ = (
+        "axes", "constant", "gain", "leaf", "shape", "square", "uniform", "vector", "zero"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -42,6 +44,8 @@ class Framed(Value):
         # Axes along which all elements are the same.
         self.uniform = frozenset(uniform) | {a for a, n in enumerate(self.shape) if n == 1}
         self.vector = vector  # a vector along that axis, repeated along the others
+        # A vector along that axis, times numbers that are the same for all of the axis.
+        self.gain: tuple[Vector, int] | None = None
         self.square: Framed | None = None  # the elementwise square of that value
         self.zero = False
         self.constant = False

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv import _checks
-from jaxinv._interpreter.batch import leading, traced_network
+from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._interpreter.draws import traced_in
+from jaxinv._interpreter.program import coarsest
 from jaxinv.errors import InvalidInput
 from jaxinv.frames import matrices as _matrices
 from jaxinv.frames.follow import frames_of
@@ -21,7 +22,7 @@ from jaxinv.rescaling.action import checked_leaves
 from jaxinv.typing import Array, Constant, DTypeLike, Inputs, Network, Params, PyTree
 
 # A tangent moves the outputs by rounding only: measured against the same velocities with random
-# signs, in units of the last place.
+# signs, in units of the last place. Where these are coarse, never more than half of the digits.
 _ROUNDINGS = 1e4
 
 
@@ -60,7 +61,7 @@ class SymmetryGroup(NamedTuple):
     rescaling: RescalingGroup
     constants: tuple[Constant, ...]  # vectors that gains refer to
     structure: MatrixStructure
-    verified: Any  # float64: the largest relative change of the outputs, in a trial; NaN: no trial
+    verified: Any  # float64: the largest relative change of the outputs in a trial; NaN: no trial
     rejected: tuple[str, ...]  # classes that rules proposed and the trial refused, or zero gains
     ended_by: tuple[tuple[str, str], ...]  # (operation, source line) of what allows no matrix
 
@@ -103,7 +104,8 @@ def symmetry_group(
     two linear layers or inside attention, O(k) on a residual stream under RMS normalisation.
 
     Every class is tried before it is reported: a random element must leave the outputs alone to
-    rounding, in float64, at parameters near the given ones.
+    rounding, in float64, at parameters near the given ones. Where the network itself computes in
+    less (an embedding or a softmax in float32), to the rounding of that.
 
     Args:
         fn: any JAX-traceable `fn(params, x) -> y`.
@@ -193,14 +195,20 @@ def _tried(
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         tree, rng = jax.tree.structure(params), np.random.default_rng(np.asarray(bits))
         trial = group._replace(structure=MatrixStructure(tried, shapes))
-        errors = _errors(trial, network, tree, leaves, x, rng)
-    limit = _ROUNDINGS * np.finfo(np.float64).eps
+        limit = _limit(network)
+        errors = _errors(trial, network, tree, leaves, x, rng, limit)
     kept = tuple(c for c, e in zip(tried, errors, strict=True) if e <= limit)
     return group._replace(
         structure=MatrixStructure(kept, shapes),
         verified=np.float64(max((e for e in errors if e <= limit), default=0.0)),
         rejected=tuple(c.name for c in group.classes if c not in kept),
     )
+
+
+def _limit(network: TracedNetwork) -> float:
+    """What rounding may leave of a change: that of float64, or of what the network casts to."""
+    eps = max(coarsest(network.program.trace.jaxpr), np.finfo(np.float64).eps)
+    return min(_ROUNDINGS * eps, np.sqrt(eps))
 
 
 def _any_zero_gain(found: MatrixClass, leaves: Sequence[Any], constants: Sequence[Any]) -> bool:
@@ -219,6 +227,7 @@ def _errors(
     leaves: Sequence[np.ndarray],
     x: Inputs,
     rng: np.random.Generator,
+    limit: float,
 ) -> list[float]:
     """Per class ‖J ξ‖ / ‖J (±ξ)‖, ξ the velocity of a random element near the given parameters.
 
@@ -250,7 +259,7 @@ def _errors(
         for c in group.classes
     ]
     together = error(matrices)
-    if together <= _ROUNDINGS * np.finfo(np.float64).eps:
+    if together <= limit:
         return [together] * len(matrices)
     zeros = [np.zeros_like(A) for A in matrices]
     return [error([*zeros[:i], A, *zeros[i + 1 :]]) for i, A in enumerate(matrices)]

@@ -17,10 +17,13 @@ import numpy as np
 
 from jaxinv import _checks
 from jaxinv._interpreter.draws import traced_in
+from jaxinv._interpreter.program import coarsest
 from jaxinv.errors import InvalidInput
 from jaxinv.typing import Array, Inputs, Network, Params
 
-_CLEAR = 1e-9  # singular values of J on the span, below this share of the largest, are 0
+# Singular values of J on the span, below this share of the largest, are 0; where the network casts
+# to less than float64, below as many units of that.
+_CLEAR, _UNITS = 1e-9, 100
 _MOST = 1 << 26  # numbers in a dense basis of the candidates
 _ROWS = 1.5  # rows per candidate, so that inputs are enough
 
@@ -116,7 +119,9 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
         JQ = np.asarray(columns(jnp.asarray(Q)))
     _, s, Vt = np.linalg.svd(JQ.T, full_matrices=True)
     s = np.concatenate([s, np.zeros(len(Q) - len(s))])
-    null = s <= _CLEAR * max(s[0], np.finfo(float).tiny)
+    eps = coarsest(network.program.trace.jaxpr)
+    clear = max(_CLEAR, min(_UNITS * eps, np.sqrt(eps)))
+    null = s <= clear * max(s[0], np.finfo(float).tiny)
     tangents = Vt[null] @ Q
     counted, zero = s[~null].min(initial=np.inf), s[null].max(initial=0)
     gap = counted / zero if zero else np.inf

@@ -99,6 +99,92 @@ def test_shapes_are_enough_and_nothing_is_tried():
     assert group.beyond_rescaling == 128 * 127 and np.isnan(group.verified)
 
 
+def test_a_loop_whose_collected_states_nobody_reads():
+    """haiku's LSTM returns them beside the last state; a linear cell has GL(4) of its state."""
+
+    def net(w, x):
+        def step(h, xt):
+            h = xt @ w["in"] + h @ w["again"]
+            return h, h
+
+        start = jnp.zeros((x.shape[0], 4), x.dtype)
+        return jax.lax.scan(step, start, x.swapaxes(0, 1))[0] @ w["out"]
+
+    w = normal({"in": (3, 4), "again": (4, 4), "out": (4, 5)})
+    group = symmetry_group(net, w, jnp.ones((2, 6, 3)))
+    assert [c.name for c in group.classes] == ["GL(4): again in, out in ~ again out, in out"]
+    assert (group.rescaling.dim, group.beyond_rescaling) == (4, 12)
+
+
+def normal(shapes):
+    rng = np.random.default_rng(0)
+    return {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+
+
+def stream(gained):
+    """A residual stream that is read through a normalisation with a gain."""
+
+    def net(w, x):
+        h = x @ w["e"]
+        h = h + jnp.tanh(gained(w, h) @ w["a"]) @ w["b"]
+        return gained(w, h) @ w["u"]
+
+    return net, normal({"e": (5, 6), "a": (6, 7), "b": (7, 6), "u": (6, 4), "g": (6,)})
+
+
+def test_a_gain_is_one_also_where_it_meets_the_scale_of_each_token_first():
+    """flax multiplies 1/σ and the gain before they meet the values."""
+
+    def as_flax(w, h):
+        return h * (jax.lax.rsqrt((h * h).mean(-1, keepdims=True)) * w["g"])
+
+    def as_written(w, h):
+        return (h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True))) * w["g"]
+
+    def over_features(w, h):
+        return h * (jax.lax.rsqrt((h * h).mean(0, keepdims=True)) * w["g"])
+
+    def of_other_values(w, h):
+        return h * ((h @ w["e"].T @ w["e"]) * w["g"])
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 5)), jnp.float32)
+    for gained in (as_flax, as_written):
+        group = symmetry_group(*stream(gained), x)
+        assert group.beyond_rescaling == 15 and group.classes[0].kind == "O"
+        assert group.verified < 1e-12 and not group.rejected
+    for gained in (over_features, of_other_values):
+        group = symmetry_group(*stream(gained), x)
+        assert not group.classes and not group.rejected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_network_that_computes_in_less_than_float64_is_tried_to_that(dtype):
+    """The softmax of flax, an embedding of nnx and all of keras are in float32 in any scope."""
+    shapes = {"q": (6, 3), "k": (6, 3), "v": (6, 3), "o": (3, 6)}
+
+    def net(w, x):
+        q, k, v = (x @ w[n] for n in "qkv")
+        scores = jax.nn.softmax((q @ k.mT).astype(dtype)).astype(x.dtype)
+        return scores @ v @ w["o"]
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, 6)), jnp.float32)
+    group = symmetry_group(net, normal(shapes), x)
+    assert (len(group.classes), group.beyond_rescaling, group.rejected) == (2, 12, ())
+    # What rounding leaves is seen, and is no more than rounding.
+    assert group.verified <= np.sqrt(float(jnp.finfo(dtype).eps))
+
+
+def test_shifts_of_a_network_that_casts_to_float32():
+    """Softmax sees no common shift of its inputs: of a row of weights, or of the bias."""
+
+    def net(w, x):
+        return jax.nn.softmax((x @ w["a"] + w["b"]).astype("float32"))
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(40, 5)), jnp.float32)
+    found = shift_tangents(net, normal({"a": (5, 4), "b": (4,)}), x)
+    assert found.dimension == 6 and found.gap > 100
+
+
 def hostile():
     """Programs in which a frame would be easy to see where there is none."""
     two, square = {"a": (5, 4), "b": (4, 3)}, {"a": (5, 4), "b": (4, 4)}
