@@ -279,6 +279,12 @@ def is_concrete(value: object) -> TypeGuard[ArrayLike]:
     return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
 
 
+def constants(inputs: Sequence[Value | ArrayLike]) -> list[ArrayLike] | None:
+    """The inputs, if all of them are arrays; else None."""
+    found = [v for v in inputs if not isinstance(v, Value)]
+    return found if len(found) == len(inputs) else None
+
+
 def live_equations(
     jaxpr: jex.Jaxpr, needed: Sequence[bool]
 ) -> list[tuple[jex.JaxprEqn, list[bool]]]:

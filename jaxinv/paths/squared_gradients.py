@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +78,7 @@ def mean_squares(
         return _of_signs(traced, leaves, inputs, used, signs(row), centered)
 
     if probes is None or key is None:
-        rows: Any = jnp.arange(size)
+        rows: Array = jnp.arange(size)
     else:
         rows = jax.random.split(key, probes)
         if probes == 1:

@@ -210,11 +210,16 @@ def rounding(eqn: Equation) -> UnsupportedOperation:
     )
 
 
+def plain(value: Operand) -> ArrayLike:
+    """The array of a weight or a constant."""
+    assert not isinstance(value, Paths | Sign)
+    return value.value if isinstance(value, Weight) else value
+
+
 def derived(eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[Weight]:
     """An operation on parameters whose result is no monomial in them."""
-    values = [v.value if isinstance(v, Weight) else cast(ArrayLike, v) for v in inputs]
     leaves = frozenset().union(*(v.leaves for v in inputs if isinstance(v, Weight)))
-    out = eqn.bind(*values)
+    out = eqn.bind(*map(plain, inputs))
     if eqn.primitive.multiple_results:
         return [Weight(o, None, leaves) for o in out]
     return Weight(out, None, leaves)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Operand, Value, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Value, constants, rule_table
 from jaxinv.ranks import exact_values as exact
 from jaxinv.ranks.exact_values import Exact, Exactly, lift, refuse
 from jaxinv.typing import Array, ArrayLike
@@ -21,8 +21,8 @@ Ints = np.ndarray[Any, Any]
 
 
 def _constants(eqn: Equation, inputs: Sequence[Operand]) -> list[ArrayLike]:
-    found = [v for v in inputs if not isinstance(v, Value)]
-    if len(found) < len(inputs):
+    found = constants(inputs)
+    if found is None:
         raise refuse(eqn, "its indices are numbers that the parameters move smoothly.")
     return found
 
@@ -86,8 +86,8 @@ def _slice(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
 
 @rule("rev", "tile", "dynamic_slice", "split", "unstack")
 def _relayout(domain: Exactly, eqn: Equation, value: Exact, *rest: Operand) -> Exact:
-    constants = _constants(eqn, rest)
-    return _moved(lambda i: eqn.bind(i, *constants), eqn, [value])
+    where = _constants(eqn, rest)
+    return _moved(lambda i: eqn.bind(i, *where), eqn, [value])
 
 
 @rule("gather")
