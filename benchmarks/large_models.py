@@ -104,7 +104,11 @@ def llama() -> Model:
         block |= {"value": leaf(width, groups * size), "out": leaf(heads * size, width)}
         block |= {"gate": leaf(width, hidden), "up": leaf(width, hidden)}
         block |= {"down": leaf(hidden, width), "norm1": leaf(width), "norm2": leaf(width)}
-    params |= {"embed": leaf(vocabulary, width), "norm": leaf(width), "head": leaf(width, vocabulary)}
+    params |= {
+        "embed": leaf(vocabulary, width),
+        "norm": leaf(width),
+        "head": leaf(width, vocabulary),
+    }
 
     def norm(h: jax.Array) -> jax.Array:
         return h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-5)

@@ -9,7 +9,6 @@ they are not, path sums are refused and Jacobians take the batch whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,9 @@ from jaxinv._interpreter.program import Program, all_lengths, program
 from jaxinv._interpreter.walk import (
     Domain,
     Operand,
+    V,
     Value,
+    aval_of,
     interpret,
     is_concrete,
     open_jaxpr,
@@ -67,8 +68,8 @@ class TracedNetwork:
         return found
 
     def interpret(
-        self, params: Sequence[Value], inputs: Sequence[Value], domain: Domain
-    ) -> list[Any]:
+        self, params: Sequence[Value], inputs: Sequence[Value], domain: Domain[V]
+    ) -> list[V]:
         """Values of the outputs for one example; refused where examples are not apart."""
         try:
             outputs = interpret(self.program.trace, params, inputs, domain)
@@ -321,7 +322,7 @@ def _axes_of_outputs(alone: Program, fn: Network, params: Params, x: Inputs) -> 
         else:
             raise refusal(last, "an output has no batch axis")
     recording = RecordingDomain()
-    arrays = [Single(v.aval.shape) for v in open_jaxpr(one.jaxpr)[0].invars]
+    arrays = [Single(aval_of(v).shape) for v in open_jaxpr(one.jaxpr)[0].invars]
     interpret(
         one,
         arrays[: one.num_params],

@@ -12,7 +12,7 @@ example in an axis of length outer·p·inner is a digit of the position.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -36,20 +36,21 @@ from jaxinv._interpreter.batch_values import (
     constant_along,
     refusal,
 )
-from jaxinv._interpreter.walk import Body, Equation, Operand, Value, is_concrete
+from jaxinv._interpreter.walk import Body, Equation, Operand, Rules, Value, is_concrete
+from jaxinv.typing import ArrayLike
 
 
 class RecordingDomain:
     """Only notes what would show that the function knows the size of its batch."""
 
-    rules: dict[Any, Any] = {}
+    rules: Rules = {}
 
     def __init__(self) -> None:
         self.records = Records()
 
     def default(self, eqn: Equation, *inputs: Operand) -> Value | list[Value]:
         self.records.add(eqn, inputs, True)
-        out: list[Any] = [Single(a.shape) for a in eqn.outputs]
+        out: list[Value] = [Single(a.shape) for a in eqn.outputs]
         return out if eqn.primitive.multiple_results else out[0]
 
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
@@ -78,7 +79,7 @@ class RecordingDomain:
 class BatchDomain:
     """Follows the examples through a program traced with `size` of them."""
 
-    rules: dict[Any, Any] = {}
+    rules: Rules = {}
 
     def __init__(self, size: int):
         self.size = size
@@ -118,11 +119,11 @@ class BatchDomain:
         whole = (*array.shape[: place.axis], *split, *array.shape[place.axis + 1 :])
         return constant_along(array.reshape(whole), place.axis + 1)
 
-    def shared(self, value: Any) -> Shared:
+    def shared(self, value: Operand) -> Shared:
         """A constant or shared operand as a value."""
         if isinstance(value, Shared):
             return value
-        return Shared(jnp.shape(value), self.uniform(value))
+        return Shared(_shape(value), self.uniform(value))
 
     def value(self, value: Operand) -> Value:
         return value if isinstance(value, Value) else self.shared(value)
@@ -146,7 +147,7 @@ class BatchDomain:
         if any(isinstance(v, Single) for v in inputs):
             if any(isinstance(v, Apart | Pieces) for v in inputs):
                 raise refusal(eqn, "one example of a loop meets all of them")
-            out: list[Any] = [Single(a.shape) for a in eqn.outputs]
+            out: list[Value] = [Single(a.shape) for a in eqn.outputs]
         elif any(isinstance(v, Apart | Pieces) for v in inputs):
             try:
                 out = of_examples(self, eqn, inputs)
@@ -176,19 +177,19 @@ class BatchDomain:
             known = not self.many([eqn.inputs[0].shape[a] for a in contracting[0]])
         return [Shared(a.shape, same and known) for a in eqn.outputs]
 
-    def joined(self, eqn: Equation, a: Any, b: Any) -> Held:
+    def joined(self, eqn: Equation, a: Operand, b: Operand) -> Held:
         """A value that is one of two."""
         if not isinstance(a, Apart | Single) and not isinstance(b, Apart | Single):
             return Shared(self.shared(a).shape, self.uniform(a) and self.uniform(b))
         if isinstance(a, Single) or isinstance(b, Single):
             if isinstance(a, Apart) or isinstance(b, Apart):
                 raise refusal(eqn, "one example of a loop meets all of them")
-            return Single((a if isinstance(a, Single) else b).shape)
+            return Single(_shape(a if isinstance(a, Single) else b))
         try:
             place = self.common([a, b])
         except Mixed as mixed:
             raise refusal(eqn, str(mixed)) from None
-        return Apart((a if isinstance(a, Apart) else b).shape, place)
+        return Apart(_shape(a if isinstance(a, Apart) else b), place)
 
     def settled(self, eqn: Equation, carry: list, step: Callable[[list], list]) -> list:
         """A carry that a step does not change any more."""
@@ -233,7 +234,7 @@ class BatchDomain:
         if self.many([length]):
             return self._loop_over_examples(eqn, body, consts, init, xs)
         slices = [self._slice(eqn, v) for v in xs]
-        outs: list[Any] = []
+        outs: list[Operand] = []
 
         def step(state: list) -> list:
             outs[:] = body(*consts, *state, *slices)
@@ -245,8 +246,8 @@ class BatchDomain:
             _stacked(y, a.shape) for y, a in zip(ys, eqn.outputs[len(init) :], strict=True)
         ]
 
-    def _slice(self, eqn: Equation, value: Any) -> Held:
-        shape = jnp.shape(value) if not isinstance(value, Held) else value.shape
+    def _slice(self, eqn: Equation, value: Operand) -> Held:
+        shape = _shape(value)
         if isinstance(value, Apart):
             if value.place.axis == 0:
                 raise refusal(eqn, "a loop goes over an axis that holds examples and more")
@@ -261,7 +262,7 @@ class BatchDomain:
         """`lax.map`: a loop that carries nothing from one example to the next."""
         if init or any(isinstance(v, Apart | Pieces) for v in consts):
             raise refusal(eqn, "a loop over the examples carries something from one to the next")
-        slices: list[Any] = []
+        slices: list[Held] = []
         for value in xs:
             if isinstance(value, Apart) and value.place == Place(0):
                 slices.append(Single(value.shape[1:]))
@@ -278,11 +279,18 @@ class BatchDomain:
         ]
 
 
+def _shape(value: Operand) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Held) else jnp.shape(cast(ArrayLike, value))
+
+
 def _kind(value: Operand) -> Hashable:
     return type(value), getattr(value, "place", None), getattr(value, "uniform", None)
 
 
-def _stacked(value: Any, shape: Sequence[int]) -> Held:
+def _stacked(value: Value, shape: Sequence[int]) -> Held:
     if isinstance(value, Apart):
         return Apart(shape, value.place._replace(axis=value.place.axis + 1))
-    return Single(shape) if isinstance(value, Single) else Shared(shape, value.uniform)
+    if isinstance(value, Single):
+        return Single(shape)
+    assert isinstance(value, Shared)
+    return Shared(shape, value.uniform)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +27,7 @@ from jaxinv._interpreter.batch_values import (
     Place,
 )
 from jaxinv._interpreter.walk import Equation, Operand, Value, is_concrete
+from jaxinv.typing import ArrayLike
 
 # --- rules of operations on examples --------------------------------------------------
 
@@ -37,15 +38,16 @@ def of_examples(domain: Examples, eqn: Equation, inputs: Sequence[Operand]) -> l
     if name in ELEMENTWISE:
         place = domain.common(inputs)
     elif name in _RULES:
-        place = _RULES[name](domain, eqn, *inputs)
+        found = _RULES[name](domain, eqn, *inputs)
+        if isinstance(found, list):
+            return found
+        place = found
     else:
         raise Mixed(f"`{name}` is not known to keep them apart")
-    if isinstance(place, list):
-        return place
     return [Apart(a.shape, place) for a in eqn.outputs]
 
 
-_RULES: dict[str, Callable[..., Any]] = {}
+_RULES: dict[str, Callable[..., Place | list[Value]]] = {}
 
 
 def _rule(*names: str) -> Callable[[Callable], Callable]:
@@ -257,13 +259,17 @@ def _index_place(domain: Examples, index: Operand) -> Place | None:
     return None
 
 
-def _own_position(domain: Examples, index: Any, component: int) -> int | None:
+def _width(part: Operand) -> int:
+    return part.shape[-1] if isinstance(part, Held) else np.shape(cast(ArrayLike, part))[-1]
+
+
+def _own_position(domain: Examples, index: Operand, component: int) -> int | None:
     """The axis of an index along which a column of it is 0, 1, …: each example's own number."""
-    column: Any = None
+    column: np.ndarray | None = None
     if isinstance(index, Pieces):
         at = 0
         for part in index.parts:
-            width = part.shape[-1] if isinstance(part, Held) else np.shape(part)[-1]
+            width = _width(part)
             if at <= component < at + width and not isinstance(part, Value):
                 column = np.asarray(part)[..., component - at] if is_concrete(part) else None
             at += width
@@ -279,7 +285,7 @@ def _own_position(domain: Examples, index: Any, component: int) -> int | None:
     return None
 
 
-def _others_uniform(domain: Examples, index: Any, component: int, axis: int) -> bool:
+def _others_uniform(domain: Examples, index: Operand, component: int, axis: int) -> bool:
     """Whether the other columns of an index are the examples' own values, or the same for all."""
     place = Place(axis)
     if not isinstance(index, Pieces):
@@ -287,7 +293,7 @@ def _others_uniform(domain: Examples, index: Any, component: int, axis: int) -> 
         return not rest.size or domain.uniform(rest, place)
     at = 0
     for part in index.parts:
-        width = part.shape[-1] if isinstance(part, Held) else np.shape(part)[-1]
+        width = _width(part)
         if isinstance(part, Apart):
             if part.place != place:
                 return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class Pieces(Held):
 
     __slots__ = ("parts",)
 
-    def __init__(self, shape: Sequence[int], parts: Sequence[Any]):
+    def __init__(self, shape: Sequence[int], parts: Sequence[Operand]):
         super().__init__(shape)
         self.parts = tuple(parts)
 
@@ -125,7 +125,7 @@ class Records:
     """Constants that meet values, and fixed options: what may not change with the batch size."""
 
     def __init__(self) -> None:
-        self.found: dict[Any, Equation] = {}
+        self.found: dict[Hashable, Equation] = {}
 
     def add(self, eqn: Equation, inputs: Sequence[Operand], fixed: bool) -> None:
         if eqn.name in ARITHMETIC:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 
-def with_own_constants(closed: Any) -> Any:
+def with_own_constants(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     """The program with copies of the NumPy arrays that it closes over, in its own precision.
 
     While a program in float32 holds an array, jax gives the rounded one to programs in float64 too
@@ -34,5 +32,5 @@ def with_own_constants(closed: Any) -> Any:
     return jax.make_jaxpr(same)(*closed.in_avals)
 
 
-def _dtype(atom: Any) -> Any:
+def _dtype(atom: jax.core.Atom) -> np.dtype | None:
     return getattr(atom.aval, "dtype", None)

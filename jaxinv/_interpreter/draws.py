@@ -7,7 +7,7 @@ the top 23 of its 32 bits. Put in front of a 64-bit word they give the same numb
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.extend.core as jex
@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._interpreter.program import Program
-from jaxinv._interpreter.walk import equation
+from jaxinv._interpreter.walk import AnyJaxpr, aval_of, equation
 from jaxinv._numerics.precision import as_dtype, in_precision
 from jaxinv.typing import Array, DTypeLike, Network, Params, PyTree
 
@@ -63,25 +63,26 @@ def traced_in(
 
 def with_own_bits(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     """A program traced in 64 bits with the random numbers of the same program in 32."""
-    return _rewritten(closed, ())
+    return cast(jex.ClosedJaxpr, _rewritten(closed, ()))
 
 
-def _rewritten(jaxpr: Any, callers: tuple[jex.JaxprEqn, ...]) -> Any:
+def _rewritten(jaxpr: AnyJaxpr, callers: tuple[jex.JaxprEqn, ...]) -> AnyJaxpr:
     if isinstance(jaxpr, jex.ClosedJaxpr) and hasattr(jaxpr, "jaxpr") and jaxpr.jaxpr is not jaxpr:
         return jaxpr.replace(jaxpr=_rewritten(jaxpr.jaxpr, callers))
+    opened = cast(jex.Jaxpr, jaxpr)
     eqns = []
-    for raw in jaxpr.eqns:
+    for raw in opened.eqns:
         if _draws_64(raw):
             if raw.primitive.name != "random_seed":
-                _check_float(raw, jaxpr, callers)
+                _check_float(raw, opened, callers)
             eqns.append(_in_32_bits(raw))
         else:
             inner = {k: _map_jaxprs(v, (raw, *callers)) for k, v in raw.params.items()}
             eqns.append(raw.replace(params=inner))
-    return jaxpr.replace(eqns=eqns)
+    return opened.replace(eqns=eqns)
 
 
-def _map_jaxprs(value: Any, callers: tuple[jex.JaxprEqn, ...]) -> Any:
+def _map_jaxprs(value: object, callers: tuple[jex.JaxprEqn, ...]) -> object:
     """A parameter of an equation, with the programs in it rewritten."""
     if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
         return _rewritten(value, callers) if _any_draws(value) else value
@@ -104,9 +105,9 @@ def _any_draws(jaxpr: jex.Jaxpr | jex.ClosedJaxpr) -> bool:
     )
 
 
-def _draws_64(raw: Any) -> bool:
+def _draws_64(raw: jex.JaxprEqn) -> bool:
     if raw.primitive.name == "random_seed":
-        return raw.invars[0].aval.dtype.itemsize == 8
+        return aval_of(raw.invars[0]).dtype.itemsize == 8
     if raw.primitive.name == "random_bits":
         return raw.params["bit_width"] == 64
     return raw.primitive.name in _UNSEEN
@@ -133,7 +134,7 @@ def _check_float(raw: jex.JaxprEqn, jaxpr: jex.Jaxpr, callers: tuple[jex.JaxprEq
         )
 
 
-def _in_32_bits(raw: Any) -> jex.JaxprEqn:
+def _in_32_bits(raw: jex.JaxprEqn) -> jex.JaxprEqn:
     """The same seed as 32 bits; the same draw from 23 bits of a 32-bit word, then zeros."""
 
     @jax.jit
@@ -147,7 +148,7 @@ def _in_32_bits(raw: Any) -> jex.JaxprEqn:
         digits = lax.shift_right_logical(word, jnp.uint32(_SHIFT_32)).astype(jnp.uint64)
         return lax.shift_left(digits, jnp.uint64(64 - 32 + _SHIFT_32))
 
-    given = raw.invars[0].aval
+    given = aval_of(raw.invars[0])
     function = seed if raw.primitive.name == "random_seed" else draw
     found = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(given.shape, given.dtype)).eqns[0]
     return found.replace(invars=list(raw.invars), outvars=list(raw.outvars))

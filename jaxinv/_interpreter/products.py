@@ -8,7 +8,7 @@ program is read for such products; calls of `jit` are entered, everything else r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import lax
 from jaxinv._interpreter.walk import (
     Equation,
     Operand,
+    Rules,
     Trace,
     Value,
     evaluate_alone,
@@ -61,7 +62,7 @@ class _Whole:
     """A reading of the program where all but calls of `jit` are single operations."""
 
     as_written = True
-    rules: dict[Any, Callable[..., Any]] = {}
+    rules: Rules = {}
 
     # What an operation gives; its inputs are values, or arrays that `fn` closes over.
     results: Callable[[Equation, Iterable[Operand]], list[Value]]
@@ -147,16 +148,17 @@ def _product(eqn: Equation, leaf: int, operand: int, moves: tuple[Equation, ...]
 
 
 class _Traced(Value):
-    """An array that the program computes."""
+    """An array that the program computes, None where it drops it."""
 
     __slots__ = ("array",)
 
-    def __init__(self, array: Array):
+    def __init__(self, array: Array | None):
         self.key, self.array = object(), array
 
 
-def _array(value: Operand) -> Any:
-    return value.array if isinstance(value, _Traced) else value
+def _array(value: Operand) -> Array:
+    found = value.array if isinstance(value, _Traced) else value
+    return cast(Array, found)  # not one that the program drops
 
 
 class Perturbed(_Whole):
@@ -169,7 +171,7 @@ class Perturbed(_Whole):
         self.debug_info = open_jaxpr(traced.jaxpr)[0].debug_info
         self.index = {_place(product.eqn): i for i, product in enumerate(products)}
         self.products, self.perturbations = products, perturbations
-        self.operands: list[Any] = [None] * len(products)
+        self.operands: dict[int, Array] = {}
 
     def results(self, eqn: Equation, inputs: Iterable[Operand]) -> list[Value]:
         arrays = [_array(v) for v in inputs]
@@ -177,7 +179,9 @@ class Perturbed(_Whole):
         i = self.index.get(_place(eqn))
         if i is not None:
             self.operands[i] = arrays[1 - self.products[i].operand]
-            results = [results[0] + self.perturbations[i]]
+            (result,) = results
+            assert result is not None
+            results = [result + self.perturbations[i]]
         return [_Traced(result) for result in results]
 
 
@@ -187,7 +191,7 @@ def run(
     """(the output, the other operand h of every product)."""
     given = [[_Traced(a) for a in arrays] for arrays in (weights, inputs)]
     (output,) = interpret(traced, given[0], given[1], domain)
-    return _array(output), domain.operands
+    return _array(output), [domain.operands[i] for i in range(len(domain.products))]
 
 
 # --- operands, gradients and weights in one layout ----------------------------------------

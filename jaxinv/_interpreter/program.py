@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.walk import (
+    AnyJaxpr,
     Equation,
     Trace,
+    aval_of,
     equation,
     live_equations,
     open_jaxpr,
@@ -47,13 +49,13 @@ class Program:
         """Shapes and dtypes of the leaves of x."""
         jaxpr, _ = open_jaxpr(self.trace.jaxpr)
         given = jaxpr.invars[self.trace.num_params :]
-        return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]
+        return [_shape_of(v) for v in given]
 
     @property
     def outputs(self) -> PyTree:
         """Shapes and dtypes of the outputs."""
         jaxpr, _ = open_jaxpr(self.trace.jaxpr)
-        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.outvars]
+        avals = [_shape_of(v) for v in jaxpr.outvars]
         return jax.tree.unflatten(self.trace.output_tree, avals)
 
     def __hash__(self) -> int:
@@ -70,12 +72,16 @@ class Program:
         return same and _same_jaxpr(a.jaxpr, b.jaxpr)
 
 
+def _shape_of(atom: jax.core.Atom) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval_of(atom).shape, aval_of(atom).dtype)
+
+
 def program(fn: Callable[..., PyTree], params: Params, x: PyTree, remedy: str = "") -> Program:
     """`fn` as it is now: jax would give an older trace of a function that it has seen before."""
     return Program(trace(lambda params, x: fn(params, x), params, x, remedy=remedy))
 
 
-def all_lengths(closed: jex.Jaxpr | jex.ClosedJaxpr) -> set[int]:
+def all_lengths(closed: AnyJaxpr) -> set[int]:
     """Every length of an axis in a program, those of the functions that it calls included."""
     jaxpr, consts = open_jaxpr(closed)
     shapes = [jnp.shape(c) for c in consts]
@@ -90,7 +96,7 @@ def all_lengths(closed: jex.Jaxpr | jex.ClosedJaxpr) -> set[int]:
 
 
 def find_equation(
-    closed: jex.Jaxpr | jex.ClosedJaxpr, name: str, callers: tuple[jex.JaxprEqn, ...] = ()
+    closed: AnyJaxpr, name: str, callers: tuple[jex.JaxprEqn, ...] = ()
 ) -> Equation | None:
     """The first equation of a primitive in a program, those of the functions that it calls too."""
     for raw in open_jaxpr(closed)[0].eqns:
@@ -103,7 +109,9 @@ def find_equation(
     return None
 
 
-def dependent_equations(closed: Any, depends: Sequence[bool] | None = None) -> Iterator[Equation]:
+def dependent_equations(
+    closed: AnyJaxpr, depends: Sequence[bool] | None = None
+) -> Iterator[Equation]:
     """The operations on values of a program's arguments, those of the functions that it calls too.
 
     Only those on which an output depends; with `depends` only those on the arguments it marks.
@@ -115,7 +123,10 @@ def dependent_equations(closed: Any, depends: Sequence[bool] | None = None) -> I
 
 
 def _dependent(
-    jaxpr: Any, depends: Sequence[bool], needed: Sequence[bool], callers: tuple[Any, ...]
+    jaxpr: jex.Jaxpr,
+    depends: Sequence[bool],
+    needed: Sequence[bool],
+    callers: tuple[jex.JaxprEqn, ...],
 ) -> Iterator[Equation]:
     dependent = {v for v, d in zip(jaxpr.invars, depends, strict=True) if d}
     for raw, wanted in live_equations(jaxpr, needed):
@@ -141,7 +152,7 @@ def coarsest(closed: Any) -> float:
 # --- equality -------------------------------------------------------------------------
 
 
-def _same_jaxpr(a: jex.Jaxpr | jex.ClosedJaxpr, b: jex.Jaxpr | jex.ClosedJaxpr) -> bool:
+def _same_jaxpr(a: AnyJaxpr, b: AnyJaxpr) -> bool:
     if a is b:
         return True
     (one, consts), (other, other_consts) = open_jaxpr(a), open_jaxpr(b)
@@ -151,7 +162,7 @@ def _same_jaxpr(a: jex.Jaxpr | jex.ClosedJaxpr, b: jex.Jaxpr | jex.ClosedJaxpr) 
         return True
     if len(one.eqns) != len(other.eqns) or len(one.outvars) != len(other.outvars):
         return False
-    names: dict[Any, Any] = {}
+    names: dict[jex.Var, jex.Var] = {}
 
     def bound(left: Sequence[jex.Var], right: Sequence[jex.Var]) -> bool:
         """Variables that are written: paired from here on."""
@@ -160,14 +171,13 @@ def _same_jaxpr(a: jex.Jaxpr | jex.ClosedJaxpr, b: jex.Jaxpr | jex.ClosedJaxpr) 
             v.aval == w.aval for v, w in zip(left, right, strict=True)
         )
 
-    def read(left: Sequence[jex.Var | jex.Literal], right: Sequence[jex.Var | jex.Literal]) -> bool:
+    def read(left: Sequence[jax.core.Atom], right: Sequence[jax.core.Atom]) -> bool:
         return len(left) == len(right) and all(map(same_atom, left, right))
 
-    def same_atom(v: Any, w: Any) -> bool:
-        if isinstance(v, jex.Literal) or isinstance(w, jex.Literal):
-            both = isinstance(v, jex.Literal) and isinstance(w, jex.Literal)
-            return both and v.aval == w.aval and _same(v.val, w.val)
-        return names.get(v) is w
+    def same_atom(v: jax.core.Atom, w: jax.core.Atom) -> bool:
+        if isinstance(v, jex.Literal) and isinstance(w, jex.Literal):
+            return v.aval == w.aval and _same(v.val, w.val)
+        return not isinstance(v, jex.Literal) and names.get(v) is w
 
     if not bound(one.constvars, other.constvars) or not bound(one.invars, other.invars):
         return False
@@ -179,20 +189,21 @@ def _same_jaxpr(a: jex.Jaxpr | jex.ClosedJaxpr, b: jex.Jaxpr | jex.ClosedJaxpr) 
     return read(one.outvars, other.outvars)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     """Whether two constants or parameters of an equation are the same; False where in doubt."""
     if a is b:
         return True
-    if isinstance(a, jex.Jaxpr | jex.ClosedJaxpr) and isinstance(b, jex.Jaxpr | jex.ClosedJaxpr):
+    if isinstance(a, AnyJaxpr) and isinstance(b, AnyJaxpr):
         return _same_jaxpr(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if type(a) is type(b) and isinstance(a, tuple | list) and type(a) in (tuple, list):
+    if type(a) is type(b) and type(a) in (tuple, list):
+        assert isinstance(a, tuple | list) and isinstance(b, tuple | list)
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return False
-    if isinstance(a, _ARRAYS) or isinstance(b, _ARRAYS):
-        return isinstance(a, _ARRAYS) and isinstance(b, _ARRAYS) and _same_array(a, b)
+    if isinstance(a, _Array) or isinstance(b, _Array):
+        return isinstance(a, _Array) and isinstance(b, _Array) and _same_array(a, b)
     if type(a) is not type(b):
         return False
     if callable(a) or type(a).__name__ == "WrappedFun":
@@ -227,10 +238,10 @@ def _derivative_owner(function: Any) -> jax.custom_jvp | jax.custom_vjp | None:
     return None
 
 
-_ARRAYS = (np.ndarray, np.generic, jax.Array, float, complex)
+_Array = np.ndarray | np.generic | jax.Array | float | complex
 
 
-def _same_array(a: Any, b: Any) -> bool:
+def _same_array(a: _Array, b: _Array) -> bool:
     """Bit by bit, so that NaN is NaN and 0 is not -0."""
     if type(a) is not type(b) and not (isinstance(a, jax.Array) and isinstance(b, jax.Array)):
         return False
@@ -239,7 +250,8 @@ def _same_array(a: Any, b: Any) -> bool:
     for array in (a, b):
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             return False
-    if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.extended):
+    keys = jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.extended)
+    if keys and isinstance(a, jax.Array) and isinstance(b, jax.Array):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 

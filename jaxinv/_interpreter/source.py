@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import jax.extend.core as jex
 
 
 def _directory(file: str) -> str:
@@ -36,7 +36,7 @@ def is_users(file: str) -> bool:
     return _is_shown(file) and "site-packages" not in file and not file.startswith("<")
 
 
-def source_line(eqns: Sequence[Any]) -> str:
+def source_line(eqns: Sequence[jex.JaxprEqn]) -> str:
     """`file:line (function)` of the code that wrote an equation, and of the user code above it.
 
     `eqns` is the equation and those that called the jaxpr it is in, innermost first: jax keeps no
@@ -59,7 +59,7 @@ def source_line(eqns: Sequence[Any]) -> str:
     return ", called from ".join(f"{f.file_name}:{f.line_num} ({f.function_name})" for f in show)
 
 
-def written_as(eqns: Sequence[Any]) -> str | None:
+def written_as(eqns: Sequence[jex.JaxprEqn]) -> str | None:
     """The activation or layer of a library that an equation is part of: gelu, softmax, LayerNorm.
 
     None where the user wrote the operation itself. The innermost such function counts.
@@ -83,7 +83,7 @@ def written_as(eqns: Sequence[Any]) -> str | None:
     return None
 
 
-def short_type(aval: Any) -> str:
+def short_type(aval: object) -> str:
     """float32[3,4]"""
     shape = ",".join(str(n) for n in getattr(aval, "shape", ()))
     return f"{getattr(aval, 'dtype', aval)}[{shape}]"

@@ -14,8 +14,8 @@ The walker owns what all share: constant folding, dead code, identity of values,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeGuard, TypeVar, cast
 
 import jax
 import jax.extend.core as jex
@@ -25,9 +25,17 @@ from jax.extend.core import primitives
 
 from jaxinv._checks import calling, leaf_names
 from jaxinv._interpreter.constants import with_own_constants
-from jaxinv._interpreter.source import part_of, remedy_for, short_type, source_line, written_as
-from jaxinv._numerics.varying import vary_alike
+from jaxinv._interpreter.equations import (
+    AnyJaxpr,
+    Aval,
+    Equation,
+    Primitive,
+    aval_of,
+    equation,
+    open_jaxpr,
+)
 from jaxinv.errors import UnsupportedOperation
+from jaxinv.typing import Array, ArrayLike, PyTree
 
 # A `while` whose trip count is a constant is walked once per trip. Above this many trips the
 # trace itself would take minutes; `lax.scan` is the remedy and is walked once.
@@ -38,7 +46,7 @@ class Value:
     """A value that depends on parameters or inputs. Anything else is a constant array."""
 
     __slots__ = ("key",)
-    key: Any
+    key: Hashable
 
 
 class Opaque(Value):
@@ -51,14 +59,17 @@ class Opaque(Value):
         self.key = object()
 
 
-Operand = Value | jax.typing.ArrayLike  # a value of the domain, or a constant
+Operand = Value | ArrayLike  # a value of the domain, or a constant
 Result = Operand | Sequence[Operand]  # several of an operation with several results
-Primitive = jex.Primitive
-AnyJaxpr = jex.Jaxpr | jex.ClosedJaxpr
-Rule = Callable[..., Any]
+Rule = Callable[..., Result]
+Rules = dict[Primitive, Rule]
+Needed = Sequence[bool] | None  # which outputs; all of them
+R = TypeVar("R", bound=Rule)
+V = TypeVar("V", bound=Operand)  # the operands of a domain
+V_contra = TypeVar("V_contra", bound=Operand, contravariant=True)
 
 
-class Reader(Protocol):
+class Reader(Protocol[V_contra]):
     """A domain that may read a program as it is written.
 
     With `as_written` no loop or branch is entered, no operation taken for the identity, and no
@@ -66,22 +77,32 @@ class Reader(Protocol):
     does without.
     """
 
-    rules: dict[Any, Rule]
+    rules: Rules
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any: ...
+    def default(self, eqn: Equation, *inputs: V_contra) -> Result: ...
 
 
-class Domain(Reader, Protocol):
+class Domain(Reader[V], Protocol[V]):
     """What any other interpretation must supply (see the module docstring)."""
 
-    def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list: ...
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list: ...
+    def scan(
+        self, eqn: Equation, body: Body[V], consts: list[V], init: list[V], xs: list[V]
+    ) -> list[V]: ...
+    def switch(
+        self, eqn: Equation, index: V, branches: list[Body[V]], inputs: list[V]
+    ) -> list[V]: ...
+
+
+class Register(Protocol):
+    """The decorator `@rule("name", ...)` that puts a function into a table of rules."""
+
+    def __call__(self, *names: str) -> Callable[[R], R]: ...
 
 
 # --- primitives by name ---------------------------------------------------------------
 
 
-def primitive(name: str) -> Any | None:
+def primitive(name: str) -> Primitive | None:
     """The primitive object called `name` in this jax version, or None where it has none."""
     for module in (jax.lax, primitives):
         found = getattr(module, f"{name}_p", None)
@@ -90,12 +111,12 @@ def primitive(name: str) -> Any | None:
     return None
 
 
-def rule_table() -> tuple[dict[Any, Rule], Callable[..., Callable[[Rule], Rule]]]:
-    """An empty rule table and the decorator `@rule("name", ...)` that fills it."""
-    table: dict[Any, Rule] = {}
+def rule_table() -> tuple[Rules, Register]:
+    """An empty rule table and the decorator that fills it."""
+    table: Rules = {}
 
-    def rule(*names: str) -> Callable[[Rule], Rule]:
-        def register(function: Rule) -> Rule:
+    def rule(*names: str) -> Callable[[R], R]:
+        def register(function: R) -> R:
             for name in names:
                 found = primitive(name)
                 if found is not None:
@@ -125,12 +146,7 @@ _IDENTITIES = {
 _IDENTITY_NAMES = {"stop_gradient", "copy_p", "name", "pvary", "pcast"}
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """(open jaxpr, consts) of a Jaxpr or a ClosedJaxpr; newer jax merges the two."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
-def _sub_jaxpr(eqn: Any) -> Any:
+def _sub_jaxpr(eqn: jex.JaxprEqn) -> AnyJaxpr:
     for name in _CALL_JAXPR_NAMES:
         if name in eqn.params:
             return eqn.params[name]
@@ -142,7 +158,9 @@ def _sub_jaxpr(eqn: Any) -> Any:
     )
 
 
-def sub_jaxprs(eqn: Any, wanted: list[bool]) -> list[tuple[Any, int, list[bool]]] | None:
+def sub_jaxprs(
+    eqn: jex.JaxprEqn, wanted: list[bool]
+) -> list[tuple[AnyJaxpr, int, list[bool]]] | None:
     """What an equation runs: (jaxpr, leading inputs it skips, outputs needed); None if plain."""
     if eqn.primitive in _CALLS:
         return [(_sub_jaxpr(eqn), 0, wanted)]
@@ -156,81 +174,25 @@ def sub_jaxprs(eqn: Any, wanted: list[bool]) -> list[tuple[Any, int, list[bool]]
     return None
 
 
-# --- equations and where they come from -----------------------------------------------
-
-
-class Equation(NamedTuple):
-    """One equation of a jaxpr, as the rules see it."""
-
-    primitive: Any
-    params: dict[str, Any]
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
-    raws: tuple[Any, ...]  # the equation of the jaxpr and those that called it
-
-    @property
-    def name(self) -> str:
-        return str(self.primitive.name)
-
-    def bind(self, *values: Any, **changed: Any) -> Any:
-        """The same operation on other arrays."""
-        params = self.primitive.get_bind_params(self.params | changed)
-        return self.primitive.bind(*vary_alike(*values), **params)
-
-    @property
-    def source(self) -> str:
-        """The source line that wrote the operation."""
-        return source_line(self.raws)
-
-    @property
-    def written(self) -> str:
-        """The operation in the user's words: gelu, softmax, LayerNorm; else its own name."""
-        return written_as(self.raws) or self.name
-
-    def refuse(self, theory: str, why: str, remedy: str, what: str | None = None) -> Any:
-        """An `UnsupportedOperation` that says what, where, why, and what to do."""
-        shapes = ", ".join(short_type(a) for a in self.inputs)
-        results = ", ".join(short_type(a) for a in self.outputs)
-        what = part_of(what or f"`{self.name}` of values that depend on x", self.name, self.written)
-        return UnsupportedOperation(
-            f"{what} is not covered by {theory}.\n"
-            f"  what:  {self.name}: {shapes} -> {results}\n"
-            f"  where: {self.source}\n"
-            f"  why:   {why}\n"
-            f"  do:    {remedy_for(self.written, remedy)}"
-        )
-
-
-def equation(raw: Any, callers: Sequence[Any] = ()) -> Equation:
-    """An equation of a jaxpr, with the ones that called it, innermost first."""
-    return Equation(
-        raw.primitive,
-        raw.params,
-        tuple(v.aval for v in raw.invars),
-        tuple(v.aval for v in raw.outvars),
-        (raw, *callers),
-    )
-
-
 # --- tracing --------------------------------------------------------------------------
 
 
 class Trace(NamedTuple):
     """A traced `fn(params, x)`: the jaxpr and how to flatten its arguments."""
 
-    jaxpr: Any
+    jaxpr: jex.ClosedJaxpr
     num_params: int
     param_names: list[str]
-    output_tree: Any
+    output_tree: jax.tree_util.PyTreeDef
 
 
-def trace(fn: Callable, params: Any, x: Any, *, remedy: str = "") -> Trace:
+def trace(fn: Callable, params: PyTree, x: PyTree, *, remedy: str = "") -> Trace:
     """Trace `fn(params, x)` from shapes alone.
 
     jax gives an older trace of a function that it has seen before: pass one that is new.
     """
 
-    def shape(a: Any) -> jax.ShapeDtypeStruct:
+    def shape(a: ArrayLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a))
 
     shapes, inputs = jax.tree.map(shape, params), jax.tree.map(shape, x)
@@ -240,43 +202,42 @@ def trace(fn: Callable, params: Any, x: Any, *, remedy: str = "") -> Trace:
     return Trace(closed, len(names), names, jax.tree.structure(out))
 
 
+_RETURN = Primitive("return")
+
+
 def output_equation(traced: Trace) -> Equation:
     """A stand-in for "being returned", so that a refusal at an output has something to name."""
     jaxpr, _ = open_jaxpr(traced.jaxpr)
-    avals = tuple(v.aval for v in jaxpr.outvars)
-    raw = jaxpr.eqns[-1] if jaxpr.eqns else None
-    return Equation(_Return, {}, avals, avals, (raw,))
-
-
-class _Return:
-    name = "return"
+    avals = tuple(map(aval_of, jaxpr.outvars))
+    return Equation(_RETURN, {}, avals, avals, tuple(jaxpr.eqns[-1:]))
 
 
 # --- the walk -------------------------------------------------------------------------
 
 
-class Body:
+class Body(Generic[V]):
     """A jaxpr ready to be interpreted on values of a domain, as often as needed."""
 
-    def __init__(self, closed: Any, domain: Reader, keys: _Keys, needed: Any = None):
+    def __init__(self, closed: AnyJaxpr, domain: Reader[V], keys: _Keys, needed: Needed = None):
         self.jaxpr, self.consts = open_jaxpr(closed)
         self.domain, self.keys, self.needed = domain, keys, needed
 
-    def __call__(self, *args: Any, domain: Any = None) -> list[Any]:
+    def __call__(self, *args: V, domain: Reader[V] | None = None) -> list[V]:
         """Values of the outputs; those not `needed` are not worked out and come back as 0."""
-        domain = domain or self.domain
-        return _walk(self.jaxpr, self.consts, args, domain, self.keys, self.needed)
+        reader = cast("Reader[Operand]", domain or self.domain)
+        outputs = _walk(self.jaxpr, self.consts, args, reader, self.keys, self.needed)
+        return cast("list[V]", outputs)
 
 
 class _Keys:
     """Identity of values: equal keys mean provably equal values (hash-consing)."""
 
     def __init__(self) -> None:
-        self.table: dict[Any, tuple[int, tuple]] = {}
+        self.table: dict[Hashable, tuple[int, tuple]] = {}
         self.fresh = itertools.count()
-        self.callers: list[Any] = []  # the equations whose jaxprs are being walked
+        self.callers: list[jex.JaxprEqn] = []  # the equations whose jaxprs are being walked
 
-    def of_input(self, value: Any) -> Any:
+    def of_input(self, value: Operand) -> Hashable:
         if isinstance(value, Value):
             return value.key
         if is_concrete(value) and np.ndim(value) == 0:
@@ -286,7 +247,7 @@ class _Keys:
                 return (str(value.dtype), value.shape, np.asarray(value).tobytes())
         return ("array", id(value))
 
-    def of_output(self, eqn: Equation, inputs: Sequence[Any], index: int) -> Any:
+    def of_output(self, eqn: Equation, inputs: Sequence[Operand], index: int) -> Hashable:
         params = tuple(sorted((k, repr(v)) for k, v in eqn.params.items() if k != "sharding"))
         description = (eqn.primitive, params, tuple(map(self.of_input, inputs)), index)
         # Holding the operands keeps id() of an array from being reused within one walk.
@@ -297,10 +258,10 @@ def interpret(
     trace_: Trace,
     params: Sequence[Value],
     inputs: Sequence[Value],
-    domain: Reader,
+    domain: Reader[V],
     *,
-    constant: Callable[[Any], Any] = lambda value: value,
-) -> list[Any]:
+    constant: Callable[[ArrayLike], Operand] = lambda value: value,
+) -> list[V]:
     """Values of the outputs (flat) when the leaves of params and x have the given values.
 
     `constant` gives what an array that `fn` closes over stands for; by default itself.
@@ -309,14 +270,24 @@ def interpret(
     for value in (*params, *inputs):
         value.key = next(keys.fresh)
     jaxpr, consts = open_jaxpr(trace_.jaxpr)
-    return _walk(jaxpr, [constant(c) for c in consts], (*params, *inputs), domain, keys)
+    values = [constant(c) for c in consts]
+    outputs = _walk(jaxpr, values, (*params, *inputs), cast("Reader[Operand]", domain), keys)
+    return cast("list[V]", outputs)
 
 
-def is_concrete(value: object) -> TypeGuard[jax.typing.ArrayLike]:
+def is_concrete(value: object) -> TypeGuard[ArrayLike]:
     return not isinstance(value, Value) and not isinstance(value, jax.core.Tracer)
 
 
-def live_equations(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[bool]]]:
+def constants(inputs: Sequence[Value | ArrayLike]) -> list[ArrayLike] | None:
+    """The inputs, if all of them are arrays; else None."""
+    found = [v for v in inputs if not isinstance(v, Value)]
+    return found if len(found) == len(inputs) else None
+
+
+def live_equations(
+    jaxpr: jex.Jaxpr, needed: Sequence[bool]
+) -> list[tuple[jex.JaxprEqn, list[bool]]]:
     """The equations on which a needed output depends, and which of their outputs are needed.
 
     Dead code and pure side effects are left out.
@@ -333,14 +304,19 @@ def live_equations(jaxpr: Any, needed: Sequence[bool]) -> list[tuple[Any, list[b
 
 
 def _walk(
-    jaxpr: Any, consts: Sequence, args: Sequence, domain: Reader, keys: _Keys, needed: Any = None
-) -> list[Any]:
+    jaxpr: jex.Jaxpr,
+    consts: Sequence[Operand],
+    args: Sequence[Operand],
+    domain: Reader[Operand],
+    keys: _Keys,
+    needed: Needed = None,
+) -> list[Operand]:
     consts = getattr(domain, "captured", list)(consts)
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env: dict[jex.Var, Operand] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     needed = [True] * len(jaxpr.outvars) if needed is None else needed
 
-    def read(v: Any) -> Any:
+    def read(v: jax.core.Atom) -> Operand:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
     for raw, wanted in live_equations(jaxpr, needed):
@@ -351,14 +327,18 @@ def _walk(
 
 
 def _evaluate(
-    raw: Any, inputs: list[Any], wanted: list[bool], domain: Reader, keys: _Keys
-) -> list[Any]:
+    raw: jex.JaxprEqn,
+    inputs: list[Operand],
+    wanted: list[bool],
+    domain: Reader[Operand],
+    keys: _Keys,
+) -> list[Operand]:
     if raw.primitive in _CALLS:
         return _call(raw, inputs, wanted, domain, keys)
     if not any(isinstance(v, Value) for v in inputs) and _enters(domain):
-        outputs = fold(raw, inputs)
-        getattr(domain, "folded", lambda *_: None)(inputs, outputs)
-        return outputs
+        folded: list[Operand] = [*fold(raw, inputs)]
+        getattr(domain, "folded", lambda *_: None)(inputs, folded)
+        return folded
     identity = raw.primitive in _IDENTITIES or raw.primitive.name in _IDENTITY_NAMES
     if identity and raw.primitive not in domain.rules and _enters(domain):
         return inputs
@@ -374,21 +354,27 @@ def _evaluate(
         keys.callers.pop()
     else:
         rule = domain.rules.get(raw.primitive)
-        outputs = rule(domain, eqn, *inputs) if rule else domain.default(eqn, *inputs)
-        if not raw.primitive.multiple_results:
-            outputs = [outputs]
+        result = rule(domain, eqn, *inputs) if rule else domain.default(eqn, *inputs)
+        several = raw.primitive.multiple_results
+        outputs = cast("list[Operand]", result if several else [result])
     for index, value in enumerate(outputs):
         if isinstance(value, Value) and not hasattr(value, "key"):
             value.key = keys.of_output(eqn, inputs, index)
     return list(outputs)
 
 
-def _enters(domain: Reader) -> TypeGuard[Domain]:
+def _enters(domain: Reader[Operand]) -> TypeGuard[Domain[Operand]]:
     return not getattr(domain, "as_written", False)
 
 
-def _call(raw: Any, inputs: list, wanted: list[bool], domain: Reader, keys: _Keys) -> list[Any]:
-    def walk() -> list[Any]:
+def _call(
+    raw: jex.JaxprEqn,
+    inputs: list[Operand],
+    wanted: list[bool],
+    domain: Reader[Operand],
+    keys: _Keys,
+) -> list[Operand]:
+    def walk() -> list[Operand]:
         keys.callers.append(raw)
         outputs = Body(_sub_jaxpr(raw), domain, keys, wanted)(*inputs)
         keys.callers.pop()
@@ -398,7 +384,7 @@ def _call(raw: Any, inputs: list, wanted: list[bool], domain: Reader, keys: _Key
     return called(equation(raw, keys.callers[::-1]), inputs, walk) if called else walk()
 
 
-def fold(raw: Any, inputs: list[Any]) -> list[Any]:
+def fold(raw: jex.JaxprEqn, inputs: Sequence[Operand]) -> list[Array]:
     """Evaluate an equation on constants: now where they are known, later where they are traced."""
     params = raw.primitive.get_bind_params(raw.params)
     # jax runs a program among the parameters, of a shard_map, only in its turn.
@@ -410,7 +396,9 @@ def fold(raw: Any, inputs: list[Any]) -> list[Any]:
     return list(outputs) if raw.primitive.multiple_results else [outputs]
 
 
-def evaluate_alone(raw: Any, inputs: Sequence[Any], debug_info: Any) -> list[Any]:
+def evaluate_alone(
+    raw: jex.JaxprEqn, inputs: Sequence[ArrayLike], debug_info: jex.DebugInfo
+) -> list[Array | None]:
     """An equation on other values, as a program of its own, so that custom derivatives stay.
 
     `debug_info` is that of the program that the equation is in.
@@ -429,8 +417,8 @@ def evaluate_alone(raw: Any, inputs: Sequence[Any], debug_info: Any) -> list[Any
 
 
 def _cond(
-    eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
-) -> list[Any]:
+    eqn: Equation, inputs: list[Operand], wanted: list[bool], domain: Domain[Operand], keys: _Keys
+) -> list[Operand]:
     index, *operands = inputs
     branches = [Body(b, domain, keys) for b in eqn.params["branches"]]
     if is_concrete(index):
@@ -439,8 +427,8 @@ def _cond(
 
 
 def _while(
-    eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
-) -> list[Any]:
+    eqn: Equation, inputs: list[Operand], wanted: list[bool], domain: Domain[Operand], keys: _Keys
+) -> list[Operand]:
     first = eqn.params["cond_nconsts"]
     then = first + eqn.params["body_nconsts"]
     cond_consts, body_consts, carry = inputs[:first], inputs[first:then], inputs[then:]
@@ -474,8 +462,8 @@ def _while(
 
 
 def _scan(
-    eqn: Equation, inputs: list[Any], wanted: list[bool], domain: Domain, keys: _Keys
-) -> list[Any]:
+    eqn: Equation, inputs: list[Operand], wanted: list[bool], domain: Domain[Operand], keys: _Keys
+) -> list[Operand]:
     num_consts, num_carry = scan_split(eqn)
     consts = inputs[:num_consts]
     init, xs = inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
@@ -490,8 +478,10 @@ def scan_split(eqn: Equation) -> tuple[int, int]:
     """
     body, _ = open_jaxpr(eqn.params["jaxpr"])
 
-    def scanned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-        return sum(len(a.shape) > len(v.aval.shape) for a, v in zip(outside, inside, strict=True))
+    def scanned(outside: Sequence[Aval], inside: Sequence[jax.core.Atom]) -> int:
+        return sum(
+            len(a.shape) > len(aval_of(v).shape) for a, v in zip(outside, inside, strict=True)
+        )
 
     num_carry = len(eqn.outputs) - scanned(eqn.outputs, body.outvars)
     return len(eqn.inputs) - scanned(eqn.inputs, body.invars) - num_carry, num_carry

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import Equation, Value, is_concrete, rule_table
+from jaxinv._interpreter.walk import Equation, Value, constants, is_concrete, rule_table
 from jaxinv.capacity.layer_values import (
     THEORY,
     Data,
@@ -47,8 +47,9 @@ def _full(value: Data, shape: Sequence[int]) -> np.ndarray:
 
 @rule("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "rev")
 @rule("gather", "dynamic_slice", "tile")
-def _layout(domain: LayerSemantics, eqn: Equation, value: Tracked, *rest: Any) -> Result:
-    if any(isinstance(v, Value) for v in rest):
+def _layout(domain: LayerSemantics, eqn: Equation, value: Tracked, *rest: Operand) -> Result:
+    fixed = constants(rest)
+    if fixed is None:
         if isinstance(value, Weight) and any(isinstance(v, Data) for v in rest):
             raise eqn.refuse(
                 THEORY,
@@ -57,29 +58,29 @@ def _layout(domain: LayerSemantics, eqn: Equation, value: Tracked, *rest: Any) -
                 what=f"`{eqn.name}` of indices that depend on x",
             )
         return domain.default(eqn, value, *rest)
-    known = all(is_concrete(v) for v in rest)
+    known = all(is_concrete(v) for v in fixed)
     if isinstance(value, Weight):
         if not known:
-            return domain.derived(eqn, [value, *rest])
-        return Weight(eqn.bind(value.value, *rest), moved(eqn, value.ids, *rest), value.names)
+            return domain.derived(eqn, [value, *fixed])
+        return Weight(eqn.bind(value.value, *fixed), moved(eqn, value.ids, *fixed), value.names)
     if not known:
         return domain.default(eqn, value, *rest)
     shape, copies = eqn.inputs[0].shape, 1.0
     if eqn.name in ("gather", "broadcast_in_dim", "tile"):
-        where = moved(eqn, np.arange(math.prod(shape)).reshape(shape), *rest)
+        where = moved(eqn, np.arange(math.prod(shape)).reshape(shape), *fixed)
         counts = np.unique(where[where >= 0], return_counts=True)[1]
         copies = float(counts.max(initial=1))
     units = None
     if value.units is not None:
-        units = compact(moved(eqn, _full(value, shape), *rest))[0]
+        units = compact(moved(eqn, _full(value, shape), *fixed))[0]
     return _single(eqn, value, math.sqrt(copies), units)
 
 
 @rule("concatenate", "stack", "pad")
-def _assembled(domain: LayerSemantics, eqn: Equation, *inputs: Any) -> Result:
+def _assembled(domain: LayerSemantics, eqn: Equation, *inputs: Operand) -> Result:
     data = [v for v in inputs if isinstance(v, Data)]
     if not data:
-        ids = [v.ids if isinstance(v, Weight) else np.full(np.shape(v), -1) for v in inputs]
+        ids = [v.ids if isinstance(v, Weight) else np.full(np.shape(plain(v)), -1) for v in inputs]
         with jax.ensure_compile_time_eval():
             placed = np.asarray(eqn.bind(*(jnp.asarray(i, jnp.int32) for i in ids)))
         names = frozenset().union(*(v.names for v in inputs if isinstance(v, Weight)))
@@ -129,12 +130,12 @@ def _multiple(value: Data, factor: float, units: np.ndarray | None) -> Data:
 
 
 @rule("add", "sub", "add_any")
-def _add(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result:
+def _add(domain: LayerSemantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     data = [v for v in (left, right) if isinstance(v, Data)]
     if not data:
         return domain.derived(eqn, [left, right])
     if len(data) == 2:
-        return Data(broken(eqn, data), domain.merged(left.units, right.units))
+        return Data(broken(eqn, data), domain.merged(data[0].units, data[1].units))
     (weight,) = [v for v in (left, right) if v is not data[0]]
     units = data[0].units
     if isinstance(weight, Weight):
@@ -143,7 +144,7 @@ def _add(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result
 
 
 @rule("mul", "div")
-def _mul(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result:
+def _mul(domain: LayerSemantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     if not isinstance(left, Data) and not isinstance(right, Data):
         return domain.derived(eqn, [left, right])
     if eqn.name == "div" and not isinstance(left, Data):
@@ -151,6 +152,7 @@ def _mul(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result
     if isinstance(left, Data) and isinstance(right, Data):
         return domain.default(eqn, left, right)
     data, factor, operand = (left, right, 0) if isinstance(left, Data) else (right, left, 1)
+    assert isinstance(data, Data)
     if isinstance(factor, Weight):
         stage = domain.operator(eqn, operand, data, factor.value, factor.names)
         weights = 1 / factor.value if eqn.name == "div" else factor.value
@@ -164,7 +166,7 @@ def _mul(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result
 
 
 @rule("dot_general", "conv_general_dilated")
-def _product(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Result:
+def _product(domain: LayerSemantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     if not isinstance(left, Data) and not isinstance(right, Data):
         return domain.derived(eqn, [left, right])
     position = 1 if isinstance(left, Data) else 0
@@ -173,6 +175,7 @@ def _product(domain: LayerSemantics, eqn: Equation, left: Any, right: Any) -> Re
         return domain.default(eqn, left, right)
     if eqn.name == "conv_general_dilated" and position == 0:
         return domain.default(eqn, left, right)
+    assert isinstance(data, Data)
     stage = domain.operator(eqn, 1 - position, data, weight.value, weight.names)
     shape, axes = eqn.outputs[0].shape, unit_axes(eqn, position)
     along = [shape[out] for out, _ in axes]
@@ -247,9 +250,10 @@ def _clamp(
 
 @rule("gt", "ge", "lt", "le")
 def _compare(domain: LayerSemantics, eqn: Equation, left: Operand, right: Operand) -> Result:
-    found: Any = domain.default(eqn, left, right)
+    found = cast(Tracked, domain.default(eqn, left, right))
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Data) and is_concrete(other) and not np.any(np.asarray(other)):
+            assert isinstance(found, Data)
             found.stage = found.stage._replace(sign_of=one.key)
     return found
 

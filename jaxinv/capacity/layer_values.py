@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Operator(NamedTuple):
 
     eqn: Equation
     operand: int  # which operand depends on x
-    weight: Any
+    weight: Array
     names: frozenset[str]
     stage: Stage  # of the operand
 
@@ -94,7 +94,7 @@ class LayerSemantics(Protocol):
     def lead(self, key: Hashable, value: Array, ids: np.ndarray, units: np.ndarray) -> None: ...
 
     def operator(
-        self, eqn: Equation, operand: int, data: Data, weight: Operand, names: frozenset[str]
+        self, eqn: Equation, operand: int, data: Data, weight: Array, names: frozenset[str]
     ) -> Stage: ...
 
 
@@ -114,7 +114,9 @@ def moved(eqn: Equation, ids: np.ndarray, *rest: ArrayLike) -> np.ndarray:
         return np.asarray(eqn.bind(jnp.asarray(ids, jnp.int32), *rest))
 
 
-def plain(value: Weight | ArrayLike) -> ArrayLike:
+def plain(value: Operand) -> ArrayLike:
+    """The array of what does not depend on x."""
+    assert not isinstance(value, Data)
     return value.value if isinstance(value, Weight) else value
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +79,11 @@ class LayerDomain:
         start, self.ids = self.ids, self.ids + math.prod(shape)
         return np.arange(start, self.ids, dtype=np.int32).reshape(shape)
 
-    def derived(self, eqn: Equation, inputs: Sequence[Any]) -> Weight | list[Weight]:
+    def derived(self, eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[Weight]:
         """A function of parameters: its elements are edge weights of their own."""
         weights = [v for v in inputs if isinstance(v, Weight)]
         names = frozenset().union(*(w.names for w in weights))
-        out = eqn.bind(*(v.value if isinstance(v, Weight) else v for v in inputs))
+        out = eqn.bind(*map(plain, inputs))
         outs = out if eqn.primitive.multiple_results else [out]
         found = []
         for value in outs:
@@ -91,7 +91,8 @@ class LayerDomain:
             if eqn.name in ELEMENTWISE and all(np.shape(plain(v)) == value.shape for v in inputs):
                 # Where all operands repeat along an axis, so does the result.
                 parts = [
-                    compact(v.ids if isinstance(v, Weight) else known_array(v))[0] for v in inputs
+                    compact(v.ids if isinstance(v, Weight) else known_array(plain(v)))[0]
+                    for v in inputs
                 ]
                 shape = list(np.broadcast_shapes(*(p.shape for p in parts)))
             ids = np.broadcast_to(self.fresh_ids(shape), value.shape)
@@ -162,7 +163,7 @@ class LayerDomain:
     # --- operators ---
 
     def operator(
-        self, eqn: Equation, operand: int, data: Data, weight: Operand, names: frozenset[str]
+        self, eqn: Equation, operand: int, data: Data, weight: Array, names: frozenset[str]
     ) -> Stage:
         """Note a linear operator; the stage of its result."""
         self.operators.append(Operator(eqn, operand, weight, names, data.stage))
@@ -199,16 +200,19 @@ class LayerDomain:
             rows = rows[::-1]
         return [*carry, *(self._stacked(eqn, column) for column in zip(*rows, strict=True))]
 
-    def _stacked(self, eqn: Equation, column: Sequence[Any]) -> Operand:
+    def _stacked(self, eqn: Equation, column: Sequence[Operand]) -> Operand:
         if all(not isinstance(v, Value) for v in column):
             return jnp.stack([jnp.asarray(v) for v in column])
-        if not any(isinstance(v, Data) for v in column):
+        data = [v for v in column if isinstance(v, Data)]
+        if not data:
             arrays = [jnp.asarray(plain(v)) for v in column]
             names = frozenset().union(*(v.names for v in column if isinstance(v, Weight)))
-            rows = [v.ids if isinstance(v, Weight) else np.full(np.shape(v), -1) for v in column]
+            rows = [
+                v.ids if isinstance(v, Weight) else np.full(np.shape(plain(v)), -1) for v in column
+            ]
             value: Tracked = Weight(jnp.stack(arrays), np.stack(rows).astype(np.int32), names)
         else:
-            value = Data(broken(eqn, column) if len(column) > 1 else column[0].stage)
+            value = Data(broken(eqn, column) if len(column) > 1 else data[0].stage)
         value.key = object()
         return value
 
@@ -225,7 +229,7 @@ class LayerDomain:
 def _row(value: Weight | Data | Array, t: int) -> Weight | Data | Array:
     """Step t of what a scan runs over."""
     if isinstance(value, Weight):
-        row: Any = Weight(value.value[t], value.ids[t], value.names)
+        row: Weight | Data = Weight(value.value[t], value.ids[t], value.names)
     elif isinstance(value, Data):
         row = Data(value.stage._replace(base=None, sign_of=None))
     else:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from jaxinv.capacity.spectral import (
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians.fisher_information import whitened
 from jaxinv.rescaling.group import RescalingGroup, random_rescaling, rescale
-from jaxinv.typing import Array, DTypeLike, Inputs, Likelihood, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, DTypeLike, Inputs, Likelihood, Network, Params, PyTree
 
 # --- group norms ----------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ _MEANS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def _residual(f: Any, y: Any, likelihood: str) -> Array:
+def _residual(f: PyTree, y: ArrayLike, likelihood: str) -> Array:
     """∂ℓ/∂f: the expected label minus the label."""
     if not isinstance(f, jax.Array):
         raise InvalidInput("labels need an fn that returns one array, not a pytree.")

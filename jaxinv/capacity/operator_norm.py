@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class OperatorNorm(NamedTuple):
 
 def bound(op: Operator, weight: Array, data: Array) -> Array:
     """The equation of an operator on other numbers."""
-    changed: dict[str, Any] = {}
+    changed: dict[str, lax.Precision | None] = {}
     if op.eqn.name in ("dot_general", "conv_general_dilated"):
         changed = {"precision": _EXACT, "preferred_element_type": None}
     operands = (data, weight) if op.operand == 0 else (weight, data)

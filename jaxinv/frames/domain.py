@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -177,7 +176,11 @@ class FramesDomain:
         return loops.switch(self, eqn, index, branches, inputs)
 
     def unbounded_while(
-        self, eqn: Equation, condition: Callable[..., Any], body: Callable[..., Any], carry: list
+        self,
+        eqn: Equation,
+        condition: Callable[..., list[Operand]],
+        body: Callable[..., list[Operand]],
+        carry: list,
     ) -> list:
         for value in carry:
             self.end_all(eqn, self.framed(value))

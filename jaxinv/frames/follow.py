@@ -55,7 +55,7 @@ def frames_of(
         leaves = [domain.leaf(i, shape, dead[i]) for i, shape in enumerate(shapes)]
         last = walk.output_equation(trace)
         jaxpr, _ = walk.open_jaxpr(trace.jaxpr)
-        inputs = [Framed(v.aval.shape) for v in jaxpr.invars[trace.num_params :]]
+        inputs = [Framed(walk.aval_of(v).shape) for v in jaxpr.invars[trace.num_params :]]
         views = [_view(leaf) for leaf in leaves]
         for value in walk.interpret(trace, views, inputs, domain):
             domain.end_all(last, domain.framed(value))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -95,8 +94,11 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return found
 
 
+Relaid = Callable[[np.ndarray], np.ndarray]
+
+
 def _cut(
-    domain: Frames, value: Framed, axis: int, into: list[int], new: Sequence[int], relaid: Any
+    domain: Frames, value: Framed, axis: int, into: list[int], new: Sequence[int], relaid: Relaid
 ) -> Axis:
     """n → (h, c): the frame is cut into h blocks, and that of the last axis is one per block."""
     system, size, total = domain.system, new[into[-1]], value.shape[axis]
@@ -118,14 +120,14 @@ def _by_head(size: int, group: list[np.ndarray], places: list[int], heads: list[
         shape[a] = n
     refs = np.zeros(shape, np.int64)
     for h, part in enumerate(group):
-        where: list[Any] = [slice(None)] * len(shape)
+        where = [slice(None)] * len(shape)
         for a, i in zip(places, np.unravel_index(h, heads), strict=True):
             where[a] = slice(int(i), int(i) + 1)
         refs[tuple(where)] = part
     return Block(size, refs)
 
 
-def _merged(domain: Frames, eqn: Equation, value: Framed, large: list[int], relaid: Any) -> Axis:
+def _merged(domain: Frames, eqn: Equation, value: Framed, large: list[int], relaid: Relaid) -> Axis:
     """(h, c) → n: as many blocks as there are places along the axes that are merged."""
     for a in large[:-1]:
         domain.end(eqn, value.axes[a])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from jaxinv._interpreter.walk import Body, Equation, Operand
@@ -20,11 +18,11 @@ def scan(
 ) -> list[Operand]:
     """Step by step, with slice i of what is scanned."""
     length = int(eqn.params["length"])
-    outputs: list[Any] = [Framed(aval.shape) for aval in eqn.outputs]
+    outputs = [Framed(aval.shape) for aval in eqn.outputs]
     if length > MOST_STEPS:
         for value in (*consts, *init, *xs):
             domain.end_all(eqn, domain.framed(value))
-        return outputs
+        return [*outputs]
     carry, rows = list(init), []
     stacks = [domain.plain(eqn, domain.framed(v)) for v in xs]
     for stack in stacks:
@@ -90,10 +88,10 @@ def switch(
     results = [
         [domain.plain(eqn, domain.framed(v)) for v in branch(*inputs)] for branch in branches
     ]
-    outputs: list[Any] = []
+    outputs: list[Framed] = []
     for j, aval in enumerate(eqn.outputs):
         output = Framed(aval.shape)
         for a in range(len(aval.shape)):
             output.axes[a] = _common(domain, eqn, [values[j].axes[a] for values in results])
         outputs.append(output)
-    return outputs
+    return [*outputs]

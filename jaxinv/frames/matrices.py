@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def random_matrix(key: Array, kind: str, n: int, scale: float, dtype: DTypeLike)
 
 
 def gains_of(
-    place: Place, leaves: Sequence[_Numbers], constants: Sequence[Any]
+    place: Place, leaves: Sequence[_Numbers], constants: Sequence[Constant]
 ) -> list[tuple[_Numbers, Fraction]]:
     """The vectors through which a place sees A, and their powers."""
     size = place.box[place.axis][1] - place.box[place.axis][0]
@@ -134,14 +134,15 @@ def gains_of(
         leaves[v.source] if v.source >= 0 else constants[-1 - v.source]
         for v, _ in place.relation.gains
     ]
+    numbers = cast("list[_Numbers]", arrays)
     return [
         (array.reshape(-1)[v.offset : v.offset + size], power)
-        for array, (v, power) in zip(arrays, place.relation.gains, strict=True)
+        for array, (v, power) in zip(numbers, place.relation.gains, strict=True)
     ]
 
 
 def _seen(
-    B: _Numbers, place: Place, leaves: Sequence[_Numbers], constants: Sequence[Any]
+    B: _Numbers, place: Place, leaves: Sequence[_Numbers], constants: Sequence[Constant]
 ) -> _Numbers:
     """B as a place sees it: T·B·T⁻¹, with T the product of its gains."""
     for vector, power in gains_of(place, leaves, constants):
@@ -205,7 +206,7 @@ def tangent(
 
 def numpy_tangent(
     structure: MatrixStructure,
-    constants: Sequence[Any],
+    constants: Sequence[Constant],
     leaves: Sequence[np.ndarray],
     element: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
@@ -219,7 +220,7 @@ def numpy_tangent(
 
 def _generators(
     structure: MatrixStructure,
-    constants: Sequence[Any],
+    constants: Sequence[Constant],
     leaves: Sequence[_Numbers],
     element: Sequence[_Numbers],
 ) -> Iterator[tuple[Place, tuple[slice, ...], _Numbers]]:

@@ -7,6 +7,7 @@ its own dual. So there are two kinds only, any permutation and none, and no gain
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
 from jaxinv.frames import layout, products
@@ -93,7 +94,7 @@ def _dot_general(domain: Frames, eqn: Equation, left: Operand, right: Operand) -
         like(v, axes=[None if a in skip else e for a, e in enumerate(v.axes)])
         for v, skip in ((x, xb), (y, yb))
     ]
-    result: Framed = products.RULES[eqn.primitive](domain, eqn, *without)
+    result = cast(Framed, products.RULES[eqn.primitive](domain, eqn, *without))
     rank = len(result.shape)
     for i, axis in enumerate(batch):
         if axis is not None:
@@ -112,7 +113,7 @@ def _conv(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Frame
     channels, out = n.lhs_spec[1], n.rhs_spec[0]
     groups = eqn.params["feature_group_count"]
     if groups == 1 or not groups == x.shape[channels] == w.shape[out]:
-        return products.RULES[eqn.primitive](domain, eqn, x, w)
+        return cast("Framed | list[Framed]", products.RULES[eqn.primitive](domain, eqn, x, w))
     for v, own in ((x, channels), (w, out)):
         for a, axis in enumerate(v.axes):
             if a != own:

@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 from jaxinv._interpreter.batch import TracedNetwork
-from jaxinv.gates.domain import Atom, Axes, Cut
 from jaxinv.gates.reading import At, Gates, Layer, at
+from jaxinv.gates.values import Atom, Axes, Cut
 from jaxinv.typing import Array, Inputs, Params
 
 

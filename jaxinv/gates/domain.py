@@ -13,75 +13,19 @@ alone. So a unit can be run by itself, its layer's other weights left out (`Cut`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Body, Equation, Value, rule_table
+from jaxinv._interpreter.walk import Aval, Body, Equation, rule_table
 from jaxinv.gates.follow import ELEMENTWISE, LINEAR, MOVES, SMOOTH, follow
-from jaxinv.typing import Array
+from jaxinv.gates.values import Atom, Axes, Cut, Kink, Operand, Real, Stage, Verdict
+from jaxinv.typing import Array, ArrayLike
 
 # Loops are walked once a step, since every step has gates of its own.
 MOST_STEPS = 128
-
-Atom = tuple[int, int | None]  # (leaf, layer of a stacked leaf or None)
-Axes = frozenset[tuple[int, int]]  # (axis of the value, axis of the atom)
-
-
-class Cut(NamedTuple):
-    """Parameters of which only slice `channel` is there, of length one along `axis`."""
-
-    channel: Array
-    slices: Mapping[Atom, tuple[Array, int | None]]  # (values, axis); an axis of None: all of it
-
-
-class Real(Value):
-    """An array, what it depends on, and along which axis it is cut to one channel, if it is."""
-
-    __slots__ = ("array", "atoms", "cut", "data", "leaf", "off")
-
-    def __init__(
-        self,
-        array: Array,
-        atoms: Mapping[Atom, Axes],
-        data: bool,
-        cut: int | None = None,
-        *,
-        leaf: int | None = None,
-        off: Array | None = None,
-    ):
-        self.array, self.atoms, self.data, self.cut = array, atoms, data, cut
-        self.leaf = leaf  # a whole leaf of the parameters, not yet used
-        self.off = off  # elements that are 0 and stay so nearby: closed gates
-        self.key = object()
-
-
-class Verdict(Real):
-    """The truth of a comparison, and the number whose sign it is."""
-
-    __slots__ = ("kink",)
-    kink: Kink
-
-
-class Kink:
-    """Somewhere the program is not smooth: where z is 0."""
-
-    def __init__(self, z: Array, source: str):
-        self.z, self.source = z, source
-        self.stage: int | None = None  # the gate that this comparison decides
-        self.elsewhere = False  # it is used otherwise too
-
-
-class Stage(NamedTuple):
-    """An array of gates."""
-
-    z: Array  # pre-activations; of length one along `cut`
-    atoms: Mapping[Atom, Axes]
-    cut: int | None
-    source: str
 
 
 class GateDomain:
@@ -112,7 +56,7 @@ class GateDomain:
 
     # --- operations ---
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
+    def default(self, eqn: Equation, *inputs: Operand) -> Real | list[Real]:
         if eqn.name not in SMOOTH and eqn.name not in LINEAR:
             raise eqn.refuse(
                 "the theory of gates",
@@ -128,16 +72,19 @@ class GateDomain:
                 )
             if jnp.finfo(eqn.outputs[0].dtype).nmant < jnp.finfo(eqn.inputs[0].dtype).nmant:
                 self.casts.append(eqn.source)
-        moved = eqn.name in MOVES and isinstance(inputs[0], Real) and inputs[0].off is not None
-        results = self.bind(eqn, *inputs)
-        if moved:
-            off = Real(inputs[0].off, {}, False, inputs[0].cut)
+        results, a = self.results(eqn, *inputs), inputs[0] if inputs else None
+        if eqn.name in MOVES and isinstance(a, Real) and a.off is not None:
+            off = Real(a.off, {}, False, a.cut)
             if eqn.name not in ("convert_element_type", "stop_gradient"):
                 off = self.bind(eqn, off)
-            results.off = off.array
-        return results
+            results[0].off = off.array
+        return results if eqn.primitive.multiple_results else results[0]
 
-    def bind(self, eqn: Equation, *inputs: Any) -> Any:
+    def bind(self, eqn: Equation, *inputs: Operand) -> Real:
+        """The result of an operation with one."""
+        return self.results(eqn, *inputs)[0]
+
+    def results(self, eqn: Equation, *inputs: Operand) -> list[Real]:
         """The operation itself, on arrays of which some are cut to one channel.
 
         What mixes a channel with others comes after the unit that it is cut for, which does not
@@ -152,15 +99,13 @@ class GateDomain:
             isinstance(v, Real) and v.cut is not None and follow(eqn, i, v.cut) is None
             for i, v in enumerate(inputs)
         ):
-            found = [Real(jnp.zeros(a.shape, a.dtype), atoms, data) for a in eqn.outputs]
-            return found if eqn.primitive.multiple_results else found[0]
+            return [Real(jnp.zeros(a.shape, a.dtype), atoms, data) for a in eqn.outputs]
         arrays, cut = self.aligned(eqn, inputs)
-        results = eqn.bind(*arrays, **({} if cut is None else _changed(eqn, inputs, arrays)))
-        if eqn.primitive.multiple_results:
-            return [Real(r, atoms, data, cut) for r in results]
-        return Real(results, atoms, data, cut)
+        results = eqn.bind(*arrays, **({} if cut is None else _changed(eqn, inputs)))
+        several = results if eqn.primitive.multiple_results else [results]
+        return [Real(r, atoms, data, cut) for r in several]
 
-    def atoms_of(self, eqn: Equation, inputs: Sequence[Any]) -> dict[Atom, Axes]:
+    def atoms_of(self, eqn: Equation, inputs: Sequence[Operand]) -> dict[Atom, Axes]:
         """What the result depends on, and the axes that all of its operands agree on."""
         found: dict[Atom, Axes] = {}
         for i, value in enumerate(inputs):
@@ -170,7 +115,9 @@ class GateDomain:
                 found[atom] = found[atom] & kept if atom in found else kept
         return found
 
-    def aligned(self, eqn: Equation, inputs: Sequence[Any]) -> tuple[list[Array], int | None]:
+    def aligned(
+        self, eqn: Equation, inputs: Sequence[Operand]
+    ) -> tuple[list[ArrayLike], int | None]:
         """The arrays, all of them cut where one is, and the axis of the result that is cut."""
         axis = None
         for i, value in enumerate(inputs):
@@ -216,7 +163,7 @@ class GateDomain:
 
     # --- control flow ---
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
         raise eqn.refuse(
             "the theory of gates",
             "which branch is taken depends on the values, so the function may jump.",
@@ -242,7 +189,7 @@ class GateDomain:
             rows = rows[::-1]
         return [*carry, *map(_stacked, zip(*rows, strict=True))]
 
-    def _row(self, value: Any, i: int) -> Any:
+    def _row(self, value: Real | Array, i: int) -> Real | Array:
         if not isinstance(value, Real):
             return value[i]
         if value.leaf is not None:
@@ -254,27 +201,27 @@ class GateDomain:
         return Real(value.array[i], atoms, value.data, None if value.cut is None else value.cut - 1)
 
 
-def _stacked(rows: Sequence[Any]) -> Any:
+def _stacked(rows: Sequence[Operand]) -> Operand:
     """What a loop collects."""
-    if not any(isinstance(v, Real) for v in rows):
-        return jnp.stack(rows)
     values = [v for v in rows if isinstance(v, Real)]
+    arrays = jnp.stack([jnp.asarray(v.array if isinstance(v, Real) else v) for v in rows])
+    if not values:
+        return arrays
     atoms: dict[Atom, Axes] = {}
     for value in values:
         for atom, pairs in value.atoms.items():
             moved = frozenset((a + 1, b) for a, b in pairs)
             atoms[atom] = atoms[atom] & moved if atom in atoms else moved
     cut = next((v.cut for v in values if v.cut is not None), None)
-    arrays = [v.array if isinstance(v, Real) else v for v in rows]
     data = any(v.data for v in values)
-    return Real(jnp.stack(arrays), atoms, data, None if cut is None else cut + 1)
+    return Real(arrays, atoms, data, None if cut is None else cut + 1)
 
 
-def _is_float(aval: Any) -> bool:
+def _is_float(aval: Aval) -> bool:
     return bool(jnp.issubdtype(aval.dtype, jnp.floating))
 
 
-def _changed(eqn: Equation, inputs: Sequence[Any], arrays: Sequence[Array]) -> dict[str, Any]:
+def _changed(eqn: Equation, inputs: Sequence[Operand]) -> dict[str, tuple[int, ...]]:
     """Sizes that an equation spells out, where an operand is cut to length one."""
     value = next(v for v in inputs if isinstance(v, Real) and v.cut is not None)
     assert value.cut is not None
@@ -298,14 +245,14 @@ def _changed(eqn: Equation, inputs: Sequence[Any], arrays: Sequence[Array]) -> d
 RULES, _rule = rule_table()
 
 
-def _minus(domain: GateDomain, eqn: Equation, a: Any, b: Any) -> Real:
+def _minus(domain: GateDomain, eqn: Equation, a: Operand, b: Operand) -> Real:
     """a − b, cut as both are."""
     arrays, cut = domain.aligned(eqn, (a, b))
     data = any(isinstance(v, Real) and v.data for v in (a, b))
     return Real(jnp.subtract(*arrays), domain.atoms_of(eqn, (a, b)), data, cut)
 
 
-def _off(value: Any) -> Array:
+def _off(value: Operand) -> Array:
     """Elements that are 0 and stay so nearby."""
     if not isinstance(value, Real):
         return jnp.asarray(value) == 0
@@ -319,7 +266,7 @@ def _apart(z: Real, off: Array) -> Real:
 
 
 @_rule("max", "min")
-def _larger(domain: GateDomain, eqn: Equation, a: Any, b: Any) -> Real:
+def _larger(domain: GateDomain, eqn: Equation, a: Operand, b: Operand) -> Real:
     z, out = _minus(domain, eqn, a, b), domain.bind(eqn, a, b)
     both = jnp.broadcast_to(_off(a) & _off(b), out.array.shape)
     largest = eqn.name == "max"
@@ -334,7 +281,7 @@ def _absolute(domain: GateDomain, eqn: Equation, a: Real) -> Real:
 
 
 @_rule("clamp")
-def _clip(domain: GateDomain, eqn: Equation, low: Any, a: Any, high: Any) -> Real:
+def _clip(domain: GateDomain, eqn: Equation, low: Operand, a: Real, high: Operand) -> Real:
     if isinstance(low, Real) or isinstance(high, Real):
         raise eqn.refuse(
             "the theory of gates",
@@ -349,7 +296,7 @@ def _clip(domain: GateDomain, eqn: Equation, low: Any, a: Any, high: Any) -> Rea
 
 
 @_rule("gt", "ge", "lt", "le", "eq", "ne")
-def _compare(domain: GateDomain, eqn: Equation, a: Any, b: Any) -> Real:
+def _compare(domain: GateDomain, eqn: Equation, a: Operand, b: Operand) -> Real:
     arrays, cut = domain.aligned(eqn, (a, b))
     atoms = domain.atoms_of(eqn, (a, b))
     data = any(isinstance(v, Real) and v.data for v in (a, b))
@@ -363,7 +310,7 @@ def _compare(domain: GateDomain, eqn: Equation, a: Any, b: Any) -> Real:
 
 
 @_rule("select_n")
-def _select(domain: GateDomain, eqn: Equation, which: Any, *cases: Any) -> Real:
+def _select(domain: GateDomain, eqn: Equation, which: Operand, *cases: Operand) -> Real:
     if not isinstance(which, Verdict) or len(cases) != 2:
         return domain.bind(eqn, which, *cases)
     first = eqn._replace(inputs=eqn.inputs[1:])  # the two cases are elementwise like the whole
@@ -386,7 +333,7 @@ def _jump(domain: GateDomain, eqn: Equation, a: Real) -> Real:
 
 
 @_rule("and", "or", "not", "xor", "is_finite")
-def _logic(domain: GateDomain, eqn: Equation, *inputs: Any) -> Real:
+def _logic(domain: GateDomain, eqn: Equation, *inputs: Operand) -> Real:
     return domain.bind(eqn, *inputs)
 
 
@@ -480,7 +427,7 @@ def _pool(domain: GateDomain, eqn: Equation, a: Real) -> Real:
 
 
 @_rule("slice")
-def _sliced(domain: GateDomain, eqn: Equation, a: Real) -> Real:
+def _sliced(domain: GateDomain, eqn: Equation, a: Real) -> Real | list[Real]:
     """One layer of a stacked leaf is an atom of its own."""
     start, end = eqn.params["start_indices"], eqn.params["limit_indices"]
     shape = eqn.inputs[0].shape

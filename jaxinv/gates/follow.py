@@ -6,7 +6,7 @@ are mixed, moved or dropped, so that nothing is known.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def _conv(eqn: Equation, operand: int, axis: int) -> int | None:
     return None
 
 
-_RULES: dict[str, Any] = {
+_RULES: dict[str, Callable[[Equation, int, int], int | None]] = {
     "transpose": _transpose,
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,

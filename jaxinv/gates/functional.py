@@ -20,7 +20,6 @@ from jaxinv._interpreter.draws import traced_in
 from jaxinv._numerics.precision import as_dtype, in_precision
 from jaxinv.errors import InvalidInput, JaxinvError, UnsupportedOperation
 from jaxinv.gates.blocks import Block, block_of
-from jaxinv.gates.domain import Atom
 from jaxinv.gates.reading import Gates, read
 from jaxinv.gates.regions import Region, example_of
 from jaxinv.gates.search import (
@@ -31,6 +30,7 @@ from jaxinv.gates.search import (
     of_outputs,
     too_large,
 )
+from jaxinv.gates.values import Atom
 from jaxinv.rescaling import rescaling_group
 from jaxinv.rescaling.span import span_dimension
 from jaxinv.typing import Array, Inputs, Network, Params

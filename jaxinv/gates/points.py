@@ -8,7 +8,7 @@ a network of ReLUs it is exact once no other gate changes inside of the bracket.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +158,10 @@ class Root(NamedTuple):
     size: Array  # of z at the ends of the bracket
 
 
+# step; the ends, and z there; the best place, and z there; which end moved last
+_State = tuple[Array, Array, Array, Array, Array, Array, Array, Array]
+
+
 def root_of(
     network: TracedNetwork,
     block: Block,
@@ -181,11 +185,11 @@ def root_of(
     size = jnp.maximum(abs(fa), abs(fb))
     eps = float(jnp.finfo(fa.dtype).eps)
 
-    def open_(state: Any) -> Array:
+    def open_(state: _State) -> Array:
         k, a, b, fa, fb, t, f, side = state
         return (k < _MOST_STEPS) & (abs(f) > _CLOSE * eps * size) & (abs(b - a) > 4 * eps)
 
-    def step_(state: Any) -> Any:
+    def step_(state: _State) -> _State:
         k, a, b, fa, fb, t, f, side = state
         slope = fb - fa
         secant = b - fb * (b - a) / jnp.where(slope == 0, 1, slope)

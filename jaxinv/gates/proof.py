@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxinv.errors import UnsupportedOperation
 from jaxinv.gates.blocks import Block, element, flat, pre_activations, slices_of
 from jaxinv.gates.points import Segments, aimed, between, root_of, taken
 from jaxinv.gates.reading import At, at
-from jaxinv.typing import Array, Inputs, Params
+from jaxinv.typing import Array, Inputs, Params, PyTree
 
 _EXACT = lax.Precision.HIGHEST
 # Another gate counts as away from 0 beyond this share of its layer's largest pre-activation (and
@@ -90,7 +90,7 @@ def _rounded_row(
 def largest_array(network: TracedNetwork, block: Block, params: Params, example: Inputs) -> int:
     """Numbers in the largest array that a row takes for each input."""
 
-    def row(params: Params, unit: Array, position: Array, example: Inputs) -> Any:
+    def row(params: Params, unit: Array, position: Array, example: Inputs) -> tuple[Array, Array]:
         return _rounded_row(network, block, params, unit, position, example)
 
     index = jnp.zeros((), jnp.int32)
@@ -101,7 +101,7 @@ def largest_array(network: TracedNetwork, block: Block, params: Params, example:
     return max((a.size for eqn in found for a in eqn.outputs), default=1)
 
 
-def nudged(tree: Any) -> Any:
+def nudged(tree: PyTree) -> PyTree:
     """Two roundings away, signs taking turns."""
 
     def one(a: Array) -> Array:
@@ -305,13 +305,16 @@ def _power(size: Array) -> Array:
     return jnp.ldexp(jnp.ones_like(some), -jnp.frexp(some)[1])
 
 
-def spread(function: Callable[..., Any], mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
+R = TypeVar("R")
+
+
+def spread(function: Callable[..., R], mesh: jax.sharding.Mesh | None) -> Callable[..., R]:
     """A function of (params, what units share, of each unit …), the units spread over devices."""
     if mesh is None:
         return function
     here, own = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
-    def over(params: Params, shared: Any, *of_units: Any) -> Any:
+    def over(params: Params, shared: PyTree, *of_units: PyTree) -> R:
         specs = (here, here, *[own] * len(of_units))
         # Nothing is summed over devices, so there is nothing to check of what varies over them.
         apart = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
@@ -362,7 +365,9 @@ def aimed_ranks(
     Also the segments of as many points as before, those that count first.
     """
 
-    def some(params: Params, bounds: Any, *of_units: Any) -> tuple[Found, Segments, Crossed]:
+    def some(
+        params: Params, bounds: tuple[Inputs, Inputs] | None, *of_units: PyTree
+    ) -> tuple[Found, Segments, Crossed]:
         def one(
             given: tuple[Array, Segments, Crossed, Inputs],
         ) -> tuple[Found, Segments, Crossed]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxinv._interpreter.batch import TracedNetwork
 from jaxinv._interpreter.walk import interpret
-from jaxinv.gates.domain import Atom, Axes, Cut, GateDomain, Real
+from jaxinv.gates.domain import GateDomain
+from jaxinv.gates.values import Atom, Axes, Cut, Real
 from jaxinv.typing import Array, Inputs, Params
 
 

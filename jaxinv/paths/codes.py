@@ -9,14 +9,14 @@ that are used as numbers (pixels) are inputs like any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeGuard
+from typing import NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Value, is_concrete
+from jaxinv._interpreter.walk import Equation, Value, constants, is_concrete
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import UnsupportedOperation
@@ -79,22 +79,20 @@ def _discrete(
     domain: Semantics, eqn: Equation, inputs: Sequence[Operand], rule: Callable
 ) -> Result:
     """Integers and truth values computed from others."""
-    results: Any = None
+    results: Sequence[object] = [None] * len(eqn.outputs)
     if eqn.name in _EXACT and all(v.numeric for v in inputs if isinstance(v, Code)):
         try:
-            results = rule(domain, eqn, *inputs)
-            results = results if eqn.primitive.multiple_results else [results]
+            result = rule(domain, eqn, *inputs)
+            results = result if eqn.primitive.multiple_results else [result]
         except UnsupportedOperation:
             pass
     outs = []
-    for i, out in enumerate(eqn.outputs):
-        numeric = results is not None and isinstance(results[i], Paths)
-        if out.dtype == jnp.bool_ or not numeric:
+    for found, out in zip(results, eqn.outputs, strict=True):
+        if out.dtype == jnp.bool_ or not isinstance(found, Paths):
             rows, runs = _path_runs.ones(out.shape, domain.dtype)
             binary = out.dtype == jnp.bool_
             outs.append(Code(rows, None, runs, (0.0, 1.0) if binary else None, binary))
         else:
-            found = results[i]
             levels = _levels(eqn, inputs)
             outs.append(Code(found.rows, found.multiples, found.runs, levels))
         outs[-1].columns = _columns(eqn, inputs)
@@ -105,7 +103,7 @@ def _columns(eqn: Equation, inputs: Sequence[Operand]) -> tuple[Array | None, ..
     """The parts of an index vector that are constants; None in place of those read from x."""
     if eqn.name != "concatenate" or eqn.params["dimension"] != len(eqn.outputs[0].shape) - 1:
         return None
-    columns: list[Any] = []
+    columns: list[Array | None] = []
     for value, aval in zip(inputs, eqn.inputs, strict=True):
         if isinstance(value, Code):
             columns += value.columns or [None] * aval.shape[-1]
@@ -114,13 +112,13 @@ def _columns(eqn: Equation, inputs: Sequence[Operand]) -> tuple[Array | None, ..
     return tuple(columns)
 
 
-def _levels(eqn: Equation, inputs: Sequence[Any]) -> tuple[float, float] | None:
+def _levels(eqn: Equation, inputs: Sequence[Operand]) -> tuple[float, float] | None:
     """The two numbers that an operation makes of a value that takes two; None if not provable."""
     codes = [v for v in inputs if isinstance(v, Code)]
     if any(v.levels is None for v in codes):
         return None
     if eqn.name in _LAYOUT:
-        same = len(codes) == 1 and not any(np.ndim(v) for v in inputs if not isinstance(v, Code))
+        same = len(codes) == 1 and not any(np.ndim(v) for v in inputs if not isinstance(v, Value))
         same = same or len({v.levels for v in codes}) == len(codes) == 1
         return codes[0].levels if same and eqn.name != "pad" else None
     if eqn.name not in _AFFINE or len(codes) != 1 or not all(map(_uniform, inputs)):
@@ -128,7 +126,7 @@ def _levels(eqn: Equation, inputs: Sequence[Any]) -> tuple[float, float] | None:
     dtype = eqn.outputs[0].dtype
 
     def at(level: float) -> float:
-        numbers = [level if isinstance(v, Code) else np.ravel(v)[0] for v in inputs]
+        numbers = [level if isinstance(v, Value) else np.ravel(v)[0] for v in inputs]
         with jax.ensure_compile_time_eval():
             return float(eqn.bind(*(jnp.asarray(n, dtype) for n in numbers)))
 
@@ -176,8 +174,9 @@ def _select(domain: Semantics, eqn: Equation, which: Operand, *cases: Operand) -
     """A gate, if what it selects are multiples of one value; else any case may be the one."""
     if not isinstance(which, Code):
         return None
-    if not any(isinstance(v, Value) for v in cases):
-        return _choice(domain, eqn, cases)
+    fixed = constants(cases)
+    if fixed is not None:
+        return _choice(domain, eqn, fixed)
     paths = [v for v in cases if isinstance(v, Paths)]
     shared = [
         key
@@ -190,13 +189,13 @@ def _select(domain: Semantics, eqn: Equation, which: Operand, *cases: Operand) -
     return Paths(scaled.add(parts)) if len(parts) > 1 else Paths(parts[0])
 
 
-def _choice(domain: Semantics, eqn: Equation, cases: Sequence[Any]) -> Code:
+def _choice(domain: Semantics, eqn: Equation, cases: Sequence[ArrayLike]) -> Code:
     """One of several constants: the first, or what must be added to it."""
-    first, *others = (np.asarray(v, np.float64) if is_concrete(v) else v for v in cases)
     rows, runs = _path_runs.ones(eqn.outputs[0].shape, domain.dtype)
     concrete = [v for v in cases if is_concrete(v)]
     if len(concrete) < len(cases) or not all(np.isfinite(np.asarray(v)).all() for v in concrete):
         return Code(rows, None, runs, None, numeric=False)
+    first, *others = (np.asarray(v, np.float64) for v in concrete)
     parts = [domain.power(first), *(domain.power(v - first) for v in others)]
     whole = [Scaled(jnp.broadcast_to(s.mantissa, eqn.outputs[0].shape), s.exponent) for s in parts]
     uniform = len(cases) == 2 and all(map(_uniform, cases))
@@ -231,7 +230,7 @@ def _lookup(
 
 
 def _slice(
-    domain: Semantics, eqn: Equation, operand: Paths | Weight | ArrayLike, *starts: Any
+    domain: Semantics, eqn: Equation, operand: Paths | Weight | ArrayLike, *starts: Operand
 ) -> Paths:
     """An element of an array read at a position from x, as `_lookup` does."""
     shape, sizes = eqn.inputs[0].shape, eqn.params["slice_sizes"]
@@ -240,7 +239,7 @@ def _slice(
         raise indexed(eqn)
     sums = operand.sums if isinstance(operand, Paths) else edge(domain, eqn, operand)
     total = scaled.summed(sums, [axis for axis in read if sizes[axis] == 1], keepdims=True)
-    places = [jnp.int32(0) if axis in read else start for axis, start in enumerate(starts)]
+    places = [jnp.int32(0) if isinstance(start, Value) else start for start in starts]
     return Paths(scaled.moved(lambda a: lax.dynamic_slice(a, places, sizes), total))
 
 

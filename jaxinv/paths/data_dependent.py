@@ -23,7 +23,7 @@ networks", ICLR 2016 (arXiv:1511.06747).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ def _mixed(
     offsets: list[Array] | None = None,
 ) -> _Mixed:
     path = PathDomain(2.0, problem.dtype, edges_only)
-    outputs: list[Any] = []
+    outputs: list[Data | Weight | ArrayLike] = []
     if alpha == 1:
         outputs = interpret(problem, leaves, lengths, DataDomain(path))
     # At α = 1 the units before the outputs do not count: their moments need not be known.

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxinv._interpreter.walk import Body, Equation, Opaque, Value
+from jaxinv._interpreter.walk import Body, Equation, Opaque, Rules, Value
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.paths.domain import PathDomain
-from jaxinv.paths.values import Code, Operand, Paths, Result, Sign, Weight, is_zero
-from jaxinv.typing import Array, DType
+from jaxinv.paths.values import Code, Operand, Paths, Result, Sign, is_zero, plain
+from jaxinv.typing import Array, ArrayLike, DType
 
 THEORY = "data-dependent path semantics"
 
@@ -80,7 +80,7 @@ DataResult = Result | Data | Sequence[DataOperand | Opaque]
 class DataDomain:
     """Paths and numbers side by side; subclasses let one act on the other."""
 
-    rules: dict[Any, Any] = {}
+    rules: Rules = {}
 
     def __init__(self, path: PathDomain):
         self.path = path
@@ -102,8 +102,9 @@ class DataDomain:
 
     def default(self, eqn: Equation, *inputs: DataOperand) -> DataResult:
         """Any operation: the rule of the path domain on paths, the operation itself on numbers."""
-        if not any(isinstance(v, Data) for v in inputs):
-            return self._path_rule(eqn, inputs)
+        operands = [v for v in inputs if not isinstance(v, Data)]
+        if len(operands) == len(inputs):
+            return self._path_rule(eqn, operands)
         moved, summed = self._linear(eqn, inputs)
         if moved or summed:
             paths = self._path_rule(eqn, [_view(v) for v in inputs])
@@ -131,7 +132,7 @@ class DataDomain:
             wrapped = [self.product(eqn, inputs, w) for w in wrapped]
         return wrapped if eqn.primitive.multiple_results else wrapped[0]
 
-    def _path_rule(self, eqn: Equation, inputs: Sequence[Any]) -> Result:
+    def _path_rule(self, eqn: Equation, inputs: Sequence[Operand]) -> Result:
         rule = self.path.rules.get(eqn.primitive)
         return rule(self.path, eqn, *inputs) if rule else self.path.default(eqn, *inputs)
 
@@ -179,7 +180,7 @@ def _is_product(eqn: Equation, inputs: Sequence[DataOperand]) -> bool:
 
 def _once(function: Callable[[], T]) -> Callable[[], T]:
     """The function, evaluated at most once and only if asked for."""
-    results: list[Any] = []
+    results: list[T] = []
 
     def read() -> T:
         if not results:
@@ -212,10 +213,10 @@ def _as_list(eqn: Equation, outputs: Any) -> list[Any]:
 def evaluate(eqn: Equation, inputs: Sequence[DataOperand]) -> Array | list[Array]:
     """The operation on numbers, example by example."""
     axes: list[int | None] = []
-    arrays: list[Any] = []
+    arrays: list[ArrayLike] = []
     for v in inputs:
         axes.append(0 if isinstance(v, Data) else None)
-        arrays.append(v.array if isinstance(v, Data) else v.value if isinstance(v, Weight) else v)
+        arrays.append(v.array if isinstance(v, Data) else plain(v))
     if eqn.name == "max" and any(is_zero(v) for v in inputs):
         # jax.nn.relu's derivative at 0 is 0, that of the maximum inside it 1/2.
         (data,) = [a for a, axis in zip(arrays, axes, strict=True) if axis == 0]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Value, is_concrete, rule_table
+from jaxinv._interpreter.walk import Equation, Value, constants, is_concrete, rule_table
 from jaxinv._numerics import scaled as _scaled
 from jaxinv._numerics import stream
 from jaxinv._numerics.scaled import Scaled
@@ -38,6 +38,7 @@ from jaxinv.paths.values import (
     multiples_of,
     not_homogeneous,
     of_signs,
+    plain,
     shared_bases,
 )
 from jaxinv.typing import Array, ArrayLike
@@ -54,15 +55,15 @@ def _indexed_by_data(eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[
     raise indexed(eqn)
 
 
-def _lengths(domain: Semantics, parts: Sequence[Any]) -> list[Scaled] | None:
+def _lengths(domain: Semantics, parts: Sequence[Operand]) -> list[Scaled] | None:
     """|.|^p of weights and constants; None if one of them is no monomial of the parameters."""
-    lengths = [v.length if isinstance(v, Weight) else domain.power(v) for v in parts]
+    lengths = [v.length if isinstance(v, Weight) else domain.power(plain(v)) for v in parts]
     return None if any(length is None for length in lengths) else lengths  # type: ignore[return-value]
 
 
-def _values_and_leaves(parts: Sequence[Any]) -> tuple[list[ArrayLike], frozenset[str]]:
+def _values_and_leaves(parts: Sequence[Operand]) -> tuple[list[ArrayLike], frozenset[str]]:
     leaves = frozenset().union(*(v.leaves for v in parts if isinstance(v, Weight)))
-    return [v.value if isinstance(v, Weight) else v for v in parts], leaves
+    return [*map(plain, parts)], leaves
 
 
 def _sums_like(eqn: Equation, sums: Scaled, *rest: ArrayLike) -> Scaled:
@@ -71,32 +72,35 @@ def _sums_like(eqn: Equation, sums: Scaled, *rest: ArrayLike) -> Scaled:
     return _path_exponents.rearranged(eqn, sums, *rest)
 
 
-def _relayout(domain: Semantics, eqn: Equation, value: Tracked, *rest: Any) -> Result:
+def _relayout(domain: Semantics, eqn: Equation, value: Tracked, *rest: Operand) -> Result:
     """One operand moved about, never changed: the same operation on everything that it carries."""
     del domain
-    if any(isinstance(r, Value) for r in rest):
+    fixed = constants(rest)
+    if fixed is None:
         return _indexed_by_data(eqn, [value, *rest])
     if isinstance(value, Weight):
-        length = None if value.length is None else _sums_like(eqn, value.length, *rest)
+        length = None if value.length is None else _sums_like(eqn, value.length, *fixed)
         axes = value.axes if eqn.name == "transpose" else None
         if axes is not None:
             axes = tuple(eqn.params["permutation"].index(axis) for axis in axes)
-        return Weight(eqn.bind(value.value, *rest), length, value.leaves, axes)
+        return Weight(eqn.bind(value.value, *fixed), length, value.leaves, axes)
     shape = eqn.inputs[0].shape
     if isinstance(value, Sign):
-        branches = tuple(eqn.bind(jnp.broadcast_to(b, shape), *rest) for b in value.branches)
-        return Sign(branches, frozenset(_moved(eqn, b, rest) for b in value.bases))
+        branches = tuple(eqn.bind(jnp.broadcast_to(b, shape), *fixed) for b in value.branches)
+        return Sign(branches, frozenset(_moved(eqn, b, fixed) for b in value.bases))
 
     def moved(entry: Callable) -> Callable:
         def read() -> tuple[Scaled, Scaled]:
             base, slope = entry()
             slope = Scaled(jnp.broadcast_to(slope.mantissa, shape), slope.exponent)
-            return _sums_like(eqn, base, *rest), _sums_like(eqn, slope, *rest)
+            return _sums_like(eqn, base, *fixed), _sums_like(eqn, slope, *fixed)
 
         return read
 
-    multiples = {_moved(eqn, key, rest): moved(entry) for key, entry in multiples_of(value).items()}
-    return Paths(_sums_like(eqn, value.sums, *rest), multiples)
+    multiples = {
+        _moved(eqn, key, fixed): moved(entry) for key, entry in multiples_of(value).items()
+    }
+    return Paths(_sums_like(eqn, value.sums, *fixed), multiples)
 
 
 def _moved(eqn: Equation, key: Hashable, rest: Sequence[ArrayLike]) -> Hashable:
@@ -184,10 +188,10 @@ def assemble(positions: Callable[[int], Sequence[int]]) -> Callable:
             return _indexed_by_data(eqn, inputs)
 
         def bind(parts: Sequence[Operand]) -> Array:
-            full: list[Any] = list(inputs)
+            full = list(inputs)
             for i, part in zip(where, parts, strict=True):
                 full[i] = part
-            return _bind_arrays(eqn, full)
+            return _bind_arrays(eqn, cast("list[ArrayLike]", full))
 
         if any(isinstance(v, Paths | Sign) for v in arrays):
             return Paths(_assembled(eqn, bind, [as_paths(domain, eqn, v).sums for v in arrays]))
@@ -259,16 +263,21 @@ def _bilinear(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -
         if is_zero(left) or is_zero(right):
             return jnp.zeros(eqn.outputs[0].shape, eqn.outputs[0].dtype)
         return derived(eqn, [left, right])
-    if isinstance(left, Paths) and eqn.name == "conv_general_dilated" and left.runs:
-        return _convolution(domain, eqn, left, right)
     weight_is_right = isinstance(left, Paths | Sign)
     data, weight = (left, right) if weight_is_right else (right, left)
+    assert not isinstance(weight, Paths | Sign)
+    if isinstance(left, Paths) and eqn.name == "conv_general_dilated" and left.runs:
+        return _convolution(domain, eqn, left, weight)
     sums = as_paths(domain, eqn, data).sums
     return Paths(_contracted(domain, eqn, sums, weight, weight_is_right))
 
 
 def _contracted(
-    domain: Semantics, eqn: Equation, sums: Scaled, weight: Any, weight_is_right: bool
+    domain: Semantics,
+    eqn: Equation,
+    sums: Scaled,
+    weight: Weight | ArrayLike,
+    weight_is_right: bool,
 ) -> Scaled:
     """The contraction with |w|^p, normalised, after exponents have moved between the two."""
     length = edge(domain, eqn, weight)
@@ -291,7 +300,9 @@ def _contracted(
 _EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
 
 
-def _convolution(domain: Semantics, eqn: Equation, value: Paths, kernel: Any) -> Paths:
+def _convolution(
+    domain: Semantics, eqn: Equation, value: Paths, kernel: Weight | ArrayLike
+) -> Paths:
     """A convolution of sums with runs: that of what is kept of them."""
     names = ("window_strides", "rhs_dilation", "padding", "lhs_dilation")
     numbers, out = eqn.params["dimension_numbers"], eqn.outputs[0]
@@ -319,7 +330,7 @@ rule("dot_general", "conv_general_dilated")(_bilinear)
 
 
 def _streamed(
-    domain: Semantics, eqn: Equation, part: Moved, weight: Any, weight_is_right: bool
+    domain: Semantics, eqn: Equation, part: Moved, weight: Operand, weight_is_right: bool
 ) -> Array | None:
     """A matrix-vector product that reads a large matrix once; None where this is not one."""
     if eqn.name != "dot_general" or domain.p not in (1, 2):
@@ -352,7 +363,7 @@ def _product_of_data(eqn: Equation) -> UnsupportedOperation:
 
 
 @rule("mul")
-def _mul(domain: Semantics, eqn: Equation, left: Any, right: Any) -> Result:
+def _mul(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     if isinstance(left, Paths) and isinstance(right, Paths):
         raise _product_of_data(eqn)
     if isinstance(left, Sign) and isinstance(right, Paths):
@@ -373,6 +384,7 @@ def _mul(domain: Semantics, eqn: Equation, left: Any, right: Any) -> Result:
         return _weight_product(domain, eqn, left, right)
     if not isinstance(left, Paths):
         left, right = right, left
+    assert isinstance(left, Paths) and not isinstance(right, Paths | Sign)
     return _times(left, edge(domain, eqn, right))
 
 
@@ -402,7 +414,7 @@ def _weight_product(domain: Semantics, eqn: Equation, left: Operand, right: Oper
 
 
 @rule("div")
-def _div(domain: Semantics, eqn: Equation, left: Operand, right: Any) -> Result:
+def _div(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
     if isinstance(right, Paths | Sign):
         if isinstance(left, Sign | Paths) and isinstance(right, Paths):
             raise eqn.refuse(
@@ -413,38 +425,29 @@ def _div(domain: Semantics, eqn: Equation, left: Operand, right: Any) -> Result:
             )
         return domain.default(eqn, left, right)
     if isinstance(right, Weight):
-        right = Weight(1 / right.value, None, right.leaves)
-        if not isinstance(left, Paths):
-            return (
-                domain.default(eqn, *(left, right))
-                if isinstance(left, Sign)
-                else _quotient(left, right)
-            )
-    else:
-        if is_concrete(right) and not np.all(np.asarray(right)):
-            raise eqn.refuse(
-                THEORY, "it divides by a constant that is 0.", "check that constant.",
-                what="A division by zero",
-            )  # fmt: skip
-        right = _reciprocal(right)
+        inverse = Weight(1 / right.value, None, right.leaves)
+        if isinstance(left, Paths):
+            return _times(left, edge(domain, eqn, inverse))
+        if isinstance(left, Sign):
+            return domain.default(eqn, left, inverse)
+        return _quotient(left, inverse)
+    if is_concrete(right) and not np.all(np.asarray(right)):
+        raise eqn.refuse(
+            THEORY, "it divides by a constant that is 0.", "check that constant.",
+            what="A division by zero",
+        )  # fmt: skip
+    factor = 1 / (np.asarray(right, np.float64) if is_concrete(right) else jnp.asarray(right))
     if isinstance(left, Paths):
-        return _times(left, edge(domain, eqn, right))
-    if isinstance(left, Weight) and left.length is not None and not isinstance(right, Weight):
-        length = _scaled.multiply(left.length, domain.power(right))
-        return Weight(left.value * right, length, left.leaves)
-    return domain.default(eqn, left, 1 / right)
+        return _times(left, edge(domain, eqn, factor))
+    if isinstance(left, Weight) and left.length is not None:
+        length = _scaled.multiply(left.length, domain.power(factor))
+        return Weight(left.value * factor, length, left.leaves)
+    return domain.default(eqn, left, 1 / factor)
 
 
-def _quotient(left: Any, inverse: Weight) -> Weight:
-    value = left.value if isinstance(left, Weight) else left
+def _quotient(left: Operand, inverse: Weight) -> Weight:
     leaves = inverse.leaves | (left.leaves if isinstance(left, Weight) else frozenset())
-    return Weight(value * inverse.value, None, leaves)
-
-
-def _reciprocal(constant: ArrayLike) -> ArrayLike:
-    if is_concrete(constant):
-        return 1 / np.asarray(constant, np.float64)
-    return 1 / constant
+    return Weight(jnp.asarray(plain(left) * inverse.value), None, leaves)
 
 
 @rule("neg")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -182,7 +181,7 @@ def _select(domain: Semantics, eqn: Equation, which: Operand, *cases: Operand) -
 
 
 @rule("clamp")
-def _clamp(domain: Semantics, eqn: Equation, low: Operand, value: Operand, high: Any) -> Result:
+def _clamp(domain: Semantics, eqn: Equation, low: Operand, value: Operand, high: Operand) -> Result:
     if not any(isinstance(v, Paths | Sign) for v in (low, value, high)):
         return derived(eqn, [low, value, high])
     one_sided = (

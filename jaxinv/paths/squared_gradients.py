@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +61,7 @@ def mean_squares(
 
     example = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in inputs]
     traced = walk.trace(of_example, leaves, example)
-    size = sum(v.aval.size for v in walk.open_jaxpr(traced.jaxpr)[0].outvars)
+    size = sum(walk.aval_of(v).size for v in walk.open_jaxpr(traced.jaxpr)[0].outvars)
     used = [
         [p for p in uses if p is not None] if uses and all(uses) else [] for uses in uses_of(traced)
     ]
@@ -79,7 +78,7 @@ def mean_squares(
         return _of_signs(traced, leaves, inputs, used, signs(row), centered)
 
     if probes is None or key is None:
-        rows: Any = jnp.arange(size)
+        rows: Array = jnp.arange(size)
     else:
         rows = jax.random.split(key, probes)
         if probes == 1:
@@ -105,7 +104,7 @@ def _of_signs(
     products = [p for uses in used for p in uses]
     rest = [i for i, uses in enumerate(used) if not uses]
 
-    def features(signs: Array, example: list[Array]) -> tuple[list[Array], list[Array], Any]:
+    def features(signs: Array, example: list[Array]) -> tuple[list[Array], ...]:
         def outputs(added: list[Array], others: list[Array]) -> tuple[Array, list[Array]]:
             whole = list(leaves)
             for i, leaf in zip(rest, others, strict=True):
@@ -118,7 +117,7 @@ def _of_signs(
         return h, *pull(signs)
 
     h, delta, others = jax.vmap(features)(signs, inputs)
-    found: list[Any] = [None] * len(leaves)
+    found: dict[int, Scaled] = {}
     for i, slopes in zip(rest, others, strict=True):
         if centered:
             slopes = slopes - slopes.mean(axis=0)
@@ -128,7 +127,7 @@ def _of_signs(
         if uses:
             parts = [(p, *pairs[id(p)]) for p in uses]
             found[i] = _of_leaf(leaves[i].shape, parts, centered, signs.dtype)
-    return found
+    return [found[i] for i in range(len(leaves))]
 
 
 def _of_leaf(
@@ -181,7 +180,7 @@ def _of_leaf(
     data = jax.tree.map(chunked, (operands, gradients, real))
 
     def over_chunks(f: Callable[[Array, Array], Array]) -> Array:
-        def add(total: Array, part: Any) -> tuple[Array, None]:
+        def add(total: Array, part: tuple[list[Array], list[Array], Array]) -> tuple[Array, None]:
             h, delta, real = part
             return total + f(jax.vmap(slopes)(h, delta), real), None
 

@@ -8,14 +8,14 @@ changes no bit of any mantissa.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import Protocol, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.operations import ELEMENTWISE
-from jaxinv._interpreter.walk import Equation, Opaque, Value, is_concrete
+from jaxinv._interpreter.walk import Equation, Opaque, Reader, Value, is_concrete
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.paths.runs import Runs, spread
@@ -96,7 +96,7 @@ class Code(Paths):
     ):
         super().__init__(rows, multiples, runs)
         self.levels, self.numeric = levels, numeric
-        self.columns: tuple[Any, ...] | None = None
+        self.columns: tuple[Array | None, ...] | None = None
 
 
 def start(rows: Scaled, dtype: DType, runs: Runs | None = None) -> Paths:
@@ -133,7 +133,7 @@ Operand = Tracked | ArrayLike  # the rest are constants
 Result = Operand | Opaque | Sequence[Operand | Opaque]
 
 
-class Semantics(Protocol):
+class Semantics(Reader[Operand], Protocol):
     """What rules ask of the domain."""
 
     p: float
@@ -210,11 +210,16 @@ def rounding(eqn: Equation) -> UnsupportedOperation:
     )
 
 
+def plain(value: Operand) -> ArrayLike:
+    """The array of a weight or a constant."""
+    assert not isinstance(value, Paths | Sign)
+    return value.value if isinstance(value, Weight) else value
+
+
 def derived(eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[Weight]:
     """An operation on parameters whose result is no monomial in them."""
-    values = [v.value if isinstance(v, Weight) else v for v in inputs]
     leaves = frozenset().union(*(v.leaves for v in inputs if isinstance(v, Weight)))
-    out = eqn.bind(*values)
+    out = eqn.bind(*map(plain, inputs))
     if eqn.primitive.multiple_results:
         return [Weight(o, None, leaves) for o in out]
     return Weight(out, None, leaves)
@@ -228,7 +233,7 @@ def of_signs(eqn: Equation, inputs: Sequence[Operand]) -> Sign:
     shape = eqn.outputs[0].shape
 
     def branch(i: int) -> Array:
-        arrays: list[Any] = [v.branches[i] if isinstance(v, Sign) else v for v in inputs]
+        arrays = [v.branches[i] if isinstance(v, Sign) else cast(ArrayLike, v) for v in inputs]
         with jax.ensure_compile_time_eval():
             return eqn.bind(*(jnp.broadcast_to(a, shape) for a in arrays))
 

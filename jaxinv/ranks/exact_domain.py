@@ -7,14 +7,14 @@ depend on data are followed as the function itself would without rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.program import call_and_body
-from jaxinv._interpreter.walk import Body, Equation, Opaque, Operand, Value
+from jaxinv._interpreter.walk import Aval, Body, Equation, Opaque, Operand, Value
 from jaxinv.ranks import exact_gates, exact_rules
 from jaxinv.ranks import exact_values as exact
 from jaxinv.ranks.exact_values import Exact, lift, refuse
@@ -70,7 +70,7 @@ class ExactDomain:
         ]
         return [*carry, *stacked]
 
-    def switch(self, eqn: Equation, index: Any, branches: list[Body], inputs: list) -> list:
+    def switch(self, eqn: Equation, index: Operand, branches: list[Body], inputs: list) -> list:
         """Comparisons are constants here, so that only a number can be the index."""
         raise refuse(eqn, "which branch runs is not known.")
 
@@ -193,7 +193,7 @@ def _row(value: Exact | Array, i: int) -> Exact | Array:
     return row
 
 
-def _stack(eqn: Equation, rows: list, aval: jax.core.ShapedArray) -> Exact | Array:
+def _stack(eqn: Equation, rows: list, aval: Aval) -> Exact | Array:
     if not any(isinstance(r, Exact) for r in rows):
         return (
             jnp.stack([jnp.asarray(r) for r in rows]) if rows else jnp.zeros(aval.shape, aval.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ RULES, rule = rule_table()
 # --- gates ------------------------------------------------------------------------------
 
 
-def _chosen(domain: Exactly, eqn: Equation, left: Any, right: Any) -> Exact:
+def _chosen(domain: Exactly, eqn: Equation, left: Operand, right: Operand) -> Exact:
     """The larger or the smaller of two; equal ones have half of both derivatives."""
     sign = 1 if eqn.name == "max" else -1
     for one, other in ((left, right), (right, left)):
         # softmax and logsumexp start their maxima there.
         if not isinstance(one, Value) and np.all(np.asarray(one) == -sign * np.inf):
-            return exact.broadcast(other, eqn.outputs[0].shape)
+            return exact.broadcast(cast(Exact, other), eqn.outputs[0].shape)
     left, right = pair(eqn, left, right)
     a, b = exact.ranks(left, right)
     first = np.sign(sign * (a - b))

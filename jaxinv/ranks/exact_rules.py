@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Operand, Value, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Value, constants, rule_table
 from jaxinv.ranks import exact_values as exact
 from jaxinv.ranks.exact_values import Exact, Exactly, lift, refuse
 from jaxinv.typing import Array, ArrayLike
@@ -20,9 +20,11 @@ RULES, rule = rule_table()
 Ints = np.ndarray[Any, Any]
 
 
-def _constants(eqn: Equation, inputs: Sequence[Operand]) -> None:
-    if any(isinstance(v, Value) for v in inputs):
+def _constants(eqn: Equation, inputs: Sequence[Operand]) -> list[ArrayLike]:
+    found = constants(inputs)
+    if found is None:
         raise refuse(eqn, "its indices are numbers that the parameters move smoothly.")
+    return found
 
 
 # --- moving elements --------------------------------------------------------------------
@@ -84,15 +86,15 @@ def _slice(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
 
 @rule("rev", "tile", "dynamic_slice", "split", "unstack")
 def _relayout(domain: Exactly, eqn: Equation, value: Exact, *rest: Operand) -> Exact:
-    _constants(eqn, rest)
-    return _moved(lambda i: eqn.bind(i, *rest), eqn, [value])
+    where = _constants(eqn, rest)
+    return _moved(lambda i: eqn.bind(i, *where), eqn, [value])
 
 
 @rule("gather")
-def _gather(domain: Exactly, eqn: Equation, value: Exact, indices: Any) -> Exact:
-    _constants(eqn, [indices])
+def _gather(domain: Exactly, eqn: Equation, value: Exact, indices: Operand) -> Exact:
+    (where,) = _constants(eqn, [indices])
     value = lift(eqn, value)
-    return _moved(lambda i: eqn.bind(i, indices, fill_value=-1), eqn, [value])
+    return _moved(lambda i: eqn.bind(i, where, fill_value=-1), eqn, [value])
 
 
 @rule("concatenate", "stack", "pad")
@@ -102,32 +104,32 @@ def _assemble(domain: Exactly, eqn: Equation, *arrays: Operand) -> Exact:
 
 @rule("dynamic_update_slice")
 def _update(
-    domain: Exactly, eqn: Equation, operand: Operand, update: Operand, *starts: Any
+    domain: Exactly, eqn: Equation, operand: Operand, update: Operand, *starts: Operand
 ) -> Exact:
-    _constants(eqn, starts)
-    return _moved(lambda a, b: eqn.bind(a, b, *starts), eqn, [operand, update])
+    where = _constants(eqn, starts)
+    return _moved(lambda a, b: eqn.bind(a, b, *where), eqn, [operand, update])
 
 
 @rule("scatter")
 def _scatter(
-    domain: Exactly, eqn: Equation, operand: Operand, indices: Any, updates: Operand
+    domain: Exactly, eqn: Equation, operand: Operand, indices: Operand, updates: Operand
 ) -> Exact:
-    _constants(eqn, [indices])
+    (where,) = _constants(eqn, [indices])
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
     how = {name: eqn.params[name] for name in names}
-    return _moved(lambda a, u: lax.scatter(a, indices, u, **how), eqn, [operand, updates])
+    return _moved(lambda a, u: lax.scatter(a, where, u, **how), eqn, [operand, updates])
 
 
 @rule("select_n")
 def _select(domain: Exactly, eqn: Equation, which: Operand, *cases: Operand) -> Exact:
-    _constants(eqn, [which])
-    picked = np.broadcast_to(np.asarray(which).astype(np.int64), eqn.outputs[0].shape)
+    (chosen,) = _constants(eqn, [which])
+    picked = np.broadcast_to(np.asarray(chosen).astype(np.int64), eqn.outputs[0].shape)
     # What is not picked may be infinite or no number, as in where(mask, x, -inf).
     seen = [
         v if isinstance(v, Exact) else np.where(picked == i, np.asarray(v), 0)
         for i, v in enumerate(cases)
     ]
-    return _moved(lambda *i: eqn.bind(jnp.asarray(which), *i), eqn, seen)
+    return _moved(lambda *i: eqn.bind(jnp.asarray(chosen), *i), eqn, seen)
 
 
 # --- sums and products ------------------------------------------------------------------
@@ -176,8 +178,9 @@ def _integer_pow(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
 
 
 @rule("pow")
-def _pow(domain: Exactly, eqn: Equation, value: Exact, exponent: Any) -> Exact:
-    whole = None if isinstance(exponent, Value) or np.size(exponent) != 1 else float(exponent)
+def _pow(domain: Exactly, eqn: Equation, value: Exact, exponent: Operand) -> Exact:
+    known = not isinstance(exponent, Value) and np.size(exponent) == 1
+    whole = float(np.asarray(exponent).item()) if known else None
     if not isinstance(value, Exact) or whole is None or whole != int(whole):
         raise refuse(eqn, "its exponent is not one whole number.")
     return _power(eqn, value, int(whole))
@@ -217,10 +220,10 @@ def _cumsum(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
 
 @rule("scatter_add")
 def _scatter_add(
-    domain: Exactly, eqn: Equation, operand: Operand, indices: Any, updates: Operand
+    domain: Exactly, eqn: Equation, operand: Operand, indices: Operand, updates: Operand
 ) -> Exact:
     """operand + a matrix of zeros and ones times the updates."""
-    _constants(eqn, [indices])
+    (where,) = _constants(eqn, [indices])
     operand, updates = lift(eqn, operand), lift(eqn, updates)
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
     how = {name: eqn.params[name] for name in names}
@@ -228,7 +231,7 @@ def _scatter_add(
     if size * operand.num.size > 1 << 24:
         raise refuse(eqn, "it is too large for exact arithmetic.")
     rows = [
-        np.asarray(lax.scatter_add(jnp.zeros(operand.shape, jnp.int32), indices, row, **how))
+        np.asarray(lax.scatter_add(jnp.zeros(operand.shape, jnp.int32), where, row, **how))
         for row in jnp.eye(size, dtype=jnp.int32).reshape(size, *updates.shape)
     ]
     matrix = lift(eqn, np.stack(rows).reshape(1, size, -1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,10 @@ class RescalingGroup(NamedTuple):
         (3, 'Dense_0/kernel out 0 → Dense_1/kernel in 0')
     """
 
-    rows: Any  # int32 (nnz,)
-    columns: Any  # int32 (nnz,): which generator
-    coefficients: Any  # int32 (nnz,)
-    indices: tuple[tuple[Any, ...], ...]  # per leaf: int32 arrays that broadcast to the leaf
+    rows: Constant  # int32 (nnz,)
+    columns: Constant  # int32 (nnz,): which generator
+    coefficients: Constant  # int32 (nnz,)
+    indices: tuple[tuple[Constant, ...], ...]  # per leaf: int32 arrays that broadcast to the leaf
     structure: Structure
 
     @property
@@ -59,7 +59,7 @@ class RescalingGroup(NamedTuple):
         `Dense_0/kernel out 17 → Dense_1/kernel in 17` is column 17 of one kernel and row 17 of the
         next. Of a unit's incoming weights only kernels are named, not the biases beside them.
         """
-        return generator_names(self)
+        return generator_names(self.structure, self[:3], self.indices)
 
     @property
     def layers(self) -> tuple[str, ...]:

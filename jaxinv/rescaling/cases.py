@@ -10,14 +10,14 @@ are required to have one scale, which can lose generators but never make a wrong
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Operand, Result, Value, is_concrete
 from jaxinv.rescaling import values as scaling
-from jaxinv.rescaling.values import Predicate, Root, Scale, Scaling
+from jaxinv.rescaling.values import Predicate, Root, Scale, Scaling, shape_of
 
 # A value is taken apart into at most so many cases; beyond, they share one scale. Every case costs
 # a pass through the rules.
@@ -33,28 +33,33 @@ class Cases(Value):
 
     __slots__ = ("index", "axes", "values", "shape")
 
-    def __init__(self, index: int, axes: tuple[int, ...], values: Sequence[Any]):
+    def __init__(self, index: int, axes: tuple[int, ...], values: Sequence[Operand]):
         self.index, self.axes, self.values = index, axes, list(values)
-        self.shape = values[0].shape
+        self.shape = shape_of(values[0])
 
 
 def count(value: Operand) -> int:
     return sum(map(count, value.values)) if isinstance(value, Cases) else 1
 
 
-def collected(domain: Scaling, index: int, axes: tuple[int, ...], values: Sequence[Any]) -> Operand:
+def collected(
+    domain: Scaling, index: int, axes: tuple[int, ...], values: Sequence[Operand]
+) -> Operand:
     """The cases of a value; a plain value where they have one scale anyhow."""
     if any(isinstance(v, Value) for v in values):
         values = [v if isinstance(v, Value) else domain.scale(v) for v in values]
-    elif all(is_concrete(v) and np.array_equal(v, values[0]) for v in values):
-        return values[0]
-    if all(isinstance(v, Scale) for v in values):
-        alive = [v for v in values if not v.all_absorbing]
+    elif all(map(is_concrete, values)):
+        arrays = [np.asarray(v) for v in values if is_concrete(v)]
+        if all(np.array_equal(a, arrays[0]) for a in arrays):
+            return values[0]
+    scales = [v for v in values if isinstance(v, Scale)]
+    if len(scales) == len(values):
+        alive = [v for v in scales if not v.all_absorbing]
         if not alive:
-            return Scale(values[0].shape, (), values[0].absorbing)
+            return Scale(scales[0].shape, (), scales[0].absorbing)
         forms = [scaling.signature(scaling.tidy(domain.system, v.form)) for v in alive]
         if all(f == forms[0] for f in forms):
-            return Scale(alive[0].shape, alive[0].form, _common(values))
+            return Scale(alive[0].shape, alive[0].form, _common(scales))
     found = Cases(index, axes, values)
     return found if count(found) <= MOST_CASES else domain.scale(found)
 
@@ -69,33 +74,33 @@ def _common(values: Sequence[Scale]) -> np.ndarray | None:
     return absorbing
 
 
-def by_case(
-    domain: Scaling, eqn: Equation, run: Callable[..., Result], inputs: Sequence[Any]
-) -> Any:
+R = TypeVar("R", bound=Result)
+
+
+def by_case(domain: Scaling, eqn: Equation, run: Callable[..., R], inputs: Sequence[Operand]) -> R:
     """The results of `run(*inputs)`, which has one output or a list of them, case by case."""
-    found = [v for v in inputs if isinstance(v, Cases)]
+    found = {i: v for i, v in enumerate(inputs) if isinstance(v, Cases)}
     if not found:
         return run(*inputs)
-    index = min(v.index for v in found)
-
-    def mine(value: Operand) -> bool:
-        return isinstance(value, Cases) and value.index == index
-
-    places = [followed(eqn, i, v.axes) for i, v in enumerate(inputs) if mine(v)]
+    index = min(v.index for v in found.values())
+    mine = {i: v for i, v in found.items() if v.index == index}
+    places = [followed(eqn, i, v.axes) for i, v in mine.items()]
     axes = places[0]
     if axes is None or any(place != axes for place in places):
-        plain = [domain.scale(v) if mine(v) else v for v in inputs]
-        for new, old in zip(plain, inputs, strict=True):
-            if mine(old):
-                new.key = old.key
+        plain = list(inputs)
+        for i, value in mine.items():
+            plain[i] = scale = domain.scale(value)
+            scale.key = value.key
         return by_case(domain, eqn, run, plain)
     results = []
-    for e in range(max(len(v.values) for v in filter(mine, inputs))):
-        chosen = [_case(v, e) if mine(v) else v for v in inputs]
+    for e in range(max(len(v.values) for v in mine.values())):
+        chosen = [_case(mine[i], e) if i in mine else v for i, v in enumerate(inputs)]
         results.append(by_case(domain, eqn, run, chosen))
-    if isinstance(results[0], list):
-        return [collected(domain, index, axes, one) for one in zip(*results, strict=True)]
-    return collected(domain, index, axes, results)
+    several = [r for r in results if isinstance(r, list)]
+    if several:
+        joined = [collected(domain, index, axes, one) for one in zip(*several, strict=True)]
+        return cast(R, joined)
+    return cast(R, collected(domain, index, axes, cast("list[Operand]", results)))
 
 
 def _case(value: Cases, e: int) -> Operand:
@@ -107,11 +112,11 @@ def _case(value: Cases, e: int) -> Operand:
     return chosen
 
 
-def root(value: Any) -> Root:
+def root(value: Operand) -> Root:
     """Which index a value repeats: itself, unless it is known to be another that was moved."""
     if isinstance(value, (Scale, Predicate)) and value.root is not None:
         return value.root
-    axes = tuple(a for a, n in enumerate(value.shape) if n > 1)
+    axes = tuple(a for a, n in enumerate(shape_of(value)) if n > 1)
     return Root(getattr(value, "key", object()), axes)
 
 

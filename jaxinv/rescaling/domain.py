@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,9 +74,9 @@ class ScalingDomain:
         self.relies_on: dict[tuple[str, str, str], None] = {}
         # Arrays that fn closes over, and what is computed from them alone: by id, the array (which
         # keeps its id from being reused) and the names of those it comes from.
-        self.origins: dict[int, tuple[Any, frozenset[str]]] = {}
-        self.held: list[Any] = []  # arrays whose id is in use as a key
-        self.indices: dict[Any, int] = {}
+        self.origins: dict[int, tuple[ArrayLike, frozenset[str]]] = {}
+        self.held: list[ArrayLike] = []  # arrays whose id is in use as a key
+        self.indices: dict[Hashable, int] = {}
         self.equation: Equation | None = None  # the one whose rule is running
 
     # --- operands ---
@@ -89,7 +89,7 @@ class ScalingDomain:
             return value.decided()
         return value
 
-    def scale(self, value: Any) -> Scale:
+    def scale(self, value: Operand) -> Scale:
         """The scales of any operand; an undecided parameter gets one unknown per element."""
         value = self.refresh(value)
         if isinstance(value, Fresh):
@@ -104,7 +104,7 @@ class ScalingDomain:
         if isinstance(value, Predicate):
             self.seen(value.compared)
             return Scale(value.shape)
-        return value if isinstance(value, Scale) else self.constant(value)
+        return value if isinstance(value, Scale) else self.constant(cast(ArrayLike, value))
 
     # --- constants ---
 
@@ -246,6 +246,7 @@ class ScalingDomain:
         if value.leaf.parts is None:
             if count > _MOST_PARTS or self.parts(value, axis, [1] * count) is None:
                 return None
+        assert value.leaf.parts is not None
         view, cut, pieces = value.leaf.parts
         if view.steps or cut != axis or len(pieces) != count:
             return None
@@ -287,6 +288,7 @@ class ScalingDomain:
 
 def gather_parts(domain: ScalingDomain, leaf: Leaf) -> None:
     """Decide a parameter that was taken apart, by the forms of its pieces."""
+    assert leaf.parts is not None
     view, axis, pieces = leaf.parts
     forms = [domain.scale(Fresh(piece, piece.shape)).form for piece in pieces]
     lengths = [piece.shape[axis] for piece in pieces]

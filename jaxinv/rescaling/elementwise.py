@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +143,7 @@ def _degree_zero(domain: Scaling, eqn: Equation, value: Operand) -> Result:
 
 
 @rule("add", "sub", "add_any", "max", "min", "rem", "complex", "atan2")
-def _join(domain: Scaling, eqn: Equation, left: Any, right: Any) -> Result:
+def _join(domain: Scaling, eqn: Equation, left: Operand, right: Operand) -> Result:
     left, right = domain.refresh(left), domain.refresh(right)
     shape = eqn.outputs[0].shape
     for one, other in ((left, right), (right, left)):
@@ -167,9 +166,13 @@ def _join(domain: Scaling, eqn: Equation, left: Any, right: Any) -> Result:
                 one.assign(scale.form)
                 return Scale(shape, scale.form)
     joined = domain.joined(eqn, left, right)
-    sizes = [getattr(v, "fact", None) == ("abs",) and hasattr(v, "key") for v in (left, right)]
-    if all(sizes) and eqn.name in ("max", "min"):
-        joined.fact = (eqn.name, frozenset([left.key, right.key]))
+    sizes = [
+        v.key
+        for v in (left, right)
+        if isinstance(v, Value) and getattr(v, "fact", None) == ("abs",) and hasattr(v, "key")
+    ]
+    if len(sizes) == 2 and eqn.name in ("max", "min"):
+        joined.fact = (eqn.name, frozenset(sizes))
     return domain.free(eqn, joined) if eqn.name == "atan2" else joined
 
 
@@ -206,16 +209,16 @@ def _logic(domain: Scaling, eqn: Equation, *inputs: Operand) -> Result:
 
 
 @rule("select_n")
-def _select(domain: Scaling, eqn: Equation, which: Any, *cases: Operand) -> Result:
+def _select(domain: Scaling, eqn: Equation, which: Operand, *cases: Operand) -> Result:
     if isinstance(which, Value) and not isinstance(which, Predicate):
         domain.pin(eqn, which)
     elif is_concrete(which):
         domain.rely(which)
         return _chosen(domain, eqn, np.asarray(which), cases)
-    guarded = isinstance(which, Predicate) and len(cases) == 2 and is_concrete(cases[1])
-    if guarded and isinstance(cases[0], Scale) and which.fact == ("zero", cases[0].key):
-        pinned = partial(domain.joined, eqn, cases[0], cases[1])
-        return Guarded(cases[0], pinned)
+    if isinstance(which, Predicate) and len(cases) == 2 and is_concrete(cases[1]):
+        first = cases[0]
+        if isinstance(first, Scale) and which.fact == ("zero", first.key):
+            return Guarded(first, partial(domain.joined, eqn, first, cases[1]))
     scales = [domain.scale(case) for case in cases]
     if not isinstance(which, Value):  # known at run time only
         which = Predicate(np.shape(which), ())

@@ -14,7 +14,7 @@ pin their operands, so a generator that is found is always one that leaves the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -251,7 +251,7 @@ def rescale_state(
     *,
     base: float | None = None,
     powers: Mapping[str, int] | None = None,
-) -> Any:
+) -> PyTree:
     """The optimizer state at the rescaled point, so that training can go on from there.
 
     Every field that is a pytree like params is multiplied by d^k, d = exp(Bu). k follows from what
@@ -294,7 +294,7 @@ def rescale_state(
     s = group.structure
     u = checked_u(group, u)
 
-    def act(value: Any, power: int) -> Any:
+    def act(value: PyTree, power: int) -> PyTree:
         leaves = jax.tree.leaves(value, is_leaf=is_masked)
         if power == 0:
             return value

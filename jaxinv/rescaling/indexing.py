@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.cases import MOST_CASES, collected
 from jaxinv.rescaling.layout import by_binding
 from jaxinv.rescaling.values import Fresh, Scale, Scaling, Step, relaid
+from jaxinv.typing import Constant
 
 RULES, rule = rule_table()
 
@@ -48,9 +49,9 @@ class _Starts(NamedTuple):
 
     counts: list[int]  # per axis of the operand
     unknown: list[int]  # axes with several beginnings, which the data choose between
-    key: Any  # equal keys, the same choice; None where it cannot be told
+    key: Hashable  # equal keys, the same choice; None where it cannot be told
     axes: tuple[int, ...]  # axes of the result along which the choice may vary
-    indices: tuple[Any, ...]  # 0 for those that the data know
+    indices: tuple[Constant, ...]  # 0 for those that the data know
     place: dict[int, int]  # which index, or which component of it, an axis has
 
     @property
@@ -67,7 +68,7 @@ def _starts(eqn: Equation, index: Sequence[Operand]) -> _Starts:
     shape, sizes = eqn.inputs[0].shape, eqn.params["slice_sizes"]
     counts = [n - m + 1 for n, m in zip(shape, sizes, strict=True)]
     zeros = tuple(
-        i if is_concrete(i) else np.zeros(a.shape, a.dtype)
+        cast(Constant, i) if is_concrete(i) else np.zeros(a.shape, a.dtype)
         for i, a in zip(index, eqn.inputs[1:], strict=True)
     )
     if eqn.name == "dynamic_slice":
@@ -103,7 +104,7 @@ def _fills_with_numbers(eqn: Equation) -> bool:
     return fill is not None and bool(np.isfinite(fill)) and fill != 0
 
 
-def _index(eqn: Equation, starts: _Starts, at: dict[int, int]) -> list[Any]:
+def _index(eqn: Equation, starts: _Starts, at: dict[int, int]) -> list[Constant]:
     """The operands that say where to begin, with numbers for the unknown ones."""
     index = [np.array(i) if starts.unknown else i for i in starts.indices]
     for a, start in at.items():

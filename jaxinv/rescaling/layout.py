@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinv._interpreter.walk import Equation, Operand, Result, rule_table
+from jaxinv._interpreter.walk import Equation, Operand, Result, Value, rule_table
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.values import Fresh, Predicate, Scale, Scaling, Step, WithEpsilon, relaid
 from jaxinv.typing import ArrayLike
@@ -24,10 +24,10 @@ def _layout(
 ) -> Callable:
     """The same move on ids. `back` undoes it, which lets an undecided parameter stay so."""
 
-    def apply(domain: Scaling, eqn: Equation, value: Operand, *rest: Operand) -> Any:
+    def apply(domain: Scaling, eqn: Equation, value: Operand, *rest: Operand) -> Value:
         shape = eqn.outputs[0].shape
         if isinstance(value, WithEpsilon):
-            base = apply(domain, eqn, value.base)
+            base = cast(Scale, apply(domain, eqn, value.base))
             return WithEpsilon(base, value.epsilon, lambda: domain.pinned(eqn, base))
         if isinstance(value, Predicate):
             return Predicate(shape, relaid(value.compared, lambda ids: move(eqn, ids)))

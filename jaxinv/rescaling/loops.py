@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -14,9 +14,12 @@ from jaxinv.rescaling.cases import Cases, root
 from jaxinv.rescaling.cases import collected as collected_cases
 from jaxinv.rescaling.layout import without_axis
 from jaxinv.rescaling.values import Fresh, Scale, Scaling, relaid
+from jaxinv.typing import Array
+
+V = TypeVar("V", bound=Value)
 
 
-def _at(domain: Scaling, value: Any, t: int) -> Any:
+def _at(domain: Scaling, value: Value | Array, t: int) -> Value | Array:
     """The slice of a scanned value at step t."""
     if not isinstance(value, Value):
         with jax.ensure_compile_time_eval():
@@ -32,14 +35,14 @@ def _at(domain: Scaling, value: Any, t: int) -> Any:
     return _keyed(Scale(value.shape[1:], relaid(value.form, take), absorbing))
 
 
-def _keyed(value: Any) -> Any:
+def _keyed(value: V) -> V:
     value.key = object()
     return value
 
 
-def _signature(domain: Scaling, values: Sequence[Operand]) -> list:
+def _signature(domain: Scaling, values: Sequence[Operand]) -> list[Hashable]:
     """What tells whether a step of the loop starts from the same scales as the step before."""
-    out: list[Any] = []
+    out: list[Hashable] = []
     for value in values:
         if isinstance(value, Fresh) and domain.refresh(value) is value:
             out.append(("undecided", id(value.leaf), len(value.steps)))
@@ -67,7 +70,7 @@ def scan(domain: Scaling, eqn: Equation, body: Body, consts: list, init: list, x
     """
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     system = domain.system
-    pieces: list[Any] = []
+    pieces: list[list[Fresh] | None] = []
     for value in xs:
         value = domain.refresh(value)
         split = None
@@ -75,8 +78,8 @@ def scan(domain: Scaling, eqn: Equation, body: Body, consts: list, init: list, x
             split = domain.parts(value, 0, [1] * length)
         pieces.append(split)
     carry = list(init)
-    collected: list[list[Any]] = []
-    before: Any = None
+    collected: list[list[Scale]] = []
+    before: tuple[list[Hashable], list[Hashable]] | None = None
     order = range(length - 1, -1, -1) if reverse else range(length)
     for t in order:
         slices = [
@@ -137,12 +140,12 @@ def switch(
     key = root(index).key if isinstance(index, Value) else object()
     number = domain.index_number((key, "choice"))
     return [
-        _keyed(collected_cases(domain, number, (), [domain.scale(v) for v in one]))
+        _keyed(cast(Value, collected_cases(domain, number, (), [domain.scale(v) for v in one])))
         for one in zip(*results, strict=True)
     ]
 
 
-def _plain(domain: Scaling, value: Operand) -> Any:
+def _plain(domain: Scaling, value: Operand) -> Operand:
     return _keyed(domain.scale(value)) if isinstance(value, Cases) else value
 
 
@@ -154,7 +157,7 @@ def unbounded_while(
     carry: list,
 ) -> list:
     """A `while` of unknown length: its carry has the same scale before and after every step."""
-    state: list[Any] = [_keyed(_copy(domain.scale(v))) for v in carry]
+    state: list[Scale] = [_keyed(_copy(domain.scale(v))) for v in carry]
     while True:
         before = _signature(domain, state)
         (go_on,) = condition(*state)

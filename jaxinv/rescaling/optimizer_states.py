@@ -8,8 +8,8 @@ multiplied by d, as the parameters are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,14 @@ class _Kind(NamedTuple):
 
     multiples: dict[str, int]  # field: how many times the power of the incoming update
     fixed: dict[str, int]  # field: its power, whatever comes in
-    out: Callable[[Any], Any]  # power of the outgoing update
+    out: Callable[[int], int]  # power of the outgoing update
 
 
-def _same(power: Any) -> Any:
+def _same(power: int) -> int:
     return power
 
 
-def _none(power: Any) -> int:
+def _none(power: int) -> int:
     return 0
 
 
@@ -62,21 +62,21 @@ _INNER = ("inner_state", "inner_states", "inner_opt_state", "base_optimizer_stat
 
 def transport(
     state: optax.OptState,
-    act: Callable[[Any, int], Any],
+    act: Callable[[PyTree, int], PyTree],
     is_params: Callable[[object], bool],
     powers: Mapping[str, int],
-    power: Any,
-) -> tuple[optax.OptState, PyTree]:
+    power: int,
+) -> tuple[optax.OptState, int | None]:
     """(the state with every params-like field multiplied by its power of d, power passed on)."""
     return _Transport(act, is_params, powers).of(state, power)
 
 
 class _Transport(NamedTuple):
-    act: Callable[[Any, int], Any]
-    is_params: Callable[[Any], bool]
+    act: Callable[[PyTree, int], PyTree]
+    is_params: Callable[[object], bool]
     powers: Mapping[str, int]  # those that the caller says
 
-    def of(self, state: optax.OptState, power: Any) -> tuple[optax.OptState, PyTree]:
+    def of(self, state: optax.OptState, power: int | None) -> tuple[optax.OptState, int | None]:
         if isinstance(state, dict):
             return self.of_mapping(state, power)
         if hasattr(state, "_fields"):
@@ -90,14 +90,18 @@ class _Transport(NamedTuple):
             )
         return state, power
 
-    def of_mapping(self, states: dict[Any, Any], power: Any) -> tuple[optax.OptState, PyTree]:
+    def of_mapping(
+        self, states: dict[Hashable, optax.OptState], power: int | None
+    ) -> tuple[dict, int | None]:
         """States side by side, each of some of the parameters."""
         moved = {key: self.of(state, power) for key, state in states.items()}
         outs = {out for _, out in moved.values()}
         passed_on = outs.pop() if len(outs) == 1 else None
         return {key: state for key, (state, _) in moved.items()}, passed_on
 
-    def of_chain(self, states: tuple[Any, ...], power: Any) -> tuple[optax.OptState, PyTree]:
+    def of_chain(
+        self, states: tuple[optax.OptState, ...], power: int | None
+    ) -> tuple[tuple, int | None]:
         """States one after another: what one passes on is what the next sees."""
         moved = []
         for state in states:
@@ -105,7 +109,9 @@ class _Transport(NamedTuple):
             moved.append(state)
         return tuple(moved), power
 
-    def of_fields(self, state: optax.OptState, power: Any) -> tuple[optax.OptState, PyTree]:
+    def of_fields(
+        self, state: optax.OptState, power: int | None
+    ) -> tuple[optax.OptState, int | None]:
         """The state of one transformation, maybe with the state of another in a field."""
         name = type(state).__name__
         kind = _KINDS.get(name, _UNKNOWN)
@@ -123,7 +129,7 @@ class _Transport(NamedTuple):
     def is_moved(self, kind: _Kind, field: str, key: str, value: object) -> bool:
         return key in self.powers or field in kind.multiples or self.is_params(value)
 
-    def power_of(self, kind: _Kind, field: str, key: str, power: Any) -> Any:
+    def power_of(self, kind: _Kind, field: str, key: str, power: int | None) -> int:
         """The power that a field carries where the incoming updates carry `power`."""
         if key in self.powers:
             return self.powers[key]

@@ -6,8 +6,8 @@ gradients. Sums are kept by their logarithms, so that no distance from the minim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,9 @@ class _Point(NamedTuple):
 class Problem(NamedTuple):
     group: RescalingGroup
     weights: Weights
-    multiplier: Any  # P
+    multiplier: float | Array  # P
     linear: Array  # c
-    terms: Any  # number of classes that meet in one parameter, at most
+    terms: float | Array  # number of classes that meet in one parameter, at most
 
     def start(self, u: Array) -> _Point:
         top = jnp.stack([jnp.max(a) for a in self.weights.logs]).max()
@@ -128,7 +128,7 @@ def least_norm(
     return minimize(Problem(group, weights, 1.0, zero, most_terms(group)), rtol)
 
 
-def minimize(problem: Problem, rtol: Any) -> tuple[Array, Array, Array, Array]:
+def minimize(problem: Problem, rtol: float | Array) -> tuple[Array, Array, Array, Array]:
     """(u, value, steps, error): majorisation from afar, then Newton with conjugate gradients."""
     group, weights = _stacked(problem.group, problem.weights)
     return _minimize(problem._replace(group=group, weights=weights), rtol)
@@ -139,7 +139,7 @@ def _stacked(group: RescalingGroup, weights: Weights) -> tuple[RescalingGroup, W
 
     A program with a few operations for every leaf takes minutes to compile for hundreds of layers.
     """
-    alike: dict[Any, list[int]] = {}
+    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, (log, terms) in enumerate(zip(weights.logs, group.indices, strict=True)):
         alike.setdefault((jnp.shape(log), *(jnp.shape(ids) for ids in terms)), []).append(i)
     if len(alike) == len(weights.logs):
@@ -167,7 +167,7 @@ class _State(NamedTuple):
 
 
 @jax.jit  # else every call would compile its loops anew
-def _minimize(problem: Problem, rtol: Any) -> tuple[Array, Array, Array, Array]:
+def _minimize(problem: Problem, rtol: float | Array) -> tuple[Array, Array, Array, Array]:
     problem = vary_alike(problem)[0]
     zero, count = varying_like(
         (jnp.zeros(problem.group.dim, problem.weights.logs[0].dtype), jnp.zeros((), jnp.int32)),
@@ -292,7 +292,9 @@ def _balancing(log_up: Array, log_down: Array, c: Array) -> Array:
     return jnp.where(both, half + jnp.sign(c) * turn, alone)
 
 
-def _conjugate_gradients(product: Any, b: Array, diagonal: Array, rtol: Array) -> Array:
+def _conjugate_gradients(
+    product: Callable[[Array], Array], b: Array, diagonal: Array, rtol: Array
+) -> Array:
     """Approximate solution of H x = b, to ‖r‖ <= rtol·‖b‖ in the norm of 1/diagonal."""
     target = rtol**2 * jnp.vdot(b, b / diagonal)
 

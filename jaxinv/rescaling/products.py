@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class _Side:
     def leave(self, a: np.ndarray) -> np.ndarray:
         return scaling.reshaped(a, self.shape, self.moved).transpose(np.argsort(self.order))
 
-    def view(self, value: Any) -> Any:
+    def view(self, value: Scale | Fresh) -> Scale | Fresh:
         """The operand with three axes."""
         if isinstance(value, Fresh):
             step = Step(lambda f: relaid(f, self.enter), lambda f: relaid(f, self.leave))
@@ -109,7 +109,7 @@ def _turned_parts(value: Scale) -> tuple[Form, np.ndarray | None]:
     return relaid(value.form, _swap), None if value.absorbing is None else _swap(value.absorbing)
 
 
-def _turned(value: Any) -> Any:
+def _turned(value: Scale | Fresh) -> Scale | Fresh:
     shape = (value.shape[0], value.shape[2], value.shape[1])
     if isinstance(value, Fresh):
         step = Step(lambda f: relaid(f, _swap), lambda f: relaid(f, _swap))
@@ -140,7 +140,7 @@ class _Blocks(NamedTuple):
         return r if self.number == 1 else np.take(r, np.maximum(labels, 0), axis=1)
 
 
-def _contract(domain: Scaling, a: Any, w: Any) -> Scale:
+def _contract(domain: Scaling, a: Scale | Fresh, w: Scale | Fresh) -> Scale:
     """s(Y)[b,m,n] from s(A)[b,m,k], and s(W)[b,k,n] by way of new unknowns."""
     system: System = domain.system
     (batch, rows, _), columns = a.shape, w.shape[2]
@@ -148,17 +148,17 @@ def _contract(domain: Scaling, a: Any, w: Any) -> Scale:
     if any(v.absorbing is not None and bool(v.absorbing.all()) for v in (a, w)):
         return Scale(out, (), np.ones((1, 1, 1), bool))
     if isinstance(a, Fresh):
-        a, w = _first_assigned(domain, a), domain.refresh(w)
+        a, w = _first_assigned(domain, a), cast("Scale | Fresh", domain.refresh(w))
     blocks = _Blocks.of(a)
     form = scaling.tidy(system, a.form)
     p, q = _separated(system, form, a.shape, blocks)
     # The kernel: r[n] − q[k], where r and p share what depends on neither m nor k.
-    undecided = isinstance(w, Fresh)
-    varied = undecided or any(t.ids.shape[2] > 1 for t in w.form)
-    over = batch if undecided else _batch(form, w.form)
+    undecided, known = isinstance(w, Fresh), () if isinstance(w, Fresh) else w.form
+    varied = undecided or any(t.ids.shape[2] > 1 for t in known)
+    over = batch if undecided else _batch(form, known)
     r = system.new((over, blocks.number, columns if varied else 1))
     if not undecided:
-        domain.seen((*form, *w.form))  # they may cancel, as in Σ_k h_k / h_k
+        domain.seen((*form, *known))  # they may cancel, as in Σ_k h_k / h_k
     kernel = minus(variables(blocks.spread(r, blocks.of_term)), relaid(q, _swap))
     _require(domain, w, kernel, (blocks.of_term < 0)[None, :, None])
     absorbing = np.broadcast_to((blocks.of_row < 0)[None, :, None], (1, len(blocks.of_row), 1))
@@ -168,7 +168,7 @@ def _contract(domain: Scaling, a: Any, w: Any) -> Scale:
     return Scale(out, result, absorbing)
 
 
-def _first_assigned(domain: Scaling, a: Any) -> Any:
+def _first_assigned(domain: Scaling, a: Fresh) -> Scale:
     """The first of two undecided operands, at scales p[m] + q[k]."""
     batch, rows, terms = a.shape
     first = domain.system.new((batch, 1, terms))
@@ -200,7 +200,7 @@ def _separated(
     return tuple(p), tuple(q)
 
 
-def _require(domain: Scaling, kernel: Any, form: Form, dead: np.ndarray) -> None:
+def _require(domain: Scaling, kernel: Scale | Fresh, form: Form, dead: np.ndarray) -> None:
     """The kernel has these scales; what it is at `dead` places meets nothing but zeros."""
     if isinstance(kernel, Fresh):
         if dead.any():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +54,7 @@ class Shifted(Value):
 
     def __init__(self, shape: Sequence[int], on: frozenset[int], deltas: dict[int, Delta]):
         self.shape, self.on, self.deltas = tuple(shape), on, deltas
-        self.finite: Any = None  # the key of the value of which it says what is finite
+        self.finite: Hashable = None  # the key of the value of which it says what is finite
 
     @property
     def all(self) -> frozenset[int]:
@@ -196,13 +196,15 @@ def _same(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted | list[
 
 
 @rule("mul", "div")
-def _product(domain: ShiftDomain, eqn: Equation, left: Any, right: Any) -> Shifted | list[Shifted]:
+def _product(
+    domain: ShiftDomain, eqn: Equation, left: Operand, right: Operand
+) -> Shifted | list[Shifted]:
     number = right if is_concrete(right) else left if eqn.name == "mul" else None
     if number is not None and is_concrete(number) and _one_number(number):
         value = left if number is right else right
         factor = Fraction(float(np.asarray(number).flat[0]))
         real = jnp.issubdtype(eqn.outputs[0].dtype, jnp.floating)
-        if factor and real and value.shape == eqn.outputs[0].shape:
+        if factor and real and isinstance(value, Shifted) and value.shape == eqn.outputs[0].shape:
             factor = 1 / factor if eqn.name == "div" else factor
             deltas = {
                 i: d._replace(coefficient=factor * d.coefficient) for i, d in value.deltas.items()
@@ -330,7 +332,7 @@ def _broadcast(domain: ShiftDomain, eqn: Equation, value: Shifted) -> Shifted:
     shape = eqn.outputs[0].shape
 
     def names(axes: Axes) -> list[Hashable]:
-        out: list[Any] = [None] * len(shape)
+        out: list[Hashable] = [None] * len(shape)
         for a, name in zip(place, axes, strict=True):
             out[a] = name
         return out

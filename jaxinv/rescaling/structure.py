@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from math import lcm
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxinv.rescaling import values as scaling
 from jaxinv.rescaling.domain import ScalingDomain, gather_parts
-from jaxinv.rescaling.equations import Rows, check_exact, distinct, independent_columns, ranges
-from jaxinv.typing import PyTree
+from jaxinv.rescaling.equations import (
+    Rows,
+    Solution,
+    check_exact,
+    distinct,
+    independent_columns,
+    ranges,
+)
+from jaxinv.typing import Constant, PyTree
 
 _MANY = 1 << 16  # so many columns are worth looking for repetitions in
 
@@ -24,7 +32,7 @@ class Structure:
 
     dim: int
     num_classes: int
-    tree: Any
+    tree: jax.tree_util.PyTreeDef
     leaf_names: tuple[str, ...]
     leaf_shapes: tuple[tuple[int, ...], ...]
     layers: tuple[int, ...]
@@ -46,15 +54,15 @@ class _Matrix(NamedTuple):
 class _Classes(NamedTuple):
     """Distinct terms coefficient·v over all leaves, numbered; class 0 is scale 0."""
 
-    roots: dict[Any, np.ndarray]  # coefficient: the variables v, sorted
-    starts: dict[Any, int]  # coefficient: the class of the first of them
+    roots: dict[Fraction, np.ndarray]  # coefficient: the variables v, sorted
+    starts: dict[Fraction, int]  # coefficient: the class of the first of them
     total: int
     indices: list[tuple[np.ndarray, ...]]  # per leaf and term: the class of every element
 
 
 def assembled(
     domain: ScalingDomain, leaves: list[scaling.Leaf], tree: PyTree
-) -> tuple[Any, Any, Any, tuple[tuple[Any, ...], ...], Structure]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[tuple[np.ndarray, ...], ...], Structure]:
     """The fields of the group: free unknowns become generators with integer exponents."""
     system = domain.system
     unused = _gathered(domain, leaves)
@@ -99,7 +107,7 @@ def _gathered(domain: ScalingDomain, leaves: list[scaling.Leaf]) -> list[str]:
 
 
 def _classes(forms: list[scaling.Form]) -> _Classes:
-    variables: dict[Any, list[np.ndarray]] = {}
+    variables: dict[Fraction, list[np.ndarray]] = {}
     for form in forms:
         for c, ids in form:
             variables.setdefault(c, []).append(ids.ravel())
@@ -115,7 +123,7 @@ def _classes(forms: list[scaling.Form]) -> _Classes:
     return _Classes(roots, starts, total, indices)
 
 
-def _matrix(classes: _Classes, solution: Any) -> _Matrix:
+def _matrix(classes: _Classes, solution: Solution) -> _Matrix:
     """Every class in terms of the unknowns that the equations leave free."""
     entries = []
     for c, ids in classes.roots.items():
@@ -209,9 +217,9 @@ def _basis(
         return np.zeros(0, np.int64)
     combination = _combinations(matrix, max(int(i.max(initial=0)) for ids in indices for i in ids))
     equal: list[tuple[np.ndarray, np.ndarray]] = []
-    row: list[Any] = []
-    cls: list[Any] = []
-    sign: list[Any] = []
+    row: list[np.ndarray] = []
+    cls: list[np.ndarray] = []
+    sign: list[np.ndarray] = []
     done = 0
     for terms, mask in zip(indices, dead, strict=True):
         if mask is None:
@@ -318,13 +326,17 @@ def layers_of(
 _MOST_NAMES = 3  # leaves listed on either side of an arrow
 
 
-def generator_names(group: Any) -> list[str]:
+def generator_names(
+    structure: Structure,
+    matrix: tuple[Constant, Constant, Constant],
+    indices: tuple[tuple[Constant, ...], ...],
+) -> list[str]:
     """For every generator the weights that it multiplies → the weights that it divides."""
-    s = group.structure
+    s = structure
     sides: list[dict[int, list[str]]] = [{}, {}]
     vectors: list[dict[int, list[str]]] = [{}, {}]
-    rows, columns, coefficients = (np.asarray(v) for v in group[:3])
-    for name, shape, terms in zip(s.leaf_names, s.leaf_shapes, group.indices, strict=True):
+    rows, columns, coefficients = map(np.asarray, matrix)
+    for name, shape, terms in zip(s.leaf_names, s.leaf_shapes, indices, strict=True):
         chosen = sides if len(shape) > 1 else vectors
         for classes, ids in zip(map(np.asarray, terms), terms, strict=True):
             found, first, count = np.unique(classes, return_index=True, return_counts=True)

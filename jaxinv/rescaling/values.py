@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,11 @@ class Scale(Value):
         return self.absorbing is not None and bool(self.absorbing.all())
 
 
+def shape_of(value: Operand) -> tuple[int, ...]:
+    """The shape of a value, or of an array."""
+    return tuple(getattr(value, "shape", ()))
+
+
 class Leaf:
     """One leaf of params. Its form is None until its first use decides it."""
 
@@ -69,7 +74,8 @@ class Leaf:
     def __init__(self, name: str, shape: Sequence[int]):
         self.name, self.shape = name, tuple(shape)
         self.form: Form | None = None
-        self.parts: Any = None  # (view, axis, leaves) where it was taken apart along an axis
+        # (view, axis, pieces) where it was taken apart along an axis
+        self.parts: tuple[Fresh, int, list[Leaf]] | None = None
         self.inverse = False  # whether its first use divides by it
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class SymmetryGroup(NamedTuple):
     rescaling: RescalingGroup
     constants: tuple[Constant, ...]  # vectors that gains refer to
     structure: MatrixStructure
-    verified: Any  # float64: the largest relative change of the outputs in a trial; NaN: no trial
+    verified: float | Constant  # largest relative change of the outputs in a trial; NaN: no trial
     rejected: tuple[str, ...]  # classes that rules proposed and the trial refused, or zero gains
     ended_by: tuple[tuple[str, str], ...]  # (operation, source line) of what allows no matrix
 
@@ -211,7 +211,9 @@ def _limit(network: TracedNetwork) -> float:
     return min(_ROUNDINGS * eps, np.sqrt(eps))
 
 
-def _any_zero_gain(found: MatrixClass, leaves: Sequence[Any], constants: Sequence[Any]) -> bool:
+def _any_zero_gain(
+    found: MatrixClass, leaves: Sequence[np.ndarray], constants: Sequence[Constant]
+) -> bool:
     """Whether a gain is 0 somewhere: a matrix seen through it is not defined."""
     return any(
         not bool((np.isfinite(vector) & (vector != 0)).all())
@@ -271,7 +273,7 @@ def _perturbed(leaf: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return leaf + 0.1 * (size if size > 0 else 1.0) * rng.normal(size=leaf.shape)
 
 
-def _given(leaf: Any, rng: np.random.Generator) -> np.ndarray:
+def _given(leaf: jax.ShapeDtypeStruct | Array, rng: np.random.Generator) -> Constant:
     """Inputs in float64; random ones where only shapes are known."""
     real = jnp.issubdtype(leaf.dtype, jnp.floating)
     if isinstance(leaf, jax.ShapeDtypeStruct):

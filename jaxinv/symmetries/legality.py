@@ -11,7 +11,7 @@ forgotten.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxinv import _checks
 from jaxinv._interpreter import walk
 from jaxinv._interpreter.walk import Equation, Value
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Array, Inputs, Network, Params
+from jaxinv.typing import Array, ArrayLike, Inputs, Network, Params
 
 _EQUAL = 1e3  # two values are the same if they differ by so many roundings of the parameters
 _IMAGE = 1e4  # likewise for the residual of a fit
@@ -78,14 +78,17 @@ class _PairDomain:
     """Evaluates a program twice, and compares what each operation makes of its operands."""
 
     as_written = True
-    rules: dict[Any, Any] = {}
+    rules: walk.Rules = {}
 
     def __init__(self, eps: float) -> None:
         self.eps = eps
         self.undecided = 0
 
-    def default(self, eqn: Equation, *inputs: Any) -> Any:
-        pairs = [v if isinstance(v, _Pair) else _Pair(v, v, False) for v in inputs]
+    def default(self, eqn: Equation, *inputs: walk.Operand) -> walk.Result:
+        pairs = [
+            v if isinstance(v, _Pair) else _Pair(cast(Array, v), cast(Array, v), False)
+            for v in inputs
+        ]
         before = eqn.bind(*(p.before for p in pairs))
         after = eqn.bind(*(p.after for p in pairs))
         of_x = any(p.of_x for p in pairs)
@@ -197,7 +200,7 @@ def is_symmetry(fn: Network, params: Params, x: Inputs, moved: Params) -> Symmet
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((params, moved, x))):
         raise InvalidInput("is_symmetry compares numbers, and cannot run under jit or vmap.")
 
-    def double(leaf: Any) -> Array:
+    def double(leaf: ArrayLike) -> Array:
         a = jnp.asarray(leaf)
         return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
 

@@ -11,14 +11,14 @@ classes of their own: they are summed over in the metrics of those, D where M ac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from jaxinv.frames import matrices as _matrices
 from jaxinv.frames.follow import Place
 from jaxinv.symmetries.group import SymmetryGroup
-from jaxinv.typing import Array
+from jaxinv.typing import Array, Constant
 
 ROTATIONS = ("O", "O1")  # to these the identity is a metric
 
@@ -110,7 +110,7 @@ def _meeting(group: SymmetryGroup, place: Place, axis: int) -> list[tuple[int, P
     ]
 
 
-def _gain(place: Place, leaves: Sequence[Array], constants: Sequence[Any]) -> Array | None:
+def _gain(place: Place, leaves: Sequence[Array], constants: Sequence[Constant]) -> Array | None:
     """The product of the gains through which a place sees its matrix."""
     total = None
     for vector, power in _matrices.gains_of(place, leaves, constants):
@@ -119,7 +119,7 @@ def _gain(place: Place, leaves: Sequence[Array], constants: Sequence[Any]) -> Ar
     return total
 
 
-def seen_part(place: Place, leaves: Sequence[Array], constants: Sequence[Any]) -> Array:
+def seen_part(place: Place, leaves: Sequence[Array], constants: Sequence[Constant]) -> Array:
     """The weights at a place, with gains divided out: A itself, or its dual, acts on them."""
     part = leaves[place.leaf][tuple(slice(*ends) for ends in place.box)]
     T = _gain(place, leaves, constants)
@@ -130,7 +130,7 @@ def applied(
     B: Array,
     place: Place,
     leaves: Sequence[Array],
-    constants: Sequence[Any],
+    constants: Sequence[Constant],
     target: Array,
     power: int,
 ) -> Array:
@@ -155,7 +155,7 @@ def pseudo_inverses(matrices: Sequence[Array], damping: float) -> list[Array]:
     sizes: dict[int, list[int]] = {}
     for i, X in enumerate(matrices):
         sizes.setdefault(X.shape[0], []).append(i)
-    out: list[Any] = [None] * len(matrices)
+    out: dict[int, Array] = {}
     for n, members in sizes.items():
         together = jnp.stack([matrices[i] for i in members])
         values, vectors = jnp.linalg.eigh((together + together.mT) / 2)
@@ -166,4 +166,4 @@ def pseudo_inverses(matrices: Sequence[Array], damping: float) -> list[Array]:
         found = (vectors * inverse[..., None, :]) @ vectors.mT
         for i, X in zip(members, found, strict=True):
             out[i] = X
-    return out
+    return [out[i] for i in range(len(matrices))]

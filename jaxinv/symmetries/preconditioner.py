@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +91,7 @@ def scale_by_matrix_symmetries(
 
 
 def _preconditioned(
-    group: SymmetryGroup, leaves: list[Any], updates: PyTree, damping: float
+    group: SymmetryGroup, leaves: list[Array], updates: PyTree, damping: float
 ) -> PyTree:
     dtype = working_dtype(leaves)
     w = [jnp.asarray(leaf).astype(dtype) for leaf in leaves]

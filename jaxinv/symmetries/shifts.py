@@ -9,7 +9,7 @@ leave the function alone is decided by the Jacobian restricted to their span.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxinv import _checks
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._interpreter.program import coarsest
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Array, Inputs, Network, Params
+from jaxinv.typing import Array, ArrayLike, Inputs, Network, Params
 
 # Singular values of J on the span, below this share of the largest, are 0; where the network casts
 # to less than float64, below as many units of that.
@@ -135,12 +135,15 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
     )
 
 
-def _as_double(leaf: Any) -> Array:
+def _as_double(leaf: ArrayLike) -> Array:
     a = jnp.asarray(leaf)
     return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
-def _split(theta: Any, shapes: list[tuple[int, ...]], flat: bool = False) -> list[Any]:
+_Numbers = TypeVar("_Numbers", Array, np.ndarray)
+
+
+def _split(theta: _Numbers, shapes: list[tuple[int, ...]], flat: bool = False) -> list[_Numbers]:
     ends = np.cumsum([0, *(int(np.prod(s)) for s in shapes)])
     parts = [theta[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
     return parts if flat else [p.reshape(s) for p, s in zip(parts, shapes, strict=True)]
