@@ -93,10 +93,9 @@ def _product(domain: Frames, eqn: Equation, x: Framed, y: Framed, power: int) ->
     """x·y or x/y, where one of them is a number, or a gain along an axis of the other."""
     shape = eqn.outputs[0].shape
     if y.is_scalar and x.shape == shape:
-        # Its square too: the sum of squares is only scaled.
-        return like(x, vector=None, gain=_gain(x))
+        return like(x)  # its square too: the sum of squares is only scaled
     if x.is_scalar and y.shape == shape and power == 1:
-        return like(y, vector=None, gain=_gain(y))
+        return like(y)
     x, y = domain.plain(eqn, x), domain.plain(eqn, y)
     if power == -1:
         domain.end_all(eqn, y)
@@ -105,20 +104,16 @@ def _product(domain: Frames, eqn: Equation, x: Framed, y: Framed, power: int) ->
     result = Framed(shape, uniform=x.uniform & y.uniform)
     for a in range(len(shape)):
         result.axes[a] = _scaled(domain, eqn, x, y, a, power)
-    result.gain = _times_numbers(x, y) or (_times_numbers(y, x) if power == 1 else None)
+    result.vector = _proportional(x, y) or (_proportional(y, x) if power == 1 else None)
     return result
 
 
-def _times_numbers(x: Framed, y: Framed) -> tuple[Vector, int] | None:
-    """The gain that x is, if y is one number for all of its axis: 1/σ · g of a normalisation."""
-    gain = _gain(x)
-    return gain if gain and gain[1] in y.uniform and y.axes[gain[1]] is None else None
-
-
-def _gain(value: Framed) -> tuple[Vector, int] | None:
-    """A vector that is repeated along all other axes, but for numbers."""
-    repeated = len(value.uniform) >= len(value.shape) - 1
-    return value.gain or (value.vector if repeated else None)
+def _proportional(x: Framed, y: Framed) -> tuple[Vector, int] | None:
+    """The gain that x is, if y is one number for all of its axis: γ · 1/√(variance + ε)."""
+    if x.vector is None or y.vector is not None:
+        return None
+    axis = x.vector[1]
+    return x.vector if axis in y.uniform and y.axes[axis] is None else None
 
 
 def _scaled(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int, power: int) -> Axis:
@@ -131,10 +126,9 @@ def _scaled(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int, power: 
             continue
         if factor.axes[a] is None and a in factor.uniform:
             return axis
-        gain = _gain(factor)
-        if gain and gain[1] == a and value.vector is None:
+        if factor.vector and factor.vector[1] == a and value.vector is None:
             domain.end(eqn, factor.axes[a])
-            return domain.multiplied(axis, gain[0], sign)
+            return domain.multiplied(axis, factor.vector[0], sign)
     domain.end(eqn, one)
     domain.end(eqn, other)
     return None

@@ -10,7 +10,7 @@ import numpy as np
 from jaxinv._interpreter import walk
 from jaxinv._interpreter.walk import Trace
 from jaxinv.frames.domain import FramesDomain
-from jaxinv.frames.system import NONE, SAME, Ref, Relation, System
+from jaxinv.frames.system import GL, NONE, SAME, Ref, Relation, System
 from jaxinv.frames.values import Framed, refined
 
 
@@ -100,10 +100,16 @@ def _classes(domain: FramesDomain, leaves: Sequence[Framed]) -> tuple[FrameClass
                         place = Place(number, axis, box, relation)
                         places.setdefault(root, []).append(place)
                 offset += size
-    return tuple(
-        _as_written(FrameClass(system.kinds[root], system.sizes[root], tuple(found)))
+    classes = [
+        FrameClass(system.kinds[root], system.sizes[root], tuple(found))
         for root, found in places.items()
-    )
+    ]
+    return tuple(_as_written(c) for c in classes if not _unread(c))
+
+
+def _unread(found: FrameClass) -> bool:
+    """Whether any matrix acts on the one side alone: so does 0, and nothing reads these weights."""
+    return found.kind == GL and len({place.relation.dual for place in found.places}) == 1
 
 
 def _by_root(system: System, refs: np.ndarray) -> list[tuple[Ref, np.ndarray]]:

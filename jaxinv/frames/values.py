@@ -28,9 +28,7 @@ Axis = list[Block] | None  # None: nothing may act here, or the axis is not one 
 class Framed(Value):
     """An array: frames of its axes, and what else rules must know."""
 
-    __slots__ = (
-        "axes", "constant", "gain", "leaf", "shape", "square", "uniform", "vector", "zero"
-    )  # fmt: skip
+    __slots__ = ("axes", "constant", "leaf", "shape", "square", "uniform", "vector", "zero")
 
     def __init__(
         self,
@@ -43,9 +41,7 @@ class Framed(Value):
         self.axes: list[Axis] = [None] * len(self.shape) if axes is None else list(axes)
         # Axes along which all elements are the same.
         self.uniform = frozenset(uniform) | {a for a, n in enumerate(self.shape) if n == 1}
-        self.vector = vector  # a vector along that axis, repeated along the others
-        # A vector along that axis, times numbers that are the same for all of the axis.
-        self.gain: tuple[Vector, int] | None = None
+        self.vector = vector  # that vector along that axis, times what does not vary along it
         self.square: Framed | None = None  # the elementwise square of that value
         self.zero = False
         self.constant = False

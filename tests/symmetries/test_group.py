@@ -351,3 +351,17 @@ def test_a_rotation_does_not_pass_a_nonlinearity():
 def test_random_programs_have_no_class_that_moves_them(seed, x64):
     found = frames_fuzz.check(frames_fuzz.draw(seed), seed)
     assert not found.rejected and found.wrong < 1e-12 and sum(found.parts) <= found.nullity
+
+
+def test_rows_of_a_table_that_no_input_reaches_are_no_matrix():
+    def net(w, tokens):
+        return jnp.tanh(w["embed"][tokens] + w["place"][:3]) @ w["out"]
+
+    w = {
+        "embed": np.ones((5, 4)),
+        "place": np.random.default_rng(0).normal(size=(9, 4)),
+        "out": np.ones((4, 2)),
+    }
+    group = symmetry_group(net, w, np.zeros((2, 3), np.int32))
+    assert group.classes == ()
+    assert any(name.startswith("place") for name in group.rescaling.unused)
