@@ -11,7 +11,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +190,7 @@ def check_like(tree: PyTree, params: PyTree, name: str) -> None:
 
     Where a leaf of the tree is masked (by optax.masked or optax.partition) anything will do.
     """
-    structure: Any
+    structure: jax.tree_util.PyTreeDef
     leaves, structure = jax.tree.flatten(tree, is_leaf=_masked)
     try:
         weights = structure.flatten_up_to(params)
@@ -383,13 +383,13 @@ def integer(name: str, value: Any, least: int, also: str = "") -> int:
     return int(value)
 
 
-def check_key(name: str, key: Any) -> Array:
+def check_key(name: str, key: object) -> Array:
     """A PRNG key; `InvalidInput` unless it is one, typed or of raw bits."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (shape == () if typed else dtype == jnp.uint32 and len(shape or ()) == 1):
         raise InvalidInput(f"{name} must be a key such as jax.random.key(0), not {key!r}.")
-    return key
+    return cast(Array, key)
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:

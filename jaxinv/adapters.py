@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv.errors import InvalidInput
-from jaxinv.typing import Constant, Inputs, Network, Params, PyTree
+from jaxinv.typing import ArrayLike, Constant, Inputs, Network, Params, PyTree
 
 # Arguments, attributes and fields that tell a model its mode, and the value for evaluation.
 _MODES = {
@@ -31,7 +31,7 @@ _MODES = {
 }
 
 
-def _evaluating(call: Callable[..., Any], given: Mapping[str, object]) -> dict[str, object]:
+def _evaluating(call: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
     """The arguments of a call that put it in evaluation mode, and those given, which win."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(call).parameters.values()
@@ -51,11 +51,11 @@ def _changed(before: list[Constant], after: list[Constant]) -> bool:
     return len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True))
 
 
-def _differ(before: list[Any], after: list[Any]) -> bool:
+def _differ(before: list[Constant], after: list[Constant]) -> bool:
     return not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _zeros(leaf: Any) -> jax.Array:
+def _zeros(leaf: ArrayLike) -> jax.Array:
     return jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
 
 
@@ -175,7 +175,7 @@ def from_nnx(model: Any, *, wrt: Any = None, **options: object) -> tuple[Network
     fixed = nnx.Any(nnx.RngCount, nnx.BatchStat)
     before = jax.tree.leaves([nnx.filter_state(state, fixed) for state in rest])
 
-    def state_after(params: Params, x: Inputs) -> list[Any]:
+    def state_after(params: Params, x: Inputs) -> list[Constant]:
         """Of one call on zeros, computed now, also inside of a trace."""
         with jax.ensure_compile_time_eval():
             weights, inputs = jax.tree.map(_zeros, (params, x))
@@ -290,7 +290,7 @@ def from_haiku(
         raise InvalidInput(
             "state was passed, but the function was transformed without: leave state out."
         )
-    leading: list[Any] = [state] if stateful else []
+    leading: list[PyTree] = [state] if stateful else []
     # without_apply_rng leaves no argument for a key behind params and state.
     names = list(inspect.signature(transformed.apply).parameters)
     if names[1 + len(leading) :][:1] == ["rng"]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -254,7 +254,7 @@ def load(target: str) -> tuple[Network, Params, Inputs]:
             "returns (fn, params, x)"
         )
     module = _import(module_name)
-    factory: Callable[[], Any] | None = getattr(module, name, None)
+    factory: Callable[[], object] | None = getattr(module, name, None)
     if not callable(factory):
         raise InvalidInput(f"{module_name} has no function {name!r}; give one without arguments")
     try:

@@ -13,7 +13,7 @@ Let w and w' = g(w) be two parameter vectors of the same function.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def function_invariance_error(
         _checks.check_usable(tree, name)
     with _checks.calling("fn(params, x)", params, x):
         reference, other = fn(params, x), fn(other_params, x)
-    structures: list[Any] = [jax.tree.structure(y) for y in (reference, other)]
+    structures: list[object] = [jax.tree.structure(y) for y in (reference, other)]
     shapes = [jax.tree.map(jnp.shape, y) for y in (reference, other)]
     if structures[0] != structures[1] or shapes[0] != shapes[1]:
         raise InvalidInput(
@@ -432,7 +432,7 @@ def equivariance_error(
             return (w, w_state, theta, theta_state, first), row
 
         carry = (start, in_w.init(start), theta, in_theta.init(theta), (start, theta))
-        rows: Any
+        rows: tuple[Array, Array, Array, Array]
         last, rows = jax.lax.scan(both, carry, jnp.arange(int(steps)))
         weights, function, losses, others = rows
         dw, dtheta = last[-1]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxinv._interpreter.source import is_users
 from jaxinv.errors import InvalidInput, JaxinvError
-from jaxinv.typing import Inputs, Network, Params, PyTree
+from jaxinv.typing import ArrayLike, Inputs, Network, Params, PyTree
 
 ANY_SIZE = (
     "fn must accept any batch size (reshape with -1 or x.shape[0] in place of a fixed batch size) "
@@ -94,7 +94,7 @@ def _output(fn: Network, params: PyTree, x: PyTree) -> PyTree:
 
 
 def _shapes(tree: PyTree) -> PyTree:
-    def shape(a: Any) -> jax.ShapeDtypeStruct:
+    def shape(a: ArrayLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.canonicalize_dtype(jnp.result_type(a)))
 
     return jax.tree.map(shape, tree)

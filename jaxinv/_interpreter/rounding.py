@@ -56,6 +56,9 @@ def _is_float(a: Array) -> bool:
     return bool(jnp.issubdtype(a.dtype, jnp.floating))
 
 
+_Pairs = list[tuple[Array, Array]]  # values and errors
+
+
 class Rounding:
     """The domain."""
 
@@ -71,10 +74,10 @@ class Rounding:
     def scan(self, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:
         """The same loop on pairs of values and errors."""
 
-        def pairs(values: list) -> list:
+        def pairs(values: list) -> _Pairs:
             return [(value_of(v), error_of(v)) for v in values]
 
-        def step(carry: Any, row: Any) -> Any:
+        def step(carry: _Pairs, row: _Pairs) -> tuple[_Pairs, _Pairs]:
             values = [Rounded(*pair) for pair in (*carry, *row)]
             found = pairs(body(*consts, *values))
             return found[: len(init)], found[len(init) :]

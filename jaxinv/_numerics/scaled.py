@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -269,7 +269,7 @@ def by_index(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
 def _power_of_constant(value: ArrayLike, p: float, dtype: DTypeLike) -> Scaled:
     x = np.abs(np.asarray(value)).astype(np.float64)
     top, least = x.max(initial=0.0), x.min(initial=np.inf, where=x > 0)
-    k: Any = np.frexp(top)[1] - 1 if 0 < top < np.inf else np.int64(0)
+    k: np.ndarray | np.integer = np.frexp(top)[1] - 1 if 0 < top < np.inf else np.int64(0)
     if least < top * 2.0 ** (-100 / p):
         k = np.where((x > 0) & (x < np.inf), np.frexp(x)[1] - 1, 0)
     whole = np.floor(k * p)

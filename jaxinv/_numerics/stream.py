@@ -8,7 +8,7 @@ triple it. XLA's CPU backend fuses a sum of squares into the read of W, but not 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -56,24 +56,27 @@ def contract(
     return _product(matrix, vector, p, scales, axis)
 
 
+class _Given(Protocol):
+    """An argument, and whether a derivative with respect to it is asked for."""
+
+    value: Array
+    perturbed: bool
+
+
 def _forward(
-    vector: Any,
-    length: Any,
-    matrix: Any,
-    scales: Any,
+    vector: _Given,
+    length: _Given,
+    matrix: _Given,
+    scales: tuple[_Given, _Given],
     p: int,
     axis: int,
 ) -> tuple[Array, _Kept]:
     perturbed = vector.perturbed  # not so where it comes from the network's input alone
-    vector, length, matrix, scales = jax.tree.map(
+    values = jax.tree.map(
         lambda v: v.value, (vector, length, matrix, scales), is_leaf=lambda v: hasattr(v, "value")
     )
-    return contract(vector, length, matrix, scales, p, axis), (
-        vector,
-        matrix,
-        scales,
-        () if perturbed else None,
-    )
+    kept = (values[0], values[2], values[3], () if perturbed else None)
+    return contract(*values, p, axis), kept
 
 
 def _backward(

@@ -13,7 +13,7 @@ models that are solved is in `jaxinv.bayes.rlct`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxinv.bayes.langevin import langevin_step, standard_normal
 from jaxinv.errors import InvalidInput
 from jaxinv.jacobians.fisher_information import whitened
 from jaxinv.ranks.rank import jacobian_rank
-from jaxinv.typing import Array, ArrayLike, Inputs, Likelihood, Network, Params, PyTree
+from jaxinv.typing import Array, ArrayLike, Constant, Inputs, Likelihood, Network, Params, PyTree
 
 Sampler = Literal["mala", "sgld"]
 
@@ -305,9 +305,9 @@ class LearningCoefficientBounds(NamedTuple):
         1 <= λ <= 3/2 (rank 2 of 3, certain)
     """
 
-    rank: Any  # int: rank of the Fisher information
-    parameters: Any  # int: d
-    certain: Any  # bool: is the rank proven from below, see `jaxinv.ranks.rank.Rank`
+    rank: int | Constant  # int: rank of the Fisher information
+    parameters: int | Constant  # int: d
+    certain: bool | Constant  # bool: is the rank proven from below, see `jaxinv.ranks.rank.Rank`
 
     def __str__(self) -> str:
         """The bounds, for people."""

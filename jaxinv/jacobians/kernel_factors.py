@@ -7,7 +7,7 @@ product of two such rows is Σ_pq ⟨h_p, h'_q⟩⟨δ_p, δ'_q⟩, whatever the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,15 @@ _EXACT = lax.Precision.HIGHEST
 _MOST_NUMBERS = 1 << 25
 
 
+# h of every product, δ of every product for every output, rows of the other leaves
+Features = tuple[list[Array], list[Array], Array]
+
+
 class Factors(NamedTuple):
     """How to compute a block of the kernel."""
 
-    of: Callable[[Params, Inputs], Any]  # features of (c, ...) examples
-    block: Callable[[Any, Any], Array]  # (c·out, c'·out) from the features of two chunks
+    of: Callable[[Params, Inputs], Features]  # features of (c, ...) examples
+    block: Callable[[Features, Features], Array]  # (c·out, c'·out) from the features of two chunks
     most_examples: int  # in a chunk, so that a block fits in memory
 
 
@@ -58,7 +62,7 @@ def factors_of(
     perturbed = [product.eqn.outputs[0] for product in products]
     rest = [i for i in range(len(leaves)) if i not in {p.leaf for p in products}]
 
-    def features(params: Params, example: Inputs) -> tuple[list[Array], list[Array], Array]:
+    def features(params: Params, example: Inputs) -> Features:
         """(h of every product, δ of every product for every output, rows of the other leaves)."""
         weights, inputs = jax.tree.leaves(params), jax.tree.leaves(example)
 
@@ -81,7 +85,7 @@ def factors_of(
         operands = [operand_of(p, h)[:, 0] for p, h in zip(products, operands, strict=True)]
         return [h.astype(dtype) for h in operands], shaped, jnp.concatenate(flat, 1)
 
-    def block(a: Any, b: Any) -> Array:
+    def block(a: Features, b: Features) -> Array:
         rows_a, rows_b = (
             rows.reshape(rows.shape[0] * out, rows.shape[-1]) for rows in (a[2], b[2])
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import optax
 
 from jaxinv.errors import InvalidInput
+from jaxinv.typing import ArrayLike
 
 
 def descent(
@@ -24,7 +25,7 @@ def descent(
     return optax.with_extra_args_support(chained)
 
 
-def _check_learning_rate(rate: Any) -> None:
+def _check_learning_rate(rate: ArrayLike | Callable[[ArrayLike], ArrayLike]) -> None:
     """Raise `InvalidInput` unless this is a number, known now or traced, or a schedule."""
     if callable(rate) or isinstance(rate, jax.core.Tracer):
         return

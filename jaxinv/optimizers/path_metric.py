@@ -15,7 +15,8 @@ Null directions of G change no path: they are the rescalings, and weights on no 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,9 @@ from jaxinv.typing import Array, Inputs, Network, Params, PyTree
 class _Metric(NamedTuple):
     """G in the coordinates s = √κ·v, in which its diagonal is 1 (K = κ^{-1/2} G κ^{-1/2})."""
 
-    apply: Any  # K s, lists of arrays
+    apply: Callable[[list[Array]], list[Array]]  # K s, lists of arrays
     kappa: list[Scaled]
-    structure: Any
+    structure: jax.tree_util.PyTreeDef
 
 
 def _metric(fn: Network, params: Params, x: Inputs, batch_axis: int | None) -> _Metric:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.paths import values as path
 from jaxinv.paths.values import Operand, Semantics
-from jaxinv.typing import Array
+from jaxinv.typing import Array, ArrayLike
 
 # How a value is packed into arrays: a constant as itself, sums as (mantissa, exponent), a weight
 # as its value, mantissa and exponent, a weight that is no monomial as its value. Integers and
@@ -55,19 +55,25 @@ def _leaves(value: Operand) -> frozenset[str]:
     return value.leaves if isinstance(value, path.Weight) else frozenset()
 
 
-def _pack(domain: Semantics, eqn: Equation, value: Any, kind: str) -> Any:
+# A value as arrays: mantissas, and exponents where it has them.
+Packed = ArrayLike | tuple[Array, ...]
+
+
+def _pack(domain: Semantics, eqn: Equation, value: Operand, kind: str) -> Packed:
     if kind == INDEX:  # the sums mean nothing
-        return jnp.ones(jnp.shape(value) if _kind(value) == CONSTANT else value.sums.mantissa.shape)
+        if isinstance(value, path.Paths):
+            return jnp.ones(value.sums.mantissa.shape)
+        return jnp.ones(jnp.shape(path.plain(value)))
     if kind in (PATHS, *_CODES) or isinstance(value, path.Sign):
         return _arrays(path.as_paths(domain, eqn, value).sums)
+    array = path.plain(value)
     if kind == CONSTANT:
-        return value
-    array = value.value if isinstance(value, path.Weight) else jnp.asarray(value)
-    if kind == DERIVED:
         return array
-    length = value.length if isinstance(value, path.Weight) else domain.power(value)
+    if kind == DERIVED:
+        return jnp.asarray(array)
+    length = value.length if isinstance(value, path.Weight) else domain.power(array)
     assert length is not None
-    return array, *_arrays(length)
+    return jnp.asarray(array), *_arrays(length)
 
 
 def _arrays(s: Scaled) -> tuple[Array, Array]:
@@ -75,18 +81,20 @@ def _arrays(s: Scaled) -> tuple[Array, Array]:
     return s.mantissa, scaled.every_exponent(s)
 
 
-def _unpack(packed: Any, kind: str, leaves: frozenset[str]) -> Any:
-    if kind == CONSTANT:
-        return packed
-    unpacked: Value
-    if kind == INDEX:
-        unpacked = path.Code(Scaled(packed, jnp.int32(0)), numeric=False)
+def _unpack(packed: Packed, kind: str, leaves: frozenset[str]) -> Operand:
+    unpacked: path.Tracked
+    if not isinstance(packed, tuple):
+        if kind == CONSTANT:
+            return packed
+        array = jnp.asarray(packed)
+        if kind == INDEX:
+            unpacked = path.Code(Scaled(array, jnp.int32(0)), numeric=False)
+        else:
+            unpacked = path.Weight(array, None, leaves)
     elif kind in _CODES:
         unpacked = path.Code(Scaled(*packed), levels=(0.0, 1.0) if kind == MASK else None)
     elif kind == PATHS:
         unpacked = path.Paths(Scaled(*packed))
-    elif kind == DERIVED:
-        unpacked = path.Weight(packed, None, leaves)
     else:
         unpacked = path.Weight(packed[0], Scaled(*packed[1:]), leaves)
     unpacked.key = object()
@@ -103,10 +111,10 @@ class _Form(NamedTuple):
     def of(cls, values: Sequence[Operand]) -> _Form:
         return cls([_kind(v) for v in values], [_leaves(v) for v in values])
 
-    def packed(self, domain: Semantics, eqn: Equation, values: Sequence[Operand]) -> list[Any]:
+    def packed(self, domain: Semantics, eqn: Equation, values: Sequence[Operand]) -> list[Packed]:
         return [_pack(domain, eqn, v, kind) for v, kind in zip(values, self.kinds, strict=True)]
 
-    def unpacked(self, arrays: Sequence[Any]) -> list[Any]:
+    def unpacked(self, arrays: Sequence[Packed]) -> list[Operand]:
         given = zip(arrays, self.kinds, self.leaves, strict=True)
         return [_unpack(array, kind, leaves) for array, kind, leaves in given]
 
@@ -121,7 +129,7 @@ class _Form(NamedTuple):
 
 
 # (form of the carry, carry, slices, domain) -> (carry, what is stacked), of one step
-_Step = Callable[[_Form, list, list, Any], tuple[list, list]]
+_Step = Callable[[_Form, list, list, Semantics], tuple[list, list]]
 
 
 def scan(domain: Semantics, eqn: Equation, body: Body, consts: list, init: list, xs: list) -> list:

@@ -6,12 +6,10 @@ show in any comparison of two Jacobians. So the casts are found on the traced pr
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from jaxinv._interpreter.program import dependent_equations
-from jaxinv._interpreter.walk import AnyJaxpr, Equation
+from jaxinv._interpreter.walk import AnyJaxpr, Aval, Equation
 from jaxinv.typing import DTypeLike
 
 # What moves numbers, and rounds none.
@@ -40,5 +38,5 @@ def _rounds(eqn: Equation, dtype: DTypeLike) -> bool:
     return any(jnp.finfo(a.dtype).nmant < digits for a in outputs)
 
 
-def _is_float(aval: Any) -> bool:
+def _is_float(aval: Aval) -> bool:
     return bool(jnp.issubdtype(getattr(aval, "dtype", bool), jnp.floating))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +222,7 @@ def _look(
     *,
     method: str,
     rtol: float | None,
-    dtype: Any,
+    dtype: DTypeLike,
     chunk: int | None,
 ) -> tuple[Rank, Array, Array, Array, Array]:
     """The rank, the columns of zeros, the numbers of symmetries; are the zeros proven?"""
@@ -407,7 +407,9 @@ def _rescalings(fn: Network, params: Params, x: Inputs) -> int:
         return 0
 
 
-def _drawing(x: Any, most: int) -> tuple[Callable[[Array, int], Inputs], int]:
+def _drawing(
+    x: Inputs | Callable[[Array, int], Inputs], most: int
+) -> tuple[Callable[[Array, int], Inputs], int]:
     if callable(x):
         return x, most
     check_inputs(x, values=False)

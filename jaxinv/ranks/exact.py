@@ -7,17 +7,18 @@ primes, and so is its rank. A rank modulo a prime is never above the rank.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinv._interpreter.walk import interpret, trace
+from jaxinv._interpreter.walk import Operand, interpret, trace
 from jaxinv.errors import InvalidInput
 from jaxinv.ranks.exact_domain import ExactDomain
 from jaxinv.ranks.exact_values import PRIMES, Exact, lift
-from jaxinv.typing import Inputs, Network, Params
+from jaxinv.typing import Inputs, Network, Params, PyTree
 
 # Elements of the Jacobian, and steps of its elimination: a minute or so.
 MOST_ELEMENTS = 1 << 22
@@ -73,7 +74,7 @@ def jacobian_modulo(fn: Network, params: Params, x: Inputs) -> np.ndarray:
     # Indices and masks are constants of the program.
     floats = [leaf for leaf, s in zip(inputs, smooth, strict=True) if s]
 
-    def on_floats(params: Params, floats: list) -> Any:
+    def on_floats(params: Params, floats: list) -> PyTree:
         rest = iter(floats)
         merged = [next(rest) if s else leaf for leaf, s in zip(inputs, smooth, strict=True)]
         return fn(params, jax.tree.unflatten(x_tree, merged))
@@ -107,7 +108,7 @@ def _with_columns(weights: list[Exact], columns: range) -> list[Exact]:
     return out
 
 
-def _rows(outputs: list[Any], columns: int) -> np.ndarray:
+def _rows(outputs: Sequence[Operand], columns: int) -> np.ndarray:
     """(primes, n·out, columns): the outputs of one example after those of another."""
     parts = []
     for y in outputs:

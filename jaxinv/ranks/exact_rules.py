@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from jaxinv.typing import Array, ArrayLike
 
 RULES, rule = rule_table()
 
-Ints = np.ndarray[Any, Any]
+Ints = np.ndarray
 
 
 def _constants(eqn: Equation, inputs: Sequence[Operand]) -> list[ArrayLike]:
@@ -32,7 +31,7 @@ def _constants(eqn: Equation, inputs: Sequence[Operand]) -> list[ArrayLike]:
 
 def _moved(
     bind: Callable[..., ArrayLike | list[Array]], eqn: Equation, arrays: Sequence[Operand]
-) -> Any:
+) -> list[Exact]:
     """Let the operation move the positions of elements about, then fetch the elements."""
     values = [lift(eqn, v) for v in arrays]
     starts = np.cumsum([0, *(v.num.size for v in values)])
@@ -41,9 +40,7 @@ def _moved(
         for v, s in zip(values, starts, strict=False)
     ]
     whole = values[0] if len(values) == 1 else exact.joined(values)
-    found = bind(*indices)
-    taken = [exact.take(whole, _inside(eqn, i, whole)) for i in _as_list(found)]
-    return taken if isinstance(found, list | tuple) else taken[0]
+    return [exact.take(whole, _inside(eqn, i, whole)) for i in _as_list(bind(*indices))]
 
 
 def _as_list(found: ArrayLike | list[Array]) -> list[ArrayLike]:
@@ -85,21 +82,22 @@ def _slice(domain: Exactly, eqn: Equation, value: Exact) -> Exact:
 
 
 @rule("rev", "tile", "dynamic_slice", "split", "unstack")
-def _relayout(domain: Exactly, eqn: Equation, value: Exact, *rest: Operand) -> Exact:
+def _relayout(domain: Exactly, eqn: Equation, value: Exact, *rest: Operand) -> Exact | list[Exact]:
     where = _constants(eqn, rest)
-    return _moved(lambda i: eqn.bind(i, *where), eqn, [value])
+    found = _moved(lambda i: eqn.bind(i, *where), eqn, [value])
+    return found if eqn.primitive.multiple_results else found[0]
 
 
 @rule("gather")
 def _gather(domain: Exactly, eqn: Equation, value: Exact, indices: Operand) -> Exact:
     (where,) = _constants(eqn, [indices])
     value = lift(eqn, value)
-    return _moved(lambda i: eqn.bind(i, where, fill_value=-1), eqn, [value])
+    return _moved(lambda i: eqn.bind(i, where, fill_value=-1), eqn, [value])[0]
 
 
 @rule("concatenate", "stack", "pad")
 def _assemble(domain: Exactly, eqn: Equation, *arrays: Operand) -> Exact:
-    return _moved(eqn.bind, eqn, arrays)
+    return _moved(eqn.bind, eqn, arrays)[0]
 
 
 @rule("dynamic_update_slice")
@@ -107,7 +105,7 @@ def _update(
     domain: Exactly, eqn: Equation, operand: Operand, update: Operand, *starts: Operand
 ) -> Exact:
     where = _constants(eqn, starts)
-    return _moved(lambda a, b: eqn.bind(a, b, *where), eqn, [operand, update])
+    return _moved(lambda a, b: eqn.bind(a, b, *where), eqn, [operand, update])[0]
 
 
 @rule("scatter")
@@ -117,7 +115,7 @@ def _scatter(
     (where,) = _constants(eqn, [indices])
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
     how = {name: eqn.params[name] for name in names}
-    return _moved(lambda a, u: lax.scatter(a, where, u, **how), eqn, [operand, updates])
+    return _moved(lambda a, u: lax.scatter(a, where, u, **how), eqn, [operand, updates])[0]
 
 
 @rule("select_n")
@@ -129,7 +127,7 @@ def _select(domain: Exactly, eqn: Equation, which: Operand, *cases: Operand) -> 
         v if isinstance(v, Exact) else np.where(picked == i, np.asarray(v), 0)
         for i, v in enumerate(cases)
     ]
-    return _moved(lambda *i: eqn.bind(jnp.asarray(chosen), *i), eqn, seen)
+    return _moved(lambda *i: eqn.bind(jnp.asarray(chosen), *i), eqn, seen)[0]
 
 
 # --- sums and products ------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import gcd, lcm
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -234,7 +234,7 @@ def matmul_modulo(left: np.ndarray, right: np.ndarray, p: int) -> np.ndarray:
 
     Halves of 16 bits times 31 bits leave room for 64 terms below 2^53.
     """
-    total: Any = 0
+    total: np.ndarray | int = 0
     for start in range(0, left.shape[-1], 64):
         a, b = left[..., start : start + 64], right[..., start : start + 64, :].astype(np.float64)
         high, low = (np.matmul(part.astype(np.float64), b) for part in (a >> 16, a & 0xFFFF))

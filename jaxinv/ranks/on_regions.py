@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from jaxinv._numerics import tolerances as policy
 from jaxinv.errors import InvalidInput
 from jaxinv.gates import FunctionalDimension, Region, functional_dimension, segments
 from jaxinv.ranks.record import Rank
-from jaxinv.typing import DTypeLike, Inputs, Network, Params
+from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
 
 
 def asked(x: Inputs | Region, method: str) -> bool:
@@ -51,7 +49,7 @@ def rank_on_region(
 
 
 def _record(found: FunctionalDimension) -> Rank:
-    def count(number: int) -> Any:
+    def count(number: int) -> Array:
         return jnp.asarray(number, jnp.int32)
 
     nothing, certain = jnp.asarray(jnp.nan), jnp.asarray(found.certain)

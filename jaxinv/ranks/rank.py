@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ from jaxinv.jacobians.jacobians import (
 )
 from jaxinv.jacobians.problem import problem_of
 from jaxinv.ranks.casts import casts_of
-from jaxinv.ranks.evidence import Sizes, error_of_jacobian, known_ambiguities, sizes_of
+from jaxinv.ranks.evidence import Known, Sizes, error_of_jacobian, known_ambiguities, sizes_of
 from jaxinv.ranks.exact_method import exact_rank, settled
 from jaxinv.ranks.on_regions import asked, rank_on_region
 from jaxinv.ranks.record import Rank, of_what_was_given
@@ -195,7 +195,7 @@ class _Evidence(NamedTuple):
 
     sizes: Sizes
     scale: Array  # (d,): of the columns
-    known: Any
+    known: Known
     upper: Array
     error: Array  # of J·diag(scale)
     reason: Array  # the flags that are known already
@@ -477,7 +477,7 @@ def rank_of(
     x: Inputs,
     method: str,
     rtol: float | None,
-    dtype: Any,
+    dtype: DTypeLike,
     chunk: int | None,
 ) -> Rank:
     """`jacobian_rank` of checked arguments and a network that has been traced."""
