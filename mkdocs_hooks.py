@@ -223,7 +223,13 @@ def _cell(error: float, verdict: str) -> str:
     return f"{mark}, {error:.1e}"
 
 
-TABLES = {"invariance": invariance_table}
+def real_models_table() -> str:
+    """What becomes of every direction of the parameters of real models."""
+    written = (RESULTS / "real-models" / "table.md").read_text(encoding="utf-8")
+    return "\n".join(line for line in written.splitlines() if line.startswith("|"))
+
+
+TABLES = {"invariance": invariance_table, "real-models": real_models_table}
 
 
 # --- notebooks and figures ------------------------------------------------------------

@@ -219,8 +219,10 @@ def test_fn_is_the_model_in_evaluation_mode_and_all_of_jaxinv_takes_it(case):
         updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     else:  # keras adds offset − mean·scale/√variance
-        with pytest.raises(UnsupportedOperation, match="edge weight is a nonlinear function"):
+        with pytest.raises(UnsupportedOperation, match="edge weight is a nonlinear function") as e:
             optimizer.update(gradients, optimizer.init(params), params)
+        # The model is in evaluation mode already.
+        assert "effective weights" in str(e.value) and "evaluation mode" not in str(e.value)
 
 
 # --- flax -----------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class Equation(NamedTuple):
             f"  what:  {self.name}: {shapes} -> {results}\n"
             f"  where: {self.source}\n"
             f"  why:   {why}\n"
-            f"  do:    {remedy_for(self.written, remedy)}"
+            f"  do:    {remedy_for(self.written, theory, remedy)}"
         )
 
 

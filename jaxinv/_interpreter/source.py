@@ -94,9 +94,12 @@ def part_of(what: str, name: str, whole: str) -> str:
     return what if whole == name else what.replace(f"`{name}`", f"`{name}`, part of `{whole}`,", 1)
 
 
-def remedy_for(whole: str, remedy: str) -> str:
-    """What to do about an operation of a layer: batch normalisation is covered once frozen."""
-    if not whole.startswith("BatchNorm"):
+def remedy_for(whole: str, theory: str, remedy: str) -> str:
+    """What to do about an operation of a layer: batch normalisation is covered once frozen.
+
+    κ also refuses a frozen one that adds two of its parameters up before they meet data.
+    """
+    if not whole.startswith("BatchNorm") or theory == "κ":
         return remedy
     return (
         "call the model in evaluation mode, where its statistics are constants "
