@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import jax
@@ -86,7 +87,9 @@ def _relayout(domain: Semantics, eqn: Equation, value: Tracked, *rest: Operand) 
         return Weight(eqn.bind(value.value, *fixed), length, value.leaves, axes)
     shape = eqn.inputs[0].shape
     if isinstance(value, Sign):
-        branches = tuple(eqn.bind(jnp.broadcast_to(b, shape), *fixed) for b in value.branches)
+        # Which branch is taken is known, whatever is being traced.
+        with jax.ensure_compile_time_eval() if all(map(is_concrete, fixed)) else nullcontext():
+            branches = tuple(eqn.bind(jnp.broadcast_to(b, shape), *fixed) for b in value.branches)
         return Sign(branches, frozenset(_moved(eqn, b, fixed) for b in value.bases))
 
     def moved(entry: Callable) -> Callable:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from jaxinv import _checks
 from jaxinv._interpreter import walk
+from jaxinv._interpreter.at_once import at_once
 from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
@@ -50,20 +51,21 @@ class _Problem(NamedTuple):
     dtype: DType
 
 
-def _prepare(
-    fn: Network,
-    params: Params,
-    x: Inputs,
-    p: float,
-    batch_axis: int | None,
-    sample: bool = False,
-) -> _Problem:
+def _checked(
+    fn: Network, params: Params, x: Inputs, p: float, batch_axis: int | None
+) -> tuple[TracedNetwork, list[Constant]]:
+    """The program of the network, and its weights."""
     _checks.check_exponent(p)
     _checks.check_params(params, complex_numbers=True)
-    leaves = jax.tree.leaves(params)
-    dtype = scaled.working_dtype(leaves)
     network = traced_network(fn, params, leading(x, batch_axis), batch_axis, whole=False)
-    lengths = [scaled.power(jnp.asarray(a), float(p), dtype, sample=sample) for a in leaves]
+    return network, jax.tree.leaves(params)
+
+
+def _problem(
+    network: TracedNetwork, leaves: list[Constant], p: float, sample: bool = False
+) -> _Problem:
+    dtype = scaled.working_dtype(leaves)
+    lengths = [scaled.power(jnp.asarray(a), p, dtype, sample=sample) for a in leaves]
     return _Problem(network, leaves, lengths, dtype)
 
 
@@ -99,12 +101,30 @@ def _forward(
     ]
 
 
-def _power_of_norm(
-    fn: Network, params: Params, x: Inputs, p: float, batch_axis: int | None
-) -> Scaled:
-    problem = _prepare(fn, params, x, p, batch_axis)
-    outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
-    return scaled.total(outputs)
+def _unit_sums(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Scaled]:
+    problem = _problem(network, leaves, p)
+    return _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
+
+
+def _norm(network: TracedNetwork, leaves: list[Constant], p: float) -> Array:
+    return scaled.root(scaled.total(_unit_sums(network, leaves, p)), p)
+
+
+def _log_norm(network: TracedNetwork, leaves: list[Constant], p: float) -> Array:
+    return scaled.log(scaled.total(_unit_sums(network, leaves, p))) / p
+
+
+def _unit_norms(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Array]:
+    sums = _unit_sums(network, leaves, p)
+    return [scaled.root(scaled.moved(lambda array: array[0], out), p) for out in sums]
+
+
+def _kappa(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Array]:
+    return [scaled.value(s) for s in _scaled_kappa(network, leaves, p, streaming=False)]
+
+
+def _log_kappa(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Array]:
+    return [scaled.log(s) for s in _scaled_kappa(network, leaves, p, streaming=False)]
 
 
 class PowerOfNorm(NamedTuple):
@@ -117,19 +137,20 @@ class PowerOfNorm(NamedTuple):
 
 
 def power_of_norm(
-    fn: Network,
-    params: Params,
-    x: Inputs,
-    p: float,
-    *,
-    batch_axis: int | None = 0,
-    streaming: bool = False,
+    fn: Network, params: Params, x: Inputs, p: float, *, batch_axis: int | None = 0
 ) -> PowerOfNorm:
-    """γ_p^p to be differentiated, once in reverse mode or (without `streaming`) as often as needed.
+    """γ_p^p to be differentiated as often as needed.
 
     Derivatives are those of the mantissa, at a constant exponent.
     """
-    problem = _prepare(fn, params, x, p, batch_axis, sample=streaming)
+    return _power_of_norm(*_checked(fn, params, x, p, batch_axis), p, streaming=False)
+
+
+def _power_of_norm(
+    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+) -> PowerOfNorm:
+    """With `streaming` to be differentiated once, in reverse mode."""
+    problem = _problem(network, leaves, p, sample=streaming)
 
     def norm(mantissas: list[Array]) -> tuple[Array, Array]:
         outputs = _forward(problem, mantissas, p, edges_only=True, streaming=streaming)
@@ -153,7 +174,13 @@ def scaled_kappa(
     With `streaming` large dense layers are read as few times as possible, which a training loop
     needs; the result is NaN, not wrong, if the weights of one array span more than float32 can.
     """
-    norm, lengths = power_of_norm(fn, params, x, p, batch_axis=batch_axis, streaming=streaming)
+    return _scaled_kappa(*_checked(fn, params, x, p, batch_axis), float(p), streaming)
+
+
+def _scaled_kappa(
+    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+) -> list[Scaled]:
+    norm, lengths = _power_of_norm(network, leaves, p, streaming)
     start = [s.mantissa for s in lengths]
     mantissa, pull_back, exponent = jax.vjp(norm, start, has_aux=True)
     seed = jnp.where(jnp.isfinite(mantissa), 2.0**_HEADROOM, jnp.nan).astype(mantissa.dtype)
@@ -207,7 +234,7 @@ def path_norm(
         >>> print(path_norm(net, w, jnp.zeros((5, 2))))  # sqrt(5·4 + 25·1)
         6.708204
     """
-    return scaled.root(_power_of_norm(fn, params, x, p, batch_axis), float(p))
+    return at_once(_norm, *_checked(fn, params, x, p, batch_axis), float(p))
 
 
 def log_path_norm(
@@ -230,7 +257,7 @@ def log_path_norm(
         >>> print(f"{log_path_norm(deep, ws, jnp.zeros((1, 10)), p=1):.3f}")  # log 10^61
         140.458
     """
-    return scaled.log(_power_of_norm(fn, params, x, p, batch_axis)) / p
+    return at_once(_log_norm, *_checked(fn, params, x, p, batch_axis), float(p))
 
 
 def path_kappa(
@@ -272,7 +299,7 @@ def path_kappa(
         >>> kappa["in"].tolist(), kappa["out"].tolist()
         ([[4.0, 1.0], [4.0, 1.0]], [[5.0], [25.0]])
     """
-    kappas = [scaled.value(s) for s in scaled_kappa(fn, params, x, p, batch_axis=batch_axis)]
+    kappas = at_once(_kappa, *_checked(fn, params, x, p, batch_axis), float(p))
     return jax.tree.unflatten(jax.tree.structure(params), kappas)
 
 
@@ -292,7 +319,7 @@ def log_path_kappa(
         >>> [f"{k.item():.3f}" for k in log_kappa]  # ± 60·log 10
         ['-138.155', '138.155']
     """
-    logs = [scaled.log(s) for s in scaled_kappa(fn, params, x, p, batch_axis=batch_axis)]
+    logs = at_once(_log_kappa, *_checked(fn, params, x, p, batch_axis), float(p))
     return jax.tree.unflatten(jax.tree.structure(params), logs)
 
 
@@ -316,10 +343,9 @@ def unit_path_norms(
         >>> unit_path_norms(lambda w, x: x @ w, w, jnp.zeros((8, 2))).tolist()
         [5.0, 1.0]
     """
-    problem = _prepare(fn, params, x, p, batch_axis)
-    outputs = _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
-    norms = [scaled.root(scaled.moved(lambda array: array[0], out), float(p)) for out in outputs]
-    return jax.tree.unflatten(problem.network.program.trace.output_tree, norms)
+    network, leaves = _checked(fn, params, x, p, batch_axis)
+    norms = at_once(_unit_norms, network, leaves, float(p))
+    return jax.tree.unflatten(network.program.trace.output_tree, norms)
 
 
 __all__ = [
