@@ -87,7 +87,6 @@ def _relayout(domain: Semantics, eqn: Equation, value: Tracked, *rest: Operand) 
         return Weight(eqn.bind(value.value, *fixed), length, value.leaves, axes)
     shape = eqn.inputs[0].shape
     if isinstance(value, Sign):
-        # Which branch is taken is known, whatever is being traced.
         with jax.ensure_compile_time_eval() if all(map(is_concrete, fixed)) else nullcontext():
             branches = tuple(eqn.bind(jnp.broadcast_to(b, shape), *fixed) for b in value.branches)
         return Sign(branches, frozenset(_moved(eqn, b, fixed) for b in value.bases))
