@@ -31,6 +31,7 @@ from jax import lax
 from jaxinv._checks import check_inputs, check_params, integer, one_of, real
 from jaxinv._interpreter.batch import TracedNetwork, leading
 from jaxinv._interpreter.draws import traced_in
+from jaxinv._interpreter.walk import is_concrete
 from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.lapack import cholesky, eigenvalues, singular_values, triangle
 from jaxinv._numerics.precision import call_in, in_precision
@@ -387,11 +388,13 @@ def _automatic(
     if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
         return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol)
     found = _rank_by_certificate(params, x, fn, dtype, chunk)
-    return lax.cond(
-        found.certain,
-        lambda: found,
-        lambda: _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol),
-    )
+
+    def spectrum() -> Rank:
+        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol)
+
+    if is_concrete(found.certain):  # else the SVD would be compiled, at every call, and not run
+        return found if found.certain else spectrum()
+    return lax.cond(found.certain, lambda: found, spectrum)
 
 
 def _by_spectrum(method: str) -> Callable[..., Rank]:
