@@ -9,6 +9,7 @@ From below it is bounded by what stands out of the error of the computed Jacobia
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv._interpreter.rounding import with_rounding
+from jaxinv._numerics import tolerances as policy
 from jaxinv._numerics.chunks import fold_chunks
 from jaxinv._numerics.varying import vary_alike, varying_like
 from jaxinv._numerics.vectors import flatten as flattened
@@ -26,9 +28,10 @@ from jaxinv.frames.follow import frames_of
 from jaxinv.frames.matrices import exact_classes, off_diagonal_tangents
 from jaxinv.jacobians.jacobians import fold_rows, jacobian_operator
 from jaxinv.jacobians.problem import problem_of
+from jaxinv.ranks.casts import casts_of
 from jaxinv.ranks.spans import exponents_of, independent_columns, independent_exact_columns
 from jaxinv.rescaling.group import rescaling_group, tangent_vectors
-from jaxinv.typing import Array, DTypeLike, Inputs, Network, Params
+from jaxinv.typing import Array, DType, DTypeLike, Inputs, Network, Params
 
 _PROBES = 4
 # The span of the generators is worked out up to this many; more are not used as a bound.
@@ -286,3 +289,41 @@ def _hashed(size: int, seed: Array) -> Array:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
     return x
+
+
+# --- all of it -------------------------------------------------------------------------
+
+
+class Evidence(NamedTuple):
+    """What is known before any singular value is."""
+
+    sizes: Sizes
+    scale: Array  # (d,): of the columns
+    known: Known
+    upper: Array
+    error: Array  # of J·diag(scale)
+    reason: Array  # the flags that are known already
+    about: policy.About
+
+
+@partial(jax.jit, static_argnames=("fn", "dtype", "chunk", "scaled"))
+def evidence_of(
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, scaled: bool
+) -> Evidence:
+    """What bounds the rank, for columns of one size or (not `scaled`) as they are."""
+    shapes = problem_of(fn, params, x)
+    sizes = sizes_of(fn, params, x, dtype, chunk or 64)
+    scale = sizes.scale if scaled else jnp.ones(shapes.parameters, dtype)
+    known = known_ambiguities(fn, params, x, sizes.dead, dtype, scale)
+    left = shapes.parameters - known.num_dead - known.span
+    casts = casts_of(problem_of(fn, params, x).fn.program.trace.jaxpr, dtype)
+    reason = (
+        policy.flag(left > shapes.rows, policy.LIMITED_BY_ROWS)
+        + policy.flag((sizes.zero & ~sizes.dead).any(), policy.UNPROVEN_ZEROS)
+        + (policy.CAST if casts else 0)
+        + (policy.MEASURED if sizes.error is None else 0)
+    )
+    upper = jnp.minimum(left, shapes.rows).astype(jnp.int32)
+    error = error_of_jacobian(fn, params, x, sizes, scale, dtype)
+    about = policy.About(shapes.examples, shapes.outputs, shapes.parameters, casts)
+    return Evidence(sizes, scale, known, upper, error, reason, about)

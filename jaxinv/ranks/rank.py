@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,7 @@ from jaxinv.jacobians.jacobians import (
     tangent_kernel,
 )
 from jaxinv.jacobians.problem import problem_of
-from jaxinv.ranks.casts import casts_of
-from jaxinv.ranks.evidence import Known, Sizes, error_of_jacobian, known_ambiguities, sizes_of
+from jaxinv.ranks.evidence import Evidence, evidence_of
 from jaxinv.ranks.exact_method import exact_rank, settled
 from jaxinv.ranks.on_regions import asked, rank_on_region
 from jaxinv.ranks.record import Rank, of_what_was_given
@@ -191,42 +190,9 @@ def jacobian_spectrum(
 # --- ranks ----------------------------------------------------------------------------
 
 
-class _Evidence(NamedTuple):
-    """What is known before any singular value is."""
-
-    sizes: Sizes
-    scale: Array  # (d,): of the columns
-    known: Known
-    upper: Array
-    error: Array  # of J·diag(scale)
-    reason: Array  # the flags that are known already
-    about: policy.About
-
-
-def _evidence(
-    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, scaled: bool = True
-) -> _Evidence:
-    shapes = problem_of(fn, params, x)
-    sizes = sizes_of(fn, params, x, dtype, chunk or 64)
-    scale = sizes.scale if scaled else jnp.ones(shapes.parameters, dtype)
-    known = known_ambiguities(fn, params, x, sizes.dead, dtype, scale)
-    left = shapes.parameters - known.num_dead - known.span
-    casts = casts_of(problem_of(fn, params, x).fn.program.trace.jaxpr, dtype)
-    reason = (
-        policy.flag(left > shapes.rows, policy.LIMITED_BY_ROWS)
-        + policy.flag((sizes.zero & ~sizes.dead).any(), policy.UNPROVEN_ZEROS)
-        + (policy.CAST if casts else 0)
-        + (policy.MEASURED if sizes.error is None else 0)
-    )
-    upper = jnp.minimum(left, shapes.rows).astype(jnp.int32)
-    error = error_of_jacobian(fn, params, x, sizes, scale, dtype)
-    about = policy.About(shapes.examples, shapes.outputs, shapes.parameters, casts)
-    return _Evidence(sizes, scale, known, upper, error, reason, about)
-
-
 def _decide(
     values: Array,
-    evidence: _Evidence,
+    evidence: Evidence,
     error: Array,
     rtol: float | None,
     double: bool,
@@ -294,7 +260,7 @@ def _scaled_spectrum(
     return _dense(J)
 
 
-def _counted(params: Params, x: Inputs, fn: Network, evidence: _Evidence) -> Modular | None:
+def _counted(params: Params, x: Inputs, fn: Network, evidence: Evidence) -> Modular | None:
     """The exact rank, where J is small and nothing in its program was rounded."""
     about, error = evidence.about, evidence.sizes.error
     rows, d = about.examples * about.outputs, about.parameters
@@ -314,10 +280,9 @@ def _rank_by_spectrum(
     dtype: DType,
     chunk: int | None,
     rtol: float | None,
+    evidence: Evidence,
 ) -> Rank:
     shapes = problem_of(fn, params, x)
-    # rtol is relative to the largest singular value of J as it is.
-    evidence = _evidence(params, x, fn, dtype, chunk, scaled=rtol is None)
     exact = None
     if method == "auto":
         method = "svd"
@@ -335,7 +300,7 @@ def _rank_by_spectrum(
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
 def _rank_by_certificate(
-    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None
+    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, evidence: Evidence
 ) -> Rank:
     """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
 
@@ -345,7 +310,6 @@ def _rank_by_certificate(
     """
     shapes = problem_of(fn, params, x)
     d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
-    evidence = _evidence(params, x, fn, dtype, chunk)
     known = evidence.known
     # Rows for a quarter of the memory of JᵀJ: it is read and written once for each chunk.
     rows_at_once = chunk or max(1, d // (4 * shapes.outputs))
@@ -381,16 +345,22 @@ def _rank_by_certificate(
 
 
 def _automatic(
-    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, rtol: float | None
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    dtype: DType,
+    chunk: int | None,
+    rtol: float | None,
+    evidence: Evidence,
 ) -> Rank:
     """The certificate where it can succeed and is worth it, else the SVD."""
     shapes = problem_of(fn, params, x)
     if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
-        return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol)
-    found = _rank_by_certificate(params, x, fn, dtype, chunk)
+        return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol, evidence)
+    found = _rank_by_certificate(params, x, fn, dtype, chunk, evidence)
 
     def spectrum() -> Rank:
-        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol)
+        return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol, evidence)
 
     if is_concrete(found.certain):  # else the SVD would be compiled, at every call, and not run
         return found if found.certain else spectrum()
@@ -398,19 +368,26 @@ def _automatic(
 
 
 def _by_spectrum(method: str) -> Callable[..., Rank]:
-    return lambda params, x, fn, dtype, chunk, rtol: _rank_by_spectrum(
-        params, x, fn, method, dtype, chunk, rtol
+    return lambda params, x, fn, dtype, chunk, rtol, evidence: _rank_by_spectrum(
+        params, x, fn, method, dtype, chunk, rtol, evidence
     )
 
 
 def _by_certificate(
-    params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, rtol: float | None
+    params: Params,
+    x: Inputs,
+    fn: Network,
+    dtype: DType,
+    chunk: int | None,
+    rtol: float | None,
+    evidence: Evidence,
 ) -> Rank:
     del rtol
-    return _rank_by_certificate(params, x, fn, dtype, chunk)
+    return _rank_by_certificate(params, x, fn, dtype, chunk, evidence)
 
 
-# A method is a row: what to call with (params, x, fn, dtype, chunk, rtol), in the scope of dtype.
+# A method is a row: what to call with (params, x, fn, dtype, chunk, rtol, evidence) in the scope
+# of dtype.
 METHODS: dict[str, Callable[..., Rank]] = {
     "auto": _automatic,
     "svd": _by_spectrum("svd"),
@@ -471,7 +448,7 @@ def jacobian_rank(
     x = leading(x, batch_axis)
     check_values(params, x, dtype, chunk)
     network = traced_in(dtype, fn, params, x, batch_axis)
-    return rank_of(network, params, x, method, rtol, dtype, chunk)
+    return rank_of(network, params, x, method, rtol, dtype, chunk)[0]
 
 
 def rank_of(
@@ -482,16 +459,18 @@ def rank_of(
     rtol: float | None,
     dtype: DTypeLike,
     chunk: int | None,
-) -> Rank:
-    """`jacobian_rank` of checked arguments and a network that has been traced."""
+) -> tuple[Rank, Evidence | None]:
+    """`jacobian_rank` of checked arguments and a network that has been traced, and its evidence."""
     if method == "exact":
-        return of_what_was_given(exact_rank(network, params, x, dtype), (params, x), dtype)
+        return of_what_was_given(exact_rank(network, params, x, dtype), (params, x), dtype), None
 
-    def rank(params: Params, x: Inputs) -> Rank:
+    def rank(params: Params, x: Inputs) -> tuple[Rank, Evidence]:
         problem_of(network, params, x)
-        return METHODS[method](params, x, network, dtype, chunk, rtol)
+        # rtol is relative to the largest singular value of J as it is.
+        evidence = evidence_of(params, x, network, dtype, chunk, rtol is None)
+        return METHODS[method](params, x, network, dtype, chunk, rtol, evidence), evidence
 
-    found = call_in(dtype, rank, params, x)
+    found, evidence = call_in(dtype, rank, params, x)
     if method == "auto" and rtol is None:
         found = settled(found, network, params, x, dtype)
-    return of_what_was_given(found, (params, x), dtype)
+    return of_what_was_given(found, (params, x), dtype), evidence
