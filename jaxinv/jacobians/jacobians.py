@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinv._checks import check_inputs, integer, one_of
-from jaxinv._interpreter.batch import leading
+from jaxinv._interpreter.at_once import at_once
+from jaxinv._interpreter.batch import TracedNetwork, leading
 from jaxinv._interpreter.program import find_equation
 from jaxinv._numerics.chunks import fold_chunks
 from jaxinv._numerics.varying import varies, vary_alike, varying_like
@@ -138,6 +139,12 @@ def jacobian(
     _check_chunk(chunk)
     params, x = vary_alike(params, x)
     problem = problem_of(fn, params, x, batch_axis)
+    return at_once(_jacobian, problem.fn, (params, problem.x), mode, chunk)
+
+
+def _jacobian(network: TracedNetwork, given: tuple[Params, Inputs], mode: str, chunk: int) -> Array:
+    params, x = given
+    problem = problem_of(network, params, x)
     passes = problem.outputs if problem.apart else problem.rows
     if mode == "fwd" or (mode == "auto" and passes > problem.parameters):
         return _columns(problem, params, chunk)
@@ -248,20 +255,17 @@ def jacobian_gram(
     problem = problem_of(fn, params, x, batch_axis)
     network, x = problem.fn, problem.x
 
-    def gram(params: Params, x: Inputs, weights: Array | None = None) -> Array:
+    # Examples that only fill up a device count 0.
+    def weighted(w: Params, inside: dict) -> Array:
+        return inside["weight"][:, None] * outputs_of(network, w, inside["x"], problem.dtype)
+
+    def gram(params: Params, x: Inputs, weights: Array) -> Array:
         zero = jnp.zeros((problem.parameters, problem.parameters), problem.dtype)
-        if weights is None:
-            return _mirrored(fold_rows(network, params, x, zero, _add_lower_gram, chunk=chunk))
-        # Examples that only fill up a device count 0.
         inside = {"x": x, "weight": weights}
-
-        def weighted(w: Params, inside: dict) -> Array:
-            return inside["weight"][:, None] * outputs_of(network, w, inside["x"], problem.dtype)
-
         return _mirrored(fold_rows(weighted, params, inside, zero, _add_lower_gram, chunk=chunk))
 
     if mesh is None:
-        return gram(params, x)
+        return at_once(_gram, network, (params, x), chunk)
     axis = axis or mesh.axis_names[0]
     # Where arrays lie is left to XLA here, whatever the mesh says of its axes.
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
@@ -288,6 +292,13 @@ def jacobian_gram(
         local, mesh=mesh, in_specs=(here, spread, spread), out_specs=here, check_vma=False
     )
     return jax.jit(shared)(params, x, weights)
+
+
+def _gram(network: TracedNetwork, given: tuple[Params, Inputs], chunk: int) -> Array:
+    params, x = given
+    problem = problem_of(network, params, x)
+    zero = jnp.zeros((problem.parameters, problem.parameters), problem.dtype)
+    return _mirrored(fold_rows(network, params, x, zero, _add_lower_gram, chunk=chunk))
 
 
 def scaled_gram(fn: Network, params: Params, x: Inputs, scale: Array, *, chunk: int = 64) -> Array:
@@ -362,7 +373,7 @@ def tangent_kernel(
     _check_chunk(chunk)
     params, x, x2 = vary_alike(params, x, x2)
     problem = problem_of(fn, params, x, batch_axis)
-    network, x, dtype = problem.fn, problem.x, problem.dtype
+    network, x = problem.fn, problem.x
     # A program that is taken apart is traced on shapes, which do not vary over devices.
     if not problem.apart or varies(params):
         left = jacobian(network, params, x, chunk=chunk)
@@ -371,8 +382,15 @@ def tangent_kernel(
     if x2 is not None:
         x2 = leading(x2, batch_axis)
         check_inputs(x2, values=True, finite=True)
-    other = x if x2 is None else x2
-    rows, columns = problem.rows, problem_of(network, params, other).rows
+    return at_once(_kernel, network, (params, x, x if x2 is None else x2), chunk, factored)
+
+
+def _kernel(
+    network: TracedNetwork, given: tuple[Params, Inputs, Inputs], chunk: int, factored: bool
+) -> Array:
+    params, x, other = given
+    problem = problem_of(network, params, x)
+    rows, columns, dtype = problem.rows, problem_of(network, params, other).rows, problem.dtype
 
     def one(w: Params, example: Inputs) -> Array:
         x = jax.tree.map(lambda a: a[None], example)
