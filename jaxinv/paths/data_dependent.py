@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from jaxinv import _checks
 from jaxinv._interpreter import walk
+from jaxinv._interpreter.at_once import at_once
 from jaxinv._interpreter.batch import TracedNetwork, leading, traced_network
 from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
@@ -175,8 +176,19 @@ def data_dependent_path_norm(
     """
     alpha = _checks.check_alpha(alpha)
     problem = prepare(fn, params, x, batch_axis)
-    lengths = squares(problem)
-    found = _mixed(problem, problem.leaves, lengths, alpha, centered, edges_only=False)
+    given = problem.leaves, problem.inputs
+    return at_once(_norm, problem.network, given, problem.dtype, alpha, centered)
+
+
+def _norm(
+    network: TracedNetwork,
+    given: tuple[list[Array], list[Array]],
+    dtype: DType,
+    alpha: float,
+    centered: bool,
+) -> Array:
+    problem = Problem(network, *given, dtype)
+    found = _mixed(problem, problem.leaves, squares(problem), alpha, centered, edges_only=False)
     return scaled.root(found.total, 2.0)
 
 
@@ -260,6 +272,20 @@ def scaled_data_kappa(
     if alpha == 0:
         return scaled_kappa(fn, params, x, 2.0, batch_axis=batch_axis)
     problem = prepare(fn, params, x, batch_axis)
+    given = problem.leaves, problem.inputs, key
+    return at_once(_kappa, problem.network, given, problem.dtype, alpha, centered, probes)
+
+
+def _kappa(
+    network: TracedNetwork,
+    given: tuple[list[Array], list[Array], Array | None],
+    dtype: DType,
+    alpha: float,
+    centered: bool,
+    probes: int | None,
+) -> list[Scaled]:
+    leaves, inputs, key = given
+    problem = Problem(network, leaves, inputs, dtype)
     lengths = squares(problem)
 
     def units(leaves: list[Array], inputs: list[Array]) -> list[Unit]:
