@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxinv._numerics import scaled
+from jaxinv._numerics.compiling import compiled
 from jaxinv._numerics.varying import vary_alike, varying_like
 from jaxinv.rescaling.action import log_add, transpose
 from jaxinv.rescaling.group import RescalingGroup, class_scales
@@ -166,7 +167,7 @@ class _State(NamedTuple):
     stuck: Array
 
 
-@jax.jit  # else every call would compile its loops anew
+@compiled  # else every call would compile its loops anew
 def _minimize(problem: Problem, rtol: float | Array) -> tuple[Array, Array, Array, Array]:
     problem = vary_alike(problem)[0]
     zero, count = varying_like(
