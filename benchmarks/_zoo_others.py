@@ -97,6 +97,7 @@ def equimo_convnext() -> Model:
 def _keras() -> Any:
     os.environ.setdefault("KERAS_BACKEND", "jax")
     keras = importlib.import_module("keras")
+    keras.utils.clear_session()  # names count from zero
     keras.utils.set_random_seed(0)
     return keras
 
