@@ -96,7 +96,10 @@ def equimo_convnext() -> Model:
 
 def _keras() -> Any:
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    return importlib.import_module("keras")
+    keras = importlib.import_module("keras")
+    keras.utils.clear_session()  # names count from zero
+    keras.utils.set_random_seed(0)
+    return keras
 
 
 def keras_cnn() -> Model:
@@ -114,11 +117,17 @@ def keras_cnn() -> Model:
     (norm,) = (layer for layer in model.layers if hasattr(layer, "moving_mean"))
 
     def powered(p: float) -> Any:
-        stored = [jnp.asarray(v.value) for v in (norm.moving_mean, norm.moving_variance)]
-        norm.set_weights([norm.gamma, norm.beta, *powered_statistics(*stored, p)])
+        """Keras adds β − μγ/σ as one number: that is the bias, in place of β and μ."""
+        w = dict(found.params)
+        gain, offset = (next(name for name in w if name.endswith(end)) for end in ("gamma", "beta"))
+        mean, variance = (jnp.asarray(v.value) for v in (norm.moving_mean, norm.moving_variance))
+        w[offset] = w[offset] - mean * w[gain] / jnp.sqrt(variance + EPS)
+        norm.set_weights(
+            [norm.gamma, norm.beta, 0 * mean, powered_statistics(mean, variance, p)[1]]
+        )
         fn, _ = from_keras(model)
-        norm.set_weights([norm.gamma, norm.beta, *stored])
-        w = powers(found.params, p)
+        norm.set_weights([norm.gamma, norm.beta, mean, variance])
+        w = powers(w, p)
         (bias,) = (w[name] for name in w if name.startswith("dense") and name.endswith("bias"))
         return through_mean(fn(w, jnp.ones((1, 8, 8, 1))), bias, 36, p)
 

@@ -106,3 +106,69 @@ def test_a_graph_that_is_an_input_has_no_paths_and_one_that_is_closed_over_has()
     squares = (near**2).sum() * (np.asarray(model.params["first"]["w"]) ** 2).sum()
     found = path_norm(closed_over, model.params, graph.nodes, batch_axis=None)
     np.testing.assert_allclose(found**2, squares, rtol=1e-5)
+
+
+# --- what the rests are, by hand ----------------------------------------------------------------
+
+
+def rotation_that_fixes_ones(n, seed=0):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(np.column_stack([np.ones(n), rng.normal(size=(n, n - 1))]))[0]
+    turn = np.eye(n)
+    turn[1:, 1:] = np.linalg.qr(rng.normal(size=(n - 1, n - 1)))[0]
+    return (basis @ turn @ basis.T).astype(np.float32)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_rest_of_the_transformer_of_keras_is_rotations_that_fix_ones():
+    entry, model = built("keras transformer")
+    n = 6
+    assert entry.rest == (n - 1) * (n - 2) // 2
+    R = rotation_that_fixes_ones(n)
+    leaves = {"/".join(name.split("/")[-2:]): name for name in model.params}
+    w = {short: np.asarray(model.params[name]) for short, name in leaves.items()}
+    (stream,) = (short for short in w if w[short].shape == (8, n))
+    (read,) = (short for short in w if w[short].shape == (n, 7))
+    gain, shift = w["layer_normalization/gamma"], w["layer_normalization/beta"]
+    moved = dict(w)
+    for out in (stream, stream.replace("kernel", "bias")):
+        moved[out] = w[out] @ R
+    for out in ("attention_output/kernel", "attention_output/bias"):
+        moved[out] = w[out] @ R
+    for into in ("query/kernel", "key/kernel", "value/kernel"):
+        moved[into] = np.einsum("ij,jhk->ihk", R.T, w[into])
+    moved[read] = (R.T * gain) / gain[:, None] @ w[read]
+    moved["layer_normalization/beta"] = (shift / gain) @ R * gain
+    x = _zoo.inputs("rows", 20)
+    new = {name: moved[short] for short, name in leaves.items()}
+    assert max(abs(moved[short] - w[short]).max() for short in w) > 0.1
+    np.testing.assert_allclose(model.fn(new, x), model.fn(model.params, x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rest_of_a_frozen_batch_norm_is_affine():
+    """A kernel by c and the gain by 1/c; the offset takes back what the mean makes of that."""
+    import flax.linen as nn
+
+    from jaxinv.adapters import from_linen
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5, use_bias=False)(x))
+            return nn.Dense(3)(nn.relu(x))
+
+    rng = np.random.default_rng(0)
+    x = _zoo.inputs("pixels", 30)
+    variables = Net().init(jax.random.key(0), x, train=False)
+    mean, var = (rng.uniform(0.5, 2, 5).astype(np.float32) for _ in range(2))
+    stored = {"batch_stats": {"BatchNorm_0": {"mean": mean, "var": var}}}
+    fn, params = from_linen(Net(), {**variables, **stored})
+    kernel, norm = params["Dense_0"]["kernel"], params["BatchNorm_0"]
+    c = rng.uniform(0.5, 2, 5).astype(np.float32)
+    taken_back = norm["bias"] - mean * norm["scale"] / np.sqrt(var + 1e-5) * (1 - 1 / c)
+    moved = {
+        **params,
+        "Dense_0": {"kernel": kernel * c},
+        "BatchNorm_0": {"scale": norm["scale"] / c, "bias": taken_back},
+    }
+    np.testing.assert_allclose(fn(moved, x), fn(params, x), rtol=1e-4, atol=1e-5)
