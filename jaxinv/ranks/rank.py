@@ -359,12 +359,19 @@ def _automatic(
         return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol, evidence)
     found = _rank_by_certificate(params, x, fn, dtype, chunk, evidence)
 
-    def spectrum() -> Rank:
+    def spectrum(params: Params, x: Inputs, evidence: Evidence) -> Rank:
         return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol, evidence)
 
     if is_concrete(found.certain):  # else the SVD would be compiled, at every call, and not run
-        return found if found.certain else spectrum()
-    return lax.cond(found.certain, lambda: found, spectrum)
+        return found if found.certain else spectrum(params, x, evidence)
+
+    # Of an ensemble one after the other: `vmap` of a choice computes both for all.
+    @jax.custom_batching.sequential_vmap
+    def settle(found: Rank, params: Params, x: Inputs, evidence: Evidence) -> Rank:
+        return lax.cond(found.certain, lambda: found, lambda: spectrum(params, x, evidence))
+
+    settled_by: Rank = settle(found, params, x, evidence)
+    return settled_by
 
 
 def _by_spectrum(method: str) -> Callable[..., Rank]:
