@@ -15,16 +15,16 @@ from jaxinv._numerics import scaled
 from jaxinv._numerics.tolerances import default_tolerance
 from jaxinv.errors import JaxinvError
 from jaxinv.inspection import inspect, unit_balance
+from jaxinv.pages.counts import counts
 from jaxinv.pages.html import render
 from jaxinv.pages.unit_basis import unit_basis
 from jaxinv.pages.unit_graph import UnitGraph, unit_graph
 from jaxinv.paths import log_path_kappa, unit_path_norms
-from jaxinv.ranks import degrees_of_freedom, jacobian_spectrum
 from jaxinv.rescaling import RescalingGroup, rescaling_group
 from jaxinv.rescaling.orbit_minimum import least_norm
 from jaxinv.typing import Inputs, Network, Params
 
-RANK_LIMIT = 2000  # parameters: beyond, an SVD in float64 takes minutes
+RANK_LIMIT = 2000  # beyond, an SVD in float64 takes minutes
 _MOST_UNITS = 48  # drawn per column
 _MOST_EDGES = 8000  # drawn in all
 _BINS = 40
@@ -65,8 +65,10 @@ def describe(
         fn: any JAX-traceable `fn(params, x) -> y`.
         params: pytree of float arrays.
         x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s. Values are used for the
-            rank alone, if there are enough of them; else standard normal inputs are drawn.
-        rank_limit: networks with more parameters than this get no rank and no spectrum.
+            rank alone; where there are none, standard normal inputs are drawn.
+        rank_limit: spectrum, and what becomes of every parameter, up to this many parameters; rank
+            on the given inputs also if these have no more rows; on all inputs up to 50 times as
+            many.
 
     Returns:
         A dictionary for JSON: numbers that are not finite are None.
@@ -79,8 +81,8 @@ def describe(
         >>> from jaxinv.pages import describe
         >>> found = describe(lambda w, x: (x @ w[0]) @ w[1],
         ...                  [jnp.ones((2, 3)), jnp.ones((3, 1))], jnp.ones((1, 2)))
-        >>> found["group"]["dimension"], found["freedom"]["rank"], found["freedom"]["rescaling"]
-        (3, 2, 3)
+        >>> found["group"]["dimension"], found["freedom"]["rank"], found["freedom"]["unseen"]
+        (3, 1, 1)
     """
     report = inspect(fn, params, x)
     group = unit_basis(rescaling_group(fn, params, x))
@@ -105,7 +107,7 @@ def describe(
         "refused": report.refused,
         "group": report.as_dict()["group"],
         "matrices": report.as_dict()["matrix_symmetries"],
-        "freedom": _freedom(fn, params, x, report.parameters, rank_limit),
+        "freedom": counts(fn, params, x, limit=rank_limit),
         "leaves": [
             {
                 "name": names[i],
@@ -190,52 +192,6 @@ def _outputs(fn: Network, params: Params, x: Inputs) -> dict[str, Any] | None:
         return None
     named = zip(_checks.leaf_names(norms, "y"), jax.tree.leaves(norms), strict=True)
     return {name: _numbers(np.ravel(leaf)) for name, leaf in named}
-
-
-def _freedom(fn: Network, params: Params, x: Inputs, d: int, limit: int) -> dict[str, Any]:
-    """Rank and spectrum, or why there are none."""
-    if d > limit:
-        return {
-            "refused": f"not computed: {d:,} parameters, more than the limit of {limit:,} "
-            "(--rank-limit). An SVD takes time like the cube of that."
-        }
-    one = _checks.abstract_batch_of_one(x)
-    outputs = sum(
-        int(np.prod(y.shape[1:])) for y in jax.tree.leaves(jax.eval_shape(fn, params, one))
-    )
-    needed = 2 * -(-d // max(outputs, 1))
-    leaves = jax.tree.leaves(x)
-    given = min(jnp.shape(leaf)[0] for leaf in leaves)
-    concrete = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    if concrete and given * outputs >= d:
-        source = f"the {given} given inputs"
-    elif all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(one)):
-        draw = np.random.default_rng(0)
-        x = jax.tree.map(
-            lambda s: jnp.asarray(draw.standard_normal((needed, *s.shape[1:])), s.dtype), one
-        )
-        source = f"{needed} standard normal inputs (given: {given}, too few for a rank)"
-    else:
-        return {"refused": "not computed: integer inputs cannot be drawn; give more examples"}
-    try:
-        found = degrees_of_freedom(fn, params, x)
-        spectrum = np.asarray(jacobian_spectrum(fn, params, x))
-    except JaxinvError as error:
-        return {"refused": str(error)}
-    proven = not math.isfinite(float(found.evidence.largest))  # by a factorisation, not a spectrum
-    return {
-        "inputs": source,
-        **{
-            k: int(getattr(found, k))
-            for k in ("rank", "rescaling", "matrix", "dead", "unexplained", "unseen")
-        },
-        "certain": bool(found.certain),
-        "evidence": f"rank {int(found.rank)}, proven by a Cholesky factorisation"
-        if proven
-        else str(found.evidence),
-        "spectrum": _numbers(spectrum),
-        "error": None if proven else _number(found.evidence.error),
-    }
 
 
 # --- the picture ----------------------------------------------------------------------
