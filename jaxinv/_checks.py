@@ -67,7 +67,7 @@ def _check_usable(name: str, leaf: object, values: bool) -> None:
         jax.typeof(leaf)
     except (TypeError, ValueError) as error:
         raise InvalidInput(
-            f"{name} is no array that jax can use: {error}\nConvert it, for instance with "
+            f"{name} is not an array that jax can use: {error}\nConvert it, for instance with "
             "jnp.asarray(np.asarray(a, np.float32))."
         ) from error
 

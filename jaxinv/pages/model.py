@@ -25,8 +25,10 @@ from jaxinv.rescaling.orbit_minimum import least_norm
 from jaxinv.typing import Inputs, Network, Params
 
 RANK_LIMIT = 2000  # beyond, an SVD in float64 takes minutes
-_MOST_UNITS = 48  # drawn per column
+_CROWDED = 32  # a column of so many units is cut
+_MOST_UNITS = 20  # to these
 _MOST_EDGES = 8000  # drawn in all
+_MOST_OF_CROWDED = 160  # drawn of an array with a cut column at an end
 _BINS = 40
 
 
@@ -218,7 +220,8 @@ def _picture(
     order = np.lexsort((np.arange(count), -through, graph.column))
     starts = np.searchsorted(graph.column[order], graph.column[order])
     shown = np.zeros(count, bool)
-    shown[order] = np.arange(count) - starts < _MOST_UNITS
+    size = np.bincount(graph.column, minlength=1)[graph.column[order]]
+    shown[order] = np.arange(count) - starts < np.where(size < _CROWDED, size, _MOST_UNITS)
     number = np.where(shown, np.cumsum(shown) - 1, -1)
     units = np.flatnonzero(shown)
     position = np.zeros(count, np.int64)
@@ -232,7 +235,9 @@ def _picture(
     limit = max(150, _MOST_EDGES // max(1, len(np.unique(graph.leaf[edges]))))
     ranked = edges[np.lexsort((edges, -heavy[edges], graph.leaf[edges]))]
     leaf = graph.leaf[ranked]
-    edges = np.sort(ranked[np.arange(len(ranked)) - np.searchsorted(leaf, leaf) < limit])
+    cut = np.bincount(graph.leaf, ~shown[graph.target] | ~shown[graph.source], leaves) > 0
+    most = np.where(cut, min(limit, _MOST_OF_CROWDED), limit)[leaf]
+    edges = np.sort(ranked[np.arange(len(ranked)) - np.searchsorted(leaf, leaf) < most])
     u = np.full(count, np.nan)
     u[: group.dim] = _to_balance(group, params) if group.dim else []
     ratio = np.full(count, np.nan)
@@ -241,6 +246,7 @@ def _picture(
     drawn_edges = np.bincount(graph.leaf[edges], minlength=leaves)
     biases = np.flatnonzero((graph.source < 0) & shown[graph.target])
     return {
+        "most": _MOST_UNITS,
         "measure": "share of the path norm" if has_paths else "norm of the weights",
         "columns": [
             {"name": c.name, "kind": c.kind, "total": int((graph.column == i).sum())}

@@ -91,7 +91,7 @@ function model() {
   const shown = p.connections.reduce((s, c) => s + c.shown, 0), total = p.connections.reduce((s, c) => s + c.total, 0);
   const note = el("div", { class: "note", id: "shown" },
     `A circle is a unit or a channel: one generator of the group, or an element of an input or output. Lines are the weights between units (of a convolution all taps together). Channels that skip connections tie together are one unit; lines that lead back to it run below. Squares: scale fixed by an operation that is not homogeneous. `,
-    few ? `${show(p.units.column.length)} of ${show(p.columns.reduce((n, c) => n + c.total, 0))} units are shown: in ${few} columns only the ${Math.max(...counts)} with the largest ${p.measure} (zoomed in, the headings say how many there are). ` : "All units are shown. ",
+    few ? `${show(p.units.column.length)} of ${show(p.columns.reduce((n, c) => n + c.total, 0))} units are shown: in ${few === 1 ? "one column" : `${few} columns`} only the ${p.most} with the largest ${p.measure} (zoomed in, the headings say how many there are). ` : "All units are shown. ",
     lost.length ? `Lines shown: ${show(shown)} of ${show(total)}, those with the largest ${p.measure}.` : `All ${show(total)} lines are shown.`,
     p.undrawn.length ? ` Not drawn, since no unit, input or output is at either end: ${p.undrawn.join(", ")}.` : "");
   const drawn = picture(p, data.leaves);

@@ -190,10 +190,10 @@ def test_a_wide_layer_is_cut_to_its_heaviest_units_and_says_so():
     w = networks.init_mlp(jax.random.key(0), (2, 60, 1))
     data = embedded(model_page(networks.mlp, w, jnp.ones((1, 2)), rank_limit=1))
     units = data["picture"]["units"]
-    assert data["picture"]["columns"][1]["total"] == 60 and units["column"].count(1) == 48
+    assert data["picture"]["columns"][1]["total"] == 60 and units["column"].count(1) == 20
     flow = np.sum(w["Dense_0"]["kernel"] ** 2, 0) * w["Dense_1"]["kernel"][:, 0] ** 2
     shown = [i for i, c in zip(units["index"], units["column"], strict=True) if c == 1]
-    assert shown == sorted(np.argsort(-flow)[:48].tolist())
+    assert shown == sorted(np.argsort(-flow)[:20].tolist())
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):
