@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
@@ -66,7 +67,7 @@ def _check_usable(name: str, leaf: object, values: bool) -> None:
         jax.typeof(leaf)
     except (TypeError, ValueError) as error:
         raise InvalidInput(
-            f"{name} is no array that jax can use: {error}\nConvert it, for instance with "
+            f"{name} is not an array that jax can use: {error}\nConvert it, for instance with "
             "jnp.asarray(np.asarray(a, np.float32))."
         ) from error
 
@@ -238,6 +239,11 @@ def check_inputs(x: Inputs, *, values: bool, finite: bool = False) -> None:
     for name, leaf in zip(leaf_names(x, "x"), leaves, strict=True):
         _check_usable(name, leaf, values)
         shape = jnp.shape(leaf)
+        if isinstance(leaf, bool | int | float) and isinstance(x, list | tuple):
+            raise InvalidInput(
+                f"x is a {type(x).__name__} of Python numbers. Pass an array, jnp.asarray(x); for "
+                "a shape alone jax.ShapeDtypeStruct(shape, jnp.float32)."
+            )
         if not shape:
             raise InvalidInput(
                 f"{name} is a scalar, but every input needs a leading batch axis. "
@@ -340,7 +346,22 @@ def calling(call: str, *arguments: PyTree, remedy: str = "") -> Iterator[None]:
         raise InvalidInput(
             f"{call} raised {type(error).__name__} when called with {shapes}: {error}"
             + (remedy and f"\n{remedy}")
-        ) from error
+        ) from _from_first_own_line(error)
+
+
+# Lines in here are not the user's.
+_INTERNAL = tuple(os.path.join(os.path.dirname(f), "") for f in (__file__, jax.__file__))
+
+
+def _from_first_own_line(error: Exception) -> Exception:
+    """The exception with a traceback that begins in the user's code."""
+    lines = error.__traceback__
+    while lines is not None and lines.tb_frame.f_code.co_filename.startswith(_INTERNAL):
+        lines = lines.tb_next
+    return error if lines is None else error.with_traceback(lines)
+
+
+_MOST_SHOWN = 8  # arrays
 
 
 def _shown(tree: PyTree) -> str:
@@ -351,6 +372,11 @@ def _shown(tree: PyTree) -> str:
             return type(leaf).__name__
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
+    leaves = list(map(one, jax.tree.leaves(tree)))
+    if len(leaves) > _MOST_SHOWN or not isinstance(tree, dict | list | tuple) and leaves[1:]:
+        first = ", ".join(leaves[:_MOST_SHOWN])
+        more = ", …" if len(leaves) > _MOST_SHOWN else ""
+        return f"{type(tree).__name__} of {len(leaves)} arrays ({first}{more})"
     return str(jax.tree.map(one, tree)).replace("'", "")
 
 

@@ -1,7 +1,7 @@
 """From a model of flax, equinox, haiku or keras to the `(fn, params)` that jaxinv takes.
 
 Every adapter gives the model in evaluation mode: batch statistics are the stored ones, dropout is
-off, no random numbers are drawn. All that is no parameter is closed over. Nothing is trained or
+off, no random numbers are drawn. Whatever is not a parameter is closed over. Nothing is trained or
 changed in the model itself. What a model returns, `fn` returns; a model with several inputs takes
 them as one pytree, by way of a function or method that unpacks them.
 """
@@ -213,7 +213,7 @@ def from_equinox(
             those that name a mode are set as in `from_linen`.
 
     Returns:
-        `(fn, params)` with params the model with None in place of all that is no float array, and
+        `(fn, params)` with params the model with None for whatever is not a float array, and
         fn(params, x) what the model returns, without the state. `equinox.combine(params, model)`
         puts parameters back.
 

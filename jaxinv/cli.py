@@ -101,7 +101,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         type=int,
         default=2000,
         metavar="D",
-        help="rank and spectrum up to this many parameters (default: 2000)",
+        help="spectrum up to this many parameters (default: 2000), rank on the given inputs up to "
+        "as many parameters or rows, rank on all inputs up to 50 times as many",
     )
     return parser
 

@@ -49,6 +49,7 @@ class Report(NamedTuple):
     layers: tuple[Layer, ...]
     unused: tuple[str, ...]
     pinned_by: tuple[tuple[str, str], ...]  # (operation, source line)
+    tied_by: tuple[tuple[str, str], ...]  # the same, of what gives several units one scale
     matrices: tuple[str, ...]  # classes of matrix symmetries
     beyond_rescaling: int  # dimension of these matrices, less their diagonals
     log_path_norm: float | None  # natural logarithm of γ₂; None if refused
@@ -73,6 +74,7 @@ class Report(NamedTuple):
             lines += [f"    and {more} more"] if more else []
         lines += [f"  unused: {printable(name)}" for name in self.unused]
         lines += [f"  pinned by {name} at {printable(where)}" for name, where in self.pinned_by]
+        lines += [f"  tied by {name} at {printable(where)}" for name, where in self.tied_by]
         if self.matrices:
             lines.append(f"matrix symmetries: {self.beyond_rescaling} dimensions beyond rescalings")
             lines += [f"  {printable(name)}" for name in self.matrices[:_MOST_CLASSES]]
@@ -109,6 +111,7 @@ class Report(NamedTuple):
                 ],
                 "unused": list(self.unused),
                 "pinned_by": [{"operation": a, "where": b} for a, b in self.pinned_by],
+                "tied_by": [{"operation": a, "where": b} for a, b in self.tied_by],
             },
             "matrix_symmetries": {
                 "dimension_beyond_rescalings": self.beyond_rescaling,
@@ -180,6 +183,7 @@ def inspect(fn: Network, params: Params, x: Inputs) -> Report:
         layers=tuple(layers),
         unused=group.unused,
         pinned_by=group.pinned_by,
+        tied_by=group.tied_by,
         matrices=matrices,
         beyond_rescaling=beyond,
         log_path_norm=norm,

@@ -169,7 +169,7 @@ assert dead.dead == 2 * 9 * CHANNELS + 1 and dead.rescaling == group.dim - 1
 # %% [markdown]
 # Inputs kill parameters too. Some pixels of the digits are always 0, and the weights behind them
 # cannot be seen on these data, whatever the network. Directions that the images do not show either,
-# but that are none of a single weight, count as unexplained.
+# but are not of a single weight, count as unexplained.
 
 # %%
 dense = init_mlp(jax.random.key(1), (64, 4 if SHORT else 8, 10))

@@ -3,6 +3,10 @@
 Each row is a call, and what its message must say. Nothing of this may pass silently.
 """
 
+import pathlib
+import re
+import traceback
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -113,6 +117,11 @@ MISTAKES = {
         "return the logits; leave softmax to the loss",
     ),
     "text for a number": (lambda: path_sgd("0.1", net, X), "learning_rate must be a number"),
+    "a list of numbers as x": (
+        lambda: path_norm(net, W, [[1.0, 2.0, 3.0, 4.0]]),
+        r"^x is a list of Python numbers. Pass an array, jnp.asarray\(x\)",
+    ),
+    "a shape as x": (lambda: path_norm(net, W, (6, 4)), r"for a shape alone jax.ShapeDtypeStruct"),
     "a bug in fn": (
         lambda: path_norm(fails, W, X),
         r"ZeroDivisionError.*where: .*test_mistakes.py.*\(fails\).*on x as given, too",
@@ -124,6 +133,19 @@ MISTAKES = {
 def test_a_mistake_is_named(call, message):
     with pytest.raises(JaxinvError, match=f"(?s){message}"):
         call()
+
+
+def test_the_page_of_mistakes_quotes_what_is_said():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "mistakes.md").read_text("utf-8")
+    rows = re.findall(r"^\| .* \| .* \| (`+)(.*?)\1 \|$", page, re.M)
+    assert len(rows) >= 15
+    said = []
+    for call, _ in MISTAKES.values():
+        with pytest.raises(JaxinvError) as caught:
+            call()
+        said.append(str(caught.value))
+    for _, quote in rows:
+        assert any(quote.strip() in message for message in said), quote
 
 
 def test_a_batch_of_fixed_size_is_told_from_a_mistake():
@@ -139,6 +161,22 @@ def test_the_error_of_fn_is_the_cause():
     with pytest.raises(JaxinvError) as caught:
         path_norm(fails, W, X)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_the_mistake_comes_first_and_a_model_does_not_fill_the_message():
+    with pytest.raises(JaxinvError) as caught:
+        path_norm(lambda p, x: eqx.combine(p, STATIC)(x), MLP, X)
+    first, second, where = str(caught.value).split("\n")
+    assert first.startswith("fn takes one example")
+    assert "MLP of 4 arrays (float32[5,4], float32[5]" in second and "test_mistakes.py" in where
+
+
+def test_the_traceback_of_a_bug_begins_at_the_line_of_the_user():
+    with pytest.raises(JaxinvError) as caught:
+        jacobian_rank(fails, W, X)
+    assert caught.value.__cause__ is not None
+    first = traceback.extract_tb(caught.value.__cause__.__traceback__)[0]
+    assert first.filename == __file__ and first.name == "fails"
 
 
 def test_one_collection_of_variables_is_params():

@@ -178,7 +178,7 @@ def batch_first(fn: Network, batch_axis: int | None) -> Network:
         `fn(params, x)` for x with a leading batch axis, of length one if `batch_axis` is None.
 
     Raises:
-        InvalidInput: if batch_axis is no integer >= 0 nor None.
+        InvalidInput: if batch_axis is neither None nor an integer >= 0.
 
     Example:
         >>> import jax.numpy as jnp

@@ -51,15 +51,16 @@ class Mistake(NamedTuple):
 
 
 def raise_mistake(error: InvalidInput, fn: Network, params: Params, x: Inputs) -> None:
-    """Raise the error with the user's line and the mistake; not where `fn` runs on x as given."""
+    """Raise the error, the mistake first, with the user's line; not if `fn` runs on x as given."""
     shapes, given = _shapes(params), _shapes(x)
     output = _output(fn, shapes, given)
     if output is not None and not _is_one_example(fn, shapes, given, output):
         return
     cause = error.__cause__
     attempt = Attempt(fn, shapes, given, cause, output is not None)
-    remedy = next(mistake.remedy for mistake in _MISTAKES if mistake.made(attempt))
-    lines = [str(error).removesuffix(f"\n{ANY_SIZE}"), *_where(cause), remedy]
+    said = [str(error).removesuffix(f"\n{ANY_SIZE}"), *_where(cause)]
+    remedy = next((mistake.remedy for mistake in _MISTAKES if mistake.made(attempt)), None)
+    lines = [*said, _OWN_BUG.remedy] if remedy is None else [remedy, *said]
     raise InvalidInput("\n".join(lines)) from cause
 
 
@@ -79,7 +80,7 @@ def looks_like_a_loss(outputs: PyTree) -> bool:
 
 def noting_a_loss(error: JaxinvError, outputs: PyTree) -> JaxinvError:
     """The error of a function that mixes examples; it says so if that looks like a loss."""
-    return type(error)(f"{error}\n{_LOSS.remedy}") if looks_like_a_loss(outputs) else error
+    return type(error)(f"{_LOSS.remedy}\n{error}") if looks_like_a_loss(outputs) else error
 
 
 # --- what is tried ------------------------------------------------------------------------
@@ -147,6 +148,10 @@ def _where(error: BaseException | None) -> list[str]:
     return [f"  where: {f.filename}:{f.lineno} ({f.name})" for f in own[-1:]]
 
 
+_OWN_BUG = Mistake(
+    lambda a: True,
+    remedy="fn raises this on x as given, too. Call fn(params, x) by itself to see where.",
+)
 _LOSS = Mistake(
     lambda a: False,
     remedy="fn returns one number, as a loss does: pass the network whose outputs the loss takes.",
@@ -183,10 +188,6 @@ _MISTAKES = (
         lambda a: len(getattr(a.params, "shape", ())) == 1,
         remedy="These params are one vector. If optax.flatten made it, put the transformation of "
         "jaxinv outside of it: κ needs to know which weight is which.",
-    ),
-    Mistake(
-        lambda a: True,
-        remedy="fn raises this on x as given, too. Call fn(params, x) by itself to see where.",
     ),
 )
 

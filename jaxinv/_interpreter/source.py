@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 
 def _directory(file: str) -> str:
@@ -21,7 +22,9 @@ _SHOWN = (os.path.join(_OWN, "networks.py"), os.path.join(_OWN, "experiments", "
 
 
 # Where jax keeps relu, gelu, softmax and their like.
-_ACTIVATIONS = os.path.join(_JAX, "_src", "nn", "functions.py")
+_ACTIVATIONS = tuple(
+    os.path.join(_JAX, "_src", *path) for path in (("nn", "functions.py"), ("ops", "special.py"))
+)
 _LAYER = re.compile(r"(\w+)\.(?:__call__|call)")  # a layer of flax, equinox, haiku or keras
 
 
@@ -62,25 +65,55 @@ def source_line(eqns: Sequence[jex.JaxprEqn]) -> str:
 def written_as(eqns: Sequence[jex.JaxprEqn]) -> str | None:
     """The activation or layer of a library that an equation is part of: gelu, softmax, LayerNorm.
 
-    None where the user wrote the operation itself. The innermost such function counts.
+    None where the user wrote the operation itself. Of functions that call each other the outermost
+    counts (selu calls elu), up to the first line that is not of jax.
     """
+    found = None
     for eqn in eqns:
+        found = _jitted(eqn) or found
         traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
-        found = None
         for frame in () if traceback is None else traceback.frames:
             file = os.path.abspath(frame.file_name)
-            layer = _LAYER.fullmatch(frame.function_name)
-            if file == _ACTIVATIONS:
-                # The outermost of them: relu6 calls relu.
+            if file in _ACTIVATIONS:
                 name = frame.function_name.split(".")[0].lstrip("_").removesuffix("_deprecated")
                 found = name if hasattr(jax.nn, name) else found
-            elif found or (_is_shown(file) and "site-packages" not in file):
-                break
-            elif layer and not file.startswith((_JAX, _OWN)):
-                return layer[1]
-        if found:
-            return found
-    return None
+            elif found is None and not file.startswith((_JAX, _OWN)):
+                layer = _LAYER.fullmatch(frame.function_name)
+                if layer and "site-packages" in file:
+                    return layer[1]
+            if _is_shown(file) and (found or "site-packages" not in file):
+                return found
+    return found
+
+
+def _jitted(eqn: jex.JaxprEqn) -> str | None:
+    """The function of jax.numpy or jax.nn that a call is of, such as clip."""
+    name = getattr(eqn, "params", {}).get("name")
+    known = isinstance(name, str) and (hasattr(jnp, name) or hasattr(jax.nn, name))
+    return name if known else None
+
+
+# Operations that people know by another name.
+_SPOKEN = {
+    "convert_element_type": "astype",
+    "ge": ">=",
+    "gt": ">",
+    "integer_pow": "power",
+    "le": "<=",
+    "logistic": "sigmoid",
+    "lt": "<",
+    "max": "maximum",
+    "min": "minimum",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_prod": "prod",
+    "reduce_sum": "sum",
+}
+
+
+def spoken(name: str) -> str:
+    """An operation as people write it: `sigmoid` for `logistic`."""
+    return _SPOKEN.get(name, name)
 
 
 def short_type(aval: object) -> str:

@@ -212,7 +212,7 @@ def jeffreys_log_prior(
 def _refuse(off: Array) -> None:
     if not isinstance(off, jax.core.Tracer) and not off <= _EQUIVARIANT:
         raise InvalidInput(
-            "coordinate is no orbit coordinate: u(rescale(group, w, a)) must be u(w) + a, but "
+            "coordinate is not an orbit coordinate: u(rescale(group, w, a)) must be u(w) + a, but "
             f"∂u/∂w times the tangents of the orbit is off the identity by {float(off):.2g}."
         )
 

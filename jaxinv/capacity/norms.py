@@ -208,7 +208,7 @@ def log_layer_product_norm(
 
     Raises:
         InvalidInput: as for `group_norm`.
-        UnsupportedOperation: as for `group_norm`, and where layers are no chain: residual sums,
+        UnsupportedOperation: as for `group_norm`, and where layers are not a chain: residual sums,
             concatenated branches.
 
     References:

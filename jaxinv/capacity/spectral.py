@@ -163,8 +163,9 @@ def log_spectral_product(
 
     Raises:
         InvalidInput: as for `spectral_norms`.
-        UnsupportedOperation: as for `jaxinv.group_norm`; for operators that are no chain (residual
-            sums, products of two values) and operations without a known Lipschitz constant.
+        UnsupportedOperation: as for `jaxinv.group_norm`; for operators that are not a chain
+            (residual sums, products of two values) and operations without a known Lipschitz
+            constant.
 
     References:
         Bartlett, Foster, Telgarsky, "Spectrally-normalized margin bounds for neural networks",

@@ -144,7 +144,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
         an array of ``uint8`` in the shape the header gives.
 
     Raises:
-        DataError: if the file is no intact gzip file, begins with another
+        DataError: if the file is not an intact gzip file, begins with another
             number, holds fewer or more bytes than its header says, or more than 1 GiB. No more
             than what the header says is read.
 

@@ -205,7 +205,7 @@ def record(result: Result) -> dict[str, Any]:
 def plot(result: Result, path: Path) -> None:
     """Draw the share of full networks, what is not proven, and both along training."""
     figure_module = require("matplotlib.figure", "cli")
-    figure = figure_module.Figure(figsize=(15, 4.4), layout="constrained")
+    figure = figure_module.Figure(figsize=(11, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     cells = list(result.studies["initialisation"].values())
     for i, width in enumerate(result.config.layer_widths):
@@ -220,9 +220,11 @@ def plot(result: Result, path: Path) -> None:
         middle.plot(depths, lost, "o-", color=f"C{i}", label=f"width {width}")
     draws = f"{result.config.draws} draws, biases of std {result.config.bias_std:g}, on all inputs"
     left.set(xlabel="hidden layers", ylabel="share of full networks", ylim=(-0.05, 1.05))
-    left.set_title(f"w-w-…-w-1 at random: proven full\n({draws}; bars: standard error)")
+    left.set_title(
+        f"w-w-…-w-1 at random: proven full\n({draws};\nbars: standard error)", fontsize="medium"
+    )
     middle.set(xlabel="hidden layers", ylabel="(upper − lower bound) / (d − h), %")
-    middle.set_title("the part of d − h that is not proven (mean)")
+    middle.set_title("the part of d − h\nthat is not proven (mean)", fontsize="medium")
     for name, style in (("all inputs", "o-"), ("segments between images", "s--")):
         own = list(result.studies["training"].values())
         lost = [
@@ -233,10 +235,10 @@ def plot(result: Result, path: Path) -> None:
         right.plot([cell["epoch"] for cell in own], lost, style, label=name)
     sizes = "-".join(map(str, (64, *result.config.hidden, 10)))
     right.set(xlabel="epochs of SGD", ylabel="(upper − lower bound) / (d − h), %")
-    right.set_title(f"digits, {sizes} (mean over seeds: {result.config.seeds})")
+    right.set_title(f"digits, {sizes}\n(mean over seeds: {result.config.seeds})", fontsize="medium")
     right.set_xscale("symlog", linthresh=1)
     for axes in (left, middle):
         axes.set_xticks(result.config.depths)
     for axes in (left, middle, right):
-        axes.legend(fontsize="small")
+        axes.legend()
     figure.savefig(path, dpi=130)

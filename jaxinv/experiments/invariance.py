@@ -335,28 +335,29 @@ def plot(result: Result, path: Path) -> None:
         return float(np.clip(np.nan_to_num(error, nan=np.inf), smallest, largest))
 
     names = sorted(result.errors, key=lambda n: min(drawn(n, kind) for kind in REPARAMETRIZATIONS))
-    figure = figure_module.Figure(figsize=(7, 1.6 + 0.2 * len(names)), layout="constrained")
+    figure = figure_module.Figure(figsize=(5.6, 1.5 + 0.17 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(smallest / 3, ROUNDING, color="C2", alpha=0.12)
-    axes.text(smallest, len(names) - 1, "invariant, up to rounding", color="C2", va="center")
+    axes.text(smallest, len(names) - 1, "invariant,\nup to rounding", color="C2", va="bottom")
     what = {
         "rescaling": "node-wise rescaling",
-        "general": "general change of parameters, w = θ + 0.3 sinh θ",
+        "general": "general change, w = θ + 0.3 sinh θ",
     }
     for kind, marker in zip(REPARAMETRIZATIONS, "oD", strict=True):
         values = [drawn(name, kind) for name in names]
         color = "C0" if kind == "rescaling" else "C1"
         face = color if kind == "rescaling" else "none"
-        axes.scatter(values, range(len(names)), s=34, edgecolors=color, facecolors=face,
+        axes.scatter(values, range(len(names)), s=28, edgecolors=color, facecolors=face,
                      marker=marker, label=what[kind], zorder=2)  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.3, -0.7)
     hidden = "-".join(map(str, result.config.hidden))
     axes.set(
         xscale="log",
         xlim=(smallest / 3, 3 * largest),
-        xlabel="relative equivariance error ‖J(Δw − (∂w/∂θ)Δθ)‖ / ‖JΔw‖ of the first step",
     )
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("relative equivariance error of the first step", fontsize=9)
     title = f"{result.dataset}, hidden layers {hidden}, {result.dim} rescalings, one draw, float64"
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)

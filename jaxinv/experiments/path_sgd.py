@@ -352,7 +352,7 @@ def plot(result: Result, path: Path) -> None:
     one that leaves the axis has a loss over ten times the initial one.
     """
     figure_module = require("matplotlib.figure", "cli")  # without pyplot: no display, no state
-    figure = figure_module.Figure(figsize=(12, 4.6), layout="constrained")
+    figure = figure_module.Figure(figsize=(9, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     config = result.config
     smallest = []
@@ -388,7 +388,7 @@ def plot(result: Result, path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
     handles, _ = right.get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside right upper")
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)
 
 

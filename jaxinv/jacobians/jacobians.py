@@ -12,7 +12,7 @@ Where `fn` is known to treat each example by itself, rows are computed example b
 | `jacobian`, reverse | 4·n·out·d | n·out·d |
 | `jacobian`, forward | 4·n·d² | n·out·d |
 | `jacobian_gram` | 2·n·out·d² | d² + chunk·out·d |
-| `tangent_kernel` | 2·(n·out)²·d; factored layers less | (n·out)² + chunk·out·d; ditto |
+| `tangent_kernel` | 2·(n·out)²·d; factored layers less | (n·out)² + chunk·out·d, or less |
 | `jacobian_operator` | 4·n·d per product | activations of n examples |
 """
 

@@ -39,8 +39,8 @@ class ScaleByNaturalGradientState(NamedTuple):
 
     count: Array  # type: ignore[assignment]  # int32 scalar: updates so far
     rank: Array  # int32 scalar: as in `NaturalGradient`; -1 before the first update
-    residual: Array  # float scalar: ditto; 0 before the first update
-    iterations: Array  # int32 scalar: ditto
+    residual: Array  # float scalar: the same; 0 before the first update
+    iterations: Array  # int32 scalar: the same
 
 
 def scale_by_natural_gradient(

@@ -34,12 +34,13 @@ function ticks(low, high, count) {
 
 // A frame with named axes; `draw(group, x, y)` gets the scales.
 function frame(options, draw) {
-  const width = 560, height = options.height || 290, left = 66, right = 14, top = 12, bottom = 46;
+  // Drawn for the width at hand, so that text keeps its size on a phone.
+  const width = Math.max(300, Math.min(560, window.innerWidth - 60)), height = options.height || 290, left = 66, right = 14, top = 12, bottom = 46;
   const [x0, x1] = options.x, [y0, y1] = options.y;
   const x = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - right);
   const y = (v) => height - bottom - ((v - y0) / (y1 - y0)) * (height - top - bottom);
   const axis = svg("g", { class: "axis" });
-  for (const t of ticks(x0, x1, 6)) {
+  for (const t of ticks(x0, x1, width < 450 ? 4 : 6)) {
     if (options.whole && !Number.isInteger(t)) continue;
     axis.append(svg("line", { x1: x(t), x2: x(t), y1: height - bottom, y2: height - bottom + 4 }),
       svg("text", { x: x(t), y: height - bottom + 17, "text-anchor": "middle" }, options.xText ? options.xText(t) : show(t)));

@@ -15,18 +15,20 @@ from jaxinv._numerics import scaled
 from jaxinv._numerics.tolerances import default_tolerance
 from jaxinv.errors import JaxinvError
 from jaxinv.inspection import inspect, unit_balance
+from jaxinv.pages.counts import counts
 from jaxinv.pages.html import render
 from jaxinv.pages.unit_basis import unit_basis
 from jaxinv.pages.unit_graph import UnitGraph, unit_graph
 from jaxinv.paths import log_path_kappa, unit_path_norms
-from jaxinv.ranks import degrees_of_freedom, jacobian_spectrum
 from jaxinv.rescaling import RescalingGroup, rescaling_group
 from jaxinv.rescaling.orbit_minimum import least_norm
 from jaxinv.typing import Inputs, Network, Params
 
-RANK_LIMIT = 2000  # parameters: beyond, an SVD in float64 takes minutes
-_MOST_UNITS = 48  # drawn per column
+RANK_LIMIT = 2000  # beyond, an SVD in float64 takes minutes
+_CROWDED = 32  # a column of so many units is cut
+_MOST_UNITS = 20  # to these
 _MOST_EDGES = 8000  # drawn in all
+_MOST_OF_CROWDED = 160  # drawn of an array with a cut column at an end
 _BINS = 40
 
 
@@ -65,8 +67,10 @@ def describe(
         fn: any JAX-traceable `fn(params, x) -> y`.
         params: pytree of float arrays.
         x: inputs with a leading batch axis, or `jax.ShapeDtypeStruct`s. Values are used for the
-            rank alone, if there are enough of them; else standard normal inputs are drawn.
-        rank_limit: networks with more parameters than this get no rank and no spectrum.
+            rank alone; where there are none, standard normal inputs are drawn.
+        rank_limit: spectrum, and what becomes of every parameter, up to this many parameters; rank
+            on the given inputs also if these have no more rows; on all inputs up to 50 times as
+            many.
 
     Returns:
         A dictionary for JSON: numbers that are not finite are None.
@@ -79,8 +83,8 @@ def describe(
         >>> from jaxinv.pages import describe
         >>> found = describe(lambda w, x: (x @ w[0]) @ w[1],
         ...                  [jnp.ones((2, 3)), jnp.ones((3, 1))], jnp.ones((1, 2)))
-        >>> found["group"]["dimension"], found["freedom"]["rank"], found["freedom"]["rescaling"]
-        (3, 2, 3)
+        >>> found["group"]["dimension"], found["freedom"]["rank"], found["freedom"]["unseen"]
+        (3, 1, 1)
     """
     report = inspect(fn, params, x)
     group = unit_basis(rescaling_group(fn, params, x))
@@ -105,7 +109,7 @@ def describe(
         "refused": report.refused,
         "group": report.as_dict()["group"],
         "matrices": report.as_dict()["matrix_symmetries"],
-        "freedom": _freedom(fn, params, x, report.parameters, rank_limit),
+        "freedom": counts(fn, params, x, limit=rank_limit),
         "leaves": [
             {
                 "name": names[i],
@@ -192,52 +196,6 @@ def _outputs(fn: Network, params: Params, x: Inputs) -> dict[str, Any] | None:
     return {name: _numbers(np.ravel(leaf)) for name, leaf in named}
 
 
-def _freedom(fn: Network, params: Params, x: Inputs, d: int, limit: int) -> dict[str, Any]:
-    """Rank and spectrum, or why there are none."""
-    if d > limit:
-        return {
-            "refused": f"not computed: {d:,} parameters, more than the limit of {limit:,} "
-            "(--rank-limit). An SVD takes time like the cube of that."
-        }
-    one = _checks.abstract_batch_of_one(x)
-    outputs = sum(
-        int(np.prod(y.shape[1:])) for y in jax.tree.leaves(jax.eval_shape(fn, params, one))
-    )
-    needed = 2 * -(-d // max(outputs, 1))
-    leaves = jax.tree.leaves(x)
-    given = min(jnp.shape(leaf)[0] for leaf in leaves)
-    concrete = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    if concrete and given * outputs >= d:
-        source = f"the {given} given inputs"
-    elif all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(one)):
-        draw = np.random.default_rng(0)
-        x = jax.tree.map(
-            lambda s: jnp.asarray(draw.standard_normal((needed, *s.shape[1:])), s.dtype), one
-        )
-        source = f"{needed} standard normal inputs (given: {given}, too few for a rank)"
-    else:
-        return {"refused": "not computed: integer inputs cannot be drawn; give more examples"}
-    try:
-        found = degrees_of_freedom(fn, params, x)
-        spectrum = np.asarray(jacobian_spectrum(fn, params, x))
-    except JaxinvError as error:
-        return {"refused": str(error)}
-    proven = not math.isfinite(float(found.evidence.largest))  # by a factorisation, not a spectrum
-    return {
-        "inputs": source,
-        **{
-            k: int(getattr(found, k))
-            for k in ("rank", "rescaling", "matrix", "dead", "unexplained", "unseen")
-        },
-        "certain": bool(found.certain),
-        "evidence": f"rank {int(found.rank)}, proven by a Cholesky factorisation"
-        if proven
-        else str(found.evidence),
-        "spectrum": _numbers(spectrum),
-        "error": None if proven else _number(found.evidence.error),
-    }
-
-
 # --- the picture ----------------------------------------------------------------------
 
 
@@ -262,7 +220,8 @@ def _picture(
     order = np.lexsort((np.arange(count), -through, graph.column))
     starts = np.searchsorted(graph.column[order], graph.column[order])
     shown = np.zeros(count, bool)
-    shown[order] = np.arange(count) - starts < _MOST_UNITS
+    size = np.bincount(graph.column, minlength=1)[graph.column[order]]
+    shown[order] = np.arange(count) - starts < np.where(size < _CROWDED, size, _MOST_UNITS)
     number = np.where(shown, np.cumsum(shown) - 1, -1)
     units = np.flatnonzero(shown)
     position = np.zeros(count, np.int64)
@@ -276,7 +235,9 @@ def _picture(
     limit = max(150, _MOST_EDGES // max(1, len(np.unique(graph.leaf[edges]))))
     ranked = edges[np.lexsort((edges, -heavy[edges], graph.leaf[edges]))]
     leaf = graph.leaf[ranked]
-    edges = np.sort(ranked[np.arange(len(ranked)) - np.searchsorted(leaf, leaf) < limit])
+    cut = np.bincount(graph.leaf, ~shown[graph.target] | ~shown[graph.source], leaves) > 0
+    most = np.where(cut, min(limit, _MOST_OF_CROWDED), limit)[leaf]
+    edges = np.sort(ranked[np.arange(len(ranked)) - np.searchsorted(leaf, leaf) < most])
     u = np.full(count, np.nan)
     u[: group.dim] = _to_balance(group, params) if group.dim else []
     ratio = np.full(count, np.nan)
@@ -285,6 +246,7 @@ def _picture(
     drawn_edges = np.bincount(graph.leaf[edges], minlength=leaves)
     biases = np.flatnonzero((graph.source < 0) & shown[graph.target])
     return {
+        "most": _MOST_UNITS,
         "measure": "share of the path norm" if has_paths else "norm of the weights",
         "columns": [
             {"name": c.name, "kind": c.kind, "total": int((graph.column == i).sum())}

@@ -58,18 +58,27 @@ function model() {
   const f = data.freedom, group = data.group;
   page.append(el("div", { class: "sub" }, `What jaxinv ${data.version} sees in this network. All numbers are in this file; it loads nothing.`));
   const cards = el("div", { class: "cards" }, card("parameters", data.parameters, "parameters"), card("dimension", group.dimension, "dimension of the rescaling group"));
-  if (!f.refused) cards.append(card("rank", f.rank, "degrees of freedom (rank)"), card("dead", f.dead, "dead"), card("unexplained", f.unexplained, "unexplained"));
+  const split = f.dead !== undefined, all = f.everywhere;
+  if (!f.refused) cards.append(card("rank", f.rank, all ? `degrees of freedom on ${f.inputs}` : "degrees of freedom (rank)"));
+  if (all && !all.refused) cards.append(card("everywhere", all.lower === all.upper ? all.lower : `${show(all.lower)} to ${show(all.upper)}`, "degrees of freedom on all inputs"));
+  if (split) cards.append(card("dead", f.dead, "dead"), card("unexplained", f.unexplained, "unexplained"));
+  if (f.unseen > 0) cards.append(card("unseen", f.unseen, "unseen by these inputs"));
   const norm = data.log10_path_norm;
   const text = norm === null ? "–" : Math.abs(norm) < 5 ? show(Math.pow(10, norm)) : `10^${show(norm)}`;
   cards.append(el("div", { class: "card" }, el("b", { "data-field": "path-norm" }, data.refused ? "refused" : text), el("span", {}, "path norm γ₂")));
   page.append(cards);
 
   const limits = section("What the counts say", null);
-  if (f.refused) limits.append(warning("No degrees of freedom", f.refused));
-  else limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings${f.matrix > 0 ? ` + ${show(f.matrix)} of matrices` : ""} + ${show(f.dead)} dead + ${show(f.unexplained)} unexplained${f.unseen > 0 ? ` + ${show(f.unseen)} unseen` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
+  if (f.refused) limits.append(warning(`No degrees of freedom on ${f.inputs}`, f.refused));
+  else if (split) limits.append(el("p", { id: "sum" }, `${show(data.parameters)} parameters = ${show(f.rank)} degrees of freedom + ${show(f.rescaling)} rescalings${f.matrix > 0 ? ` + ${show(f.matrix)} of matrices` : ""} + ${show(f.dead)} dead + ${show(f.unexplained)} unexplained${f.unexplained > 0 && !f.compared ? " or unseen by these inputs" : ""}${f.unseen > 0 ? ` + ${show(f.unseen)} unseen by these inputs` : ""} (${f.certain ? "certain" : "NOT CERTAIN"}), on ${f.inputs}.`));
+  else limits.append(el("p", { id: "sum" }, `On ${f.inputs}: ${f.evidence}.`));
+  (f.notes || []).forEach((text) => limits.append(el("p", { class: "note" }, `${text}.`)));
+  if (all && all.refused) limits.append(warning("No count on all inputs", all.refused));
+  else if (all) limits.append(el("p", { id: "everywhere" }, `On all inputs: ${all.lower === all.upper ? show(all.lower) : `between ${show(all.lower)} and ${show(all.upper)}`} degrees of freedom (${all.certain ? "certain" : "NOT CERTAIN"}), by ${all.by}.`), ...all.missing.map((text) => el("p", { class: "note" }, text)));
   if (data.refused) limits.append(warning("No path norm and no κ", data.refused));
   if (group.pinned_by.length) limits.append(el("p", {}, "What limits the group: these operations fix the scale of their operands."), table([["operation"], ["where"]], group.pinned_by.map((p) => [p.operation, p.where]), "pinned"));
-  else limits.append(el("p", {}, "No operation fixes the scale of its operands."));
+  if (group.tied_by.length) limits.append(el("p", {}, "These operations give several units one scale, so there are fewer generators than units."), table([["operation"], ["where"]], group.tied_by.map((p) => [p.operation, p.where]), "tied"));
+  if (!group.pinned_by.length && !group.tied_by.length) limits.append(el("p", {}, "No operation fixes the scale of its operands."));
   const classes = data.matrices.classes;
   if (classes.length) limits.append(el("p", {}, `Matrix symmetries: ${show(data.matrices.dimension_beyond_rescalings)} dimensions beyond rescalings. Weights before ~ are multiplied by a matrix, those after it by its inverse.`), table([["class"]], classes.map((name) => [name]), "matrices"));
   if (group.unused.length) limits.append(el("p", {}, `Unused, the function cannot depend on them: ${group.unused.join(", ")}.`));
@@ -82,7 +91,7 @@ function model() {
   const shown = p.connections.reduce((s, c) => s + c.shown, 0), total = p.connections.reduce((s, c) => s + c.total, 0);
   const note = el("div", { class: "note", id: "shown" },
     `A circle is a unit or a channel: one generator of the group, or an element of an input or output. Lines are the weights between units (of a convolution all taps together). Channels that skip connections tie together are one unit; lines that lead back to it run below. Squares: scale fixed by an operation that is not homogeneous. `,
-    few ? `${show(p.units.column.length)} of ${show(p.columns.reduce((n, c) => n + c.total, 0))} units are shown: in ${few} columns only the ${Math.max(...counts)} with the largest ${p.measure} (zoomed in, the headings say how many there are). ` : "All units are shown. ",
+    few ? `${show(p.units.column.length)} of ${show(p.columns.reduce((n, c) => n + c.total, 0))} units are shown: in ${few === 1 ? "one column" : `${few} columns`} only the ${p.most} with the largest ${p.measure} (zoomed in, the headings say how many there are). ` : "All units are shown. ",
     lost.length ? `Lines shown: ${show(shown)} of ${show(total)}, those with the largest ${p.measure}.` : `All ${show(total)} lines are shown.`,
     p.undrawn.length ? ` Not drawn, since no unit, input or output is at either end: ${p.undrawn.join(", ")}.` : "");
   const drawn = picture(p, data.leaves);
@@ -96,7 +105,7 @@ function model() {
   const charts = el("div", { class: "charts" });
   if (data.kappa) charts.append(section("Path sensitivities", "κ: how much of γ₂² hangs on one weight. Path-SGD divides by it.", histogram(data.kappa, "kappa", { all: "all parameters", x: "log₁₀ κ", y: "parameters", things: "parameters", apart: "have κ = 0 or a κ that rounding has lost" })));
   if (group.dimension) charts.append(section("Balance of units", "0 where incoming and outgoing weights have equal norms, as after jaxinv.balance.", histogram(data.balance, "balance", { all: "all units", x: "log₁₀ (incoming norm / outgoing norm)", y: "units", things: "units", apart: "have no weight but 0 on one side" })));
-  if (!f.refused) charts.append(section("Spectrum of the Jacobian", `${f.evidence}.`, spectrum(f)));
+  if (split) charts.append(section("Spectrum of the Jacobian", `${f.evidence}.`, spectrum(f)));
   for (const [name, values] of Object.entries(data.outputs || {})) charts.append(section(`Path norms of the outputs`, `${show(values.length)} units; γ₂² is the sum of their squares.`, outputs(name, values)));
   page.append(charts);
   return drawn;

@@ -4,7 +4,10 @@ function picture(data, leaves) {
   const { columns, units, edges, biases } = data;
   const most = Math.max(1, ...columns.map((_, i) => units.column.filter((c) => c === i).length));
   // Tall enough for the frame, however many columns there are.
-  const STEP = 170, GAP = Math.max(15, ((columns.length - 1) * STEP * 0.3) / most), R = 0.3 * GAP;
+  const between = Math.max(1, columns.length - 1), LEAST = 15;
+  // Wide enough for it, too, however many units.
+  const STEP = Math.max(170, Math.min(420, (2 * LEAST * most) / between));
+  const GAP = Math.max(LEAST, (between * STEP * 0.3) / most), R = 0.3 * GAP;
   const view = svg("svg", { id: "picture", role: "img", tabindex: 0, "aria-label": "units and weights" });
   const world = svg("g", { id: "world" }), lines = svg("g"), dots = svg("g"), heads = svg("g");
   world.append(lines, dots, heads);
@@ -117,10 +120,14 @@ function picture(data, leaves) {
   }
   function fit() {
     const [w, h] = size(), wide = (columns.length - 1) * STEP, high = GAP * tallest;
-    const head = STEP * Math.min((w - 200) / Math.max(wide, 1), 3) < 150 ? 175 : 50;
     const back = edges.source.some((s, i) => places[edges.target[i]][0] <= places[s][0]) ? 1.35 : 1;
-    scale = Math.min((w - (head > 50 ? 200 : 240)) / Math.max(wide, 1), (h - head - 30) / (high * back + over), 3);
-    dx = (w - wide * scale) / 2 - (head > 50 ? 40 : 0);
+    const narrow = w < 600, scaled = (head, side) => Math.min((w - side) / Math.max(wide, 1), (h - head - 30) / (high * back + over), 3);
+    let head = 50, side = narrow ? 120 : 240;
+    scale = scaled(head, side);
+    const slanted = STEP * scale < 150;  // headings need room above and to the right
+    if (slanted) [head, side] = narrow ? [130, 130] : [175, 200];
+    scale = scaled(head, side);
+    dx = slanted ? Math.min((w - wide * scale) / 2, w - wide * scale - (narrow ? 105 : 140)) : (w - wide * scale) / 2;
     dy = head + (over - top) * scale + Math.max(0, (h - head - 30 - (high * back + over) * scale) / 2);
     apply();
   }
@@ -195,9 +202,9 @@ function picture(data, leaves) {
   view.addEventListener("pointerleave", () => { tip.hidden = true; view.classList.remove("focused"); });
 
   // Legend.
-  const scales = svg("svg", { viewBox: "0 0 900 46", style: "max-width:900px" });
-  function bar(x, title, colours, ends) {
-    const n = 60, g = svg("g", { transform: `translate(${x},0)` }, svg("text", { y: 12 }, title));
+  const scales = el("div", { class: "scales" });
+  function bar(title, colours, ends) {
+    const n = 60, g = svg("svg", { viewBox: "0 0 310 46" }, svg("text", { y: 12 }, title));
     for (let k = 0; k < n; k++) g.append(svg("rect", { x: k * 5, y: 18, width: 5.2, height: 10, fill: colours((k + 0.5) / n) }));
     ends.forEach(([t, text]) => g.append(svg("text", { x: t * 300, y: 43, "text-anchor": t < 0.1 ? "start" : t > 0.9 ? "end" : "middle" }, text)));
     return g;
@@ -205,9 +212,9 @@ function picture(data, leaves) {
   function legend(measure) {
     const at = (v) => show(Math.pow(10, v), 2);
     scales.replaceChildren();
-    if (measures[measure] && usable.length) scales.append(bar(0, `lines: ${measures[measure].name}, logarithmic`, ramp,
+    if (measures[measure] && usable.length) scales.append(bar(`lines: ${measures[measure].name}, logarithmic`, ramp,
       [[0, `≤ ${at(low)}`], [0.5, at((low + high) / 2)], [1, at(high)]]));
-    scales.append(bar(460, "units: incoming/outgoing norm, logarithmic", (t) => tint(Math.pow(10, (2 * t - 1) * largest)),
+    scales.append(bar("units: incoming/outgoing norm, logarithmic", (t) => tint(Math.pow(10, (2 * t - 1) * largest)),
       [[0, at(-largest)], [0.5, "1"], [1, at(largest)]]));
   }
   const choice = el("select", { id: "measure", "aria-label": "what lines show" });
@@ -216,6 +223,6 @@ function picture(data, leaves) {
   const button = (text, action) => { const b = el("button", { type: "button" }, text); b.addEventListener("click", action); return b; };
   weigh(usable[0] || "norm");
   const box = el("div", {}, el("div", { class: "bars" }, "lines show", choice, button("+", () => zoom(1.4, ...middle())),
-    button("−", () => zoom(1 / 1.4, ...middle())), button("fit", fit), "wheel zooms, dragging moves, hovering tells"), view, scales);
+    button("−", () => zoom(1 / 1.4, ...middle())), button("fit", fit), "wheel zooms, dragging moves, pointing tells"), view, scales);
   return { box, fit, zoom: (k) => zoom(k, ...middle()), about, nodes, paths, view };
 }

@@ -26,7 +26,7 @@ from jaxinv.typing import ArrayLike, DType
 class PathDomain:
     """Path semantics for one exponent p, in one dtype.
 
-    `edges_only` refuses edge weights that are no monomials of the parameters (κ needs none).
+    `edges_only` refuses edge weights that are not monomials of the parameters (κ needs none).
     `streaming` allows products that cannot be differentiated in forward mode (see
     `_numerics.stream`).
     """
@@ -40,7 +40,7 @@ class PathDomain:
         self.edges_only, self.streaming = edges_only, streaming
 
     def lenient(self) -> PathDomain:
-        """The same domain, not yet refusing weights that are no edges."""
+        """The same domain, not yet refusing weights that are not edges."""
         return PathDomain(self.p, self.dtype, False, self.streaming)
 
     def power(self, value: ArrayLike) -> Scaled:

@@ -57,7 +57,7 @@ def _indexed_by_data(eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[
 
 
 def _lengths(domain: Semantics, parts: Sequence[Operand]) -> list[Scaled] | None:
-    """|.|^p of weights and constants; None if one of them is no monomial of the parameters."""
+    """|.|^p of weights and constants; None if one of them is not a monomial of the parameters."""
     lengths = [v.length if isinstance(v, Weight) else domain.power(plain(v)) for v in parts]
     return None if any(length is None for length in lengths) else lengths  # type: ignore[return-value]
 

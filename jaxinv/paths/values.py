@@ -80,7 +80,7 @@ class Code(Paths):
     """An integer or a truth value that is read from x; also a float that takes two values.
 
     `levels` are the two numbers that it can be, where that is known. Without `numeric` its sums
-    mean nothing: it is no linear function of the inputs, and serves as an index or a condition.
+    mean nothing: it is not a linear function of the inputs, and serves as an index or a condition.
     `columns` are the constant entries of an index vector, None for those that are read from x.
     """
 
@@ -217,7 +217,7 @@ def plain(value: Operand) -> ArrayLike:
 
 
 def derived(eqn: Equation, inputs: Sequence[Operand]) -> Weight | list[Weight]:
-    """An operation on parameters whose result is no monomial in them."""
+    """An operation on parameters whose result is not a monomial in them."""
     leaves = frozenset().union(*(v.leaves for v in inputs if isinstance(v, Weight)))
     out = eqn.bind(*map(plain, inputs))
     if eqn.primitive.multiple_results:

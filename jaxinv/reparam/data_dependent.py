@@ -37,7 +37,7 @@ class UnitStatistics(NamedTuple):
     """
 
     mean: Array  # (units,) or (channels,); 0 if not centred
-    variance: Array  # ditto; of uncentred values the second moment
+    variance: Array  # the same; of uncentred values the second moment
 
 
 class NormalizedNetwork(NamedTuple):

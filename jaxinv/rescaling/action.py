@@ -77,6 +77,11 @@ class RescalingGroup(NamedTuple):
         return self.structure.pinned_by
 
     @property
+    def tied_by(self) -> tuple[tuple[str, str], ...]:
+        """(operation, source line) of what gives several units one scale, as a sum over them."""
+        return self.structure.tied_by
+
+    @property
     def ignored(self) -> tuple[tuple[str, str], ...]:
         """(epsilon, source line) of what `ignore_epsilon` took for zero."""
         return self.structure.ignored
@@ -101,6 +106,7 @@ class RescalingGroup(NamedTuple):
         ]
         lines += [f"  unused: {name}" for name in s.unused]
         lines += [f"  pinned by {name} at {where}" for name, where in s.pinned_by]
+        lines += [f"  tied by {name} at {where}" for name, where in s.tied_by]
         lines += [f"  taken for 0: {name} at {where}" for name, where in s.ignored]
         lines += [f"  relies on the zeros of {a} in {name} at {at}" for a, name, at in s.relies_on]
         return "\n".join(lines)

@@ -14,6 +14,7 @@ from typing import cast
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinv._interpreter.source import spoken
 from jaxinv._interpreter.walk import Body, Equation, Operand, Result, Value, fold, is_concrete
 from jaxinv.rescaling import (
     elementwise,
@@ -44,7 +45,9 @@ def _case_by_case(rule: Callable[..., Result]) -> Callable[..., Result]:
             return outputs if eqn.primitive.multiple_results else outputs[0]
 
         domain.equation = eqn
-        result = by_case(domain, eqn, run, inputs)
+        with domain.system.watched():
+            result = by_case(domain, eqn, run, inputs)
+        domain.note_loss(eqn)
         note_root(eqn, inputs[0], result)
         return result
 
@@ -70,6 +73,7 @@ class ScalingDomain:
         self.system = System()
         self.ignore_epsilon, self.trust_zeros = ignore_epsilon, trust_zeros
         self.pinned_by: dict[tuple[str, str], None] = {}
+        self.tied_by: dict[tuple[str, str], None] = {}
         self.ignored: dict[tuple[str, str], None] = {}
         self.relies_on: dict[tuple[str, str, str], None] = {}
         # Arrays that fn closes over, and what is computed from them alone: by id, the array (which
@@ -185,7 +189,14 @@ class ScalingDomain:
         return Scale(value.shape)
 
     def blame(self, eqn: Equation) -> None:
-        self.pinned_by[eqn.written, eqn.source] = None
+        self.pinned_by[spoken(eqn.written), eqn.source] = None
+
+    def note_loss(self, eqn: Equation) -> None:
+        """Record an operation that fixed a scale, or made one of two, in a rule that did not."""
+        if self.system.fixed:
+            self.blame(eqn)
+        elif self.system.tied:
+            self.tied_by[spoken(eqn.written), eqn.source] = None
 
     def joined(
         self, eqn: Equation, left: Operand, right: Operand, shape: Sequence[int] | None = None

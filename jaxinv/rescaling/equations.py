@@ -7,7 +7,8 @@ until `solve`, which eliminates them in integer arithmetic. Nothing loops over s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from math import lcm
 from typing import NamedTuple
@@ -43,6 +44,15 @@ class System:
         self.blocks: list[tuple[tuple[Fraction, ...], np.ndarray]] = []
         self._seen: set[bytes] = set()
         self._read: list[np.ndarray] = []
+        # What became of unknowns that were there before `watched` began.
+        self._before, self.fixed, self.tied = 0, False, False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A scope after which `fixed` and `tied` say whether old unknowns became 0, or equal."""
+        self._before, self.fixed, self.tied = self.size, False, False
+        yield
+        self._before = 0
 
     def new(self, shape: Sequence[int]) -> np.ndarray:
         """Fresh unknowns, as an array of ids."""
@@ -74,9 +84,15 @@ class System:
             if not differ.any():
                 return
             a, b = a[differ], b[differ]
+            self._note(np.minimum(a, b), np.maximum(a, b))
             # Every larger root hangs on the smallest of its partners; edges that lose this round
             # still join different roots, or already equal ones, in the next.
             np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
+
+    def _note(self, smaller: np.ndarray, larger: np.ndarray) -> None:
+        of_old = smaller[larger < self._before]
+        self.fixed |= bool((of_old == 0).any())
+        self.tied |= bool((of_old != 0).any())
 
     def equation(self, coefficients: Sequence[Fraction], ids: np.ndarray) -> None:
         """Σ_t coefficients[t] · v[ids[:, t]] = 0 for every row."""
@@ -108,6 +124,9 @@ class System:
             if key not in self._seen:
                 self._seen.add(key)
                 self.blocks.append((cs, rows))
+                # More equations than new unknowns say something of the old ones.
+                new = distinct(rows[rows >= self._before]).size if self._before else len(rows)
+                self.tied |= len(rows) > new
 
     def mark_read(self, ids: np.ndarray) -> None:
         """Note that something looked at these unknowns without an equation coming of it."""

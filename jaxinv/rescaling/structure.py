@@ -38,6 +38,7 @@ class Structure:
     layers: tuple[int, ...]
     unused: tuple[str, ...]
     pinned_by: tuple[tuple[str, str], ...]
+    tied_by: tuple[tuple[str, str], ...]
     ignored: tuple[tuple[str, str], ...]
     relies_on: tuple[tuple[str, str, str], ...]
 
@@ -83,6 +84,7 @@ def assembled(
         layers=layers_of(classes.indices, rows, generator, exponents, classes.total, len(columns)),
         unused=tuple(unused),
         pinned_by=tuple(domain.pinned_by),
+        tied_by=tuple(found for found in domain.tied_by if found not in domain.pinned_by),
         ignored=tuple(domain.ignored),
         relies_on=tuple(domain.relies_on),
     )

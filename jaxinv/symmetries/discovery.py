@@ -137,7 +137,7 @@ def discover_symmetries(
 
     Notes:
         A symmetry that holds where a sign does not change counts, as it should for ReLU networks.
-        Matrices on several axes of a leaf that cancel (c on one, −c on another) are no symmetry.
+        Matrices on several axes of a leaf that cancel (c on one, −c on another) do not count.
         Discrete symmetries (permutations, signs) are not infinitesimal.
 
     References:

@@ -299,7 +299,7 @@ def random_element(
         An `Element`, for `act` and `symmetry_tangents`.
 
     Raises:
-        InvalidInput: for a key that is none, or a scale that is not a number ≥ 0.
+        InvalidInput: for an invalid key, or a scale that is not a number ≥ 0.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -170,7 +170,7 @@ def is_symmetry(fn: Network, params: Params, x: Inputs, moved: Params) -> Symmet
         into one that cannot.
 
     Raises:
-        InvalidInput: if `moved` is no pytree like params, or for values that are not finite.
+        InvalidInput: if `moved` is not a pytree like params, or for values that are not finite.
 
     Notes:
         The verdict `same` is about these inputs. Loops count as one operation.

@@ -1,6 +1,7 @@
 """Pages: numbers equal to jaxinv's own, names escaped, nothing loaded; drawn by a real browser."""
 
 import base64
+import functools
 import hashlib
 import html.parser
 import json
@@ -19,7 +20,7 @@ from jaxinv import cli, networks
 from jaxinv.errors import InvalidInput, JaxinvError
 from jaxinv.experiments import files
 from jaxinv.inspection import unit_balance
-from jaxinv.pages import experiment_page, model_page
+from jaxinv.pages import describe, experiment_page, model_page
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)  # fmt: skip  # noqa: E501
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
@@ -127,22 +128,72 @@ def test_the_page_is_the_same_every_time_and_loads_nothing(mlp, page):
 def test_names_do_not_become_markup():
     w = {"in": jnp.ones((2, 3)), EVIL: jnp.ones((3, 4)), "out": jnp.ones((4, 1))}
     x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-    text = model_page(evil_net, w, x, title=EVIL, rank_limit=5)
+    text = model_page(evil_net, w, x, title=EVIL, rank_limit=0)
     assert Page(text).count("script") == 2 and Page(text).count("img") == 0
     data = embedded(text)
     assert data["title"] == EVIL and EVIL in [leaf["name"] for leaf in data["leaves"]]
     assert "tanh" in data["refused"] and data["log10_path_norm"] is None and data["kappa"] is None
-    assert data["freedom"]["refused"].startswith("not computed: 22 parameters, more than the limit")
+    assert data["freedom"]["refused"].startswith("not computed: 22 parameters and 44 rows, both")
+
+
+def few(count=16):
+    w = networks.init_mlp(jax.random.key(0), (5, 8, 3), bias_std=0.1)
+    return networks.mlp, w, jax.random.normal(jax.random.key(1), (count, 5))
+
+
+def test_the_inputs_that_were_given_are_counted_on_and_what_they_do_not_reach_is_unseen():
+    found = describe(*few(), rank_limit=2000)["freedom"]
+    assert found["inputs"] == "the 16 given inputs"
+    assert (found["rank"], found["unseen"], found["unexplained"]) == (48, 19, 0)
+    assert found["notes"] == ["limited by 48 rows: at least 25 inputs needed for 75 parameters"]
+    on_all = found["everywhere"]
+    assert (on_all["lower"], on_all["upper"], on_all["certain"]) == (67, 67, True)
+
+
+def test_beyond_the_limit_there_is_a_rank_on_few_rows_and_a_proof_on_all_inputs():
+    found = describe(*few(4), rank_limit=20)["freedom"]
+    assert found["rank"] == 12 and "spectrum" not in found and found["inputs"].startswith("the 4")
+    assert found["everywhere"]["lower"] == 67
+    found = describe(*few(), rank_limit=1)["freedom"]
+    assert found["refused"].startswith("not computed: 75 parameters and 48 rows")
+    assert found["everywhere"]["refused"].startswith("not computed: 75 parameters")
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "by"),
+    [(2e9, "the Jacobian at inputs that a search found"), (1, "a Cholesky factorisation")],
+)
+def test_a_smooth_network_gets_a_count_on_all_inputs(max_bytes, by, monkeypatch):
+    def fn(w, x):
+        return jnp.tanh(x @ w["in"]) @ w["out"]
+
+    w = {"in": jnp.array([[1.0, 2, 3], [1, -1, 2]]), "out": jnp.array([[1.0], [2], [1]])}
+    search = functools.partial(jaxinv.functional_dimension, max_bytes=max_bytes)
+    monkeypatch.setattr("jaxinv.pages.counts.functional_dimension", search)
+    found = describe(fn, w, jnp.ones((1, 2)), rank_limit=3)["freedom"]["everywhere"]
+    assert (found["lower"], found["certain"], found["by"]) == (9, True, by)
+
+
+def test_inputs_that_cannot_be_drawn_are_asked_for():
+    def fn(w, x):
+        return jax.nn.relu(w["table"][x].sum(1)) @ w["out"]
+
+    w = {"table": jax.random.normal(jax.random.key(0), (4, 3)), "out": jnp.ones((3, 1))}
+    found = describe(fn, w, jax.ShapeDtypeStruct((1, 2), jnp.int32), rank_limit=100)["freedom"]
+    assert "integer inputs cannot be drawn" in found["refused"]
+    found = describe(fn, w, jnp.array([[0, 1], [2, 3]]), rank_limit=100)["freedom"]
+    assert found["rank"] == 2 and not found["compared"]
+    assert "between whole numbers" in found["everywhere"]["refused"]
 
 
 def test_a_wide_layer_is_cut_to_its_heaviest_units_and_says_so():
     w = networks.init_mlp(jax.random.key(0), (2, 60, 1))
     data = embedded(model_page(networks.mlp, w, jnp.ones((1, 2)), rank_limit=1))
     units = data["picture"]["units"]
-    assert data["picture"]["columns"][1]["total"] == 60 and units["column"].count(1) == 48
+    assert data["picture"]["columns"][1]["total"] == 60 and units["column"].count(1) == 20
     flow = np.sum(w["Dense_0"]["kernel"] ** 2, 0) * w["Dense_1"]["kernel"][:, 0] ** 2
     shown = [i for i, c in zip(units["index"], units["column"], strict=True) if c == 1]
-    assert shown == sorted(np.argsort(-flow)[:48].tolist())
+    assert shown == sorted(np.argsort(-flow)[:20].tolist())
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):
@@ -265,7 +316,7 @@ def test_a_browser_draws_the_numbers_and_the_view_moves(page, tmp_path):
 @browser
 def test_a_browser_shows_hostile_names_as_text(tmp_path):
     w = {"in": jnp.ones((2, 3)), EVIL: jnp.ones((3, 4)), "out": jnp.ones((4, 1))}
-    seen = drawn(model_page(evil_net, w, jnp.ones((1, 2)), rank_limit=5), tmp_path)
+    seen = drawn(model_page(evil_net, w, jnp.ones((1, 2)), rank_limit=0), tmp_path)
     assert seen.text["leaves"].count(EVIL) == 1 and seen.count("img") == 0
     assert seen.fields["path-norm"] == "refused" and "rank" not in seen.fields
     assert seen.count("g", **{"data-kind": "fixed"}) == 2

@@ -295,8 +295,8 @@ def test_a_fresh_and_a_trained_resnet_have_one_group(standard_dtype_promotion):
 @pytest.mark.parametrize(
     ("cast", "dim", "operation"),
     [
-        (lambda h: h.astype(jnp.float8_e4m3fn).astype(h.dtype), 0, "convert_element_type"),
-        (lambda h: h.astype(jnp.int8).astype(h.dtype), 0, "convert_element_type"),
+        (lambda h: h.astype(jnp.float8_e4m3fn).astype(h.dtype), 0, "astype"),
+        (lambda h: h.astype(jnp.int8).astype(h.dtype), 0, "astype"),
         (lambda h: lax.reduce_precision(h, 5, 2), 0, "reduce_precision"),
         (lambda h: lax.reduce_precision(h, 8, 23), 4, None),
         (lambda h: h.astype(jnp.bfloat16).astype(h.dtype), 4, None),

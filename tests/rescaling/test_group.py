@@ -460,7 +460,7 @@ def test_random_sequences_of_layers_have_the_dimension_found_numerically(names):
 @pytest.mark.parametrize(
     ("gate", "operation"),
     [
-        (lambda h: jnp.where(h > 1, h, 0), "gt"),
+        (lambda h: jnp.where(h > 1, h, 0), ">"),
         (jax.nn.relu6, "relu6"),
         (lambda h: jnp.round(h), "round"),
         (lambda h: jnp.floor(h) * h, "floor"),
@@ -473,6 +473,59 @@ def test_thresholds_pin_their_operand_and_are_named(gate, operation):
     assert group.dim == 0
     ((name, where),) = group.pinned_by
     assert name == operation and "test_group.py" in where
+
+
+@pytest.mark.parametrize(
+    "name", "sigmoid selu mish celu gelu logsumexp log_sigmoid softmax standardize".split()
+)
+def test_an_activation_has_the_name_under_which_it_was_called(name):
+    params = {"a": np.zeros((3, 4)), "o": np.zeros((4, 2))}
+    act = getattr(jax.nn, name)
+    fn = lambda w, x: (x @ w["a"] * act(x @ w["a"]).mean()) @ w["o"]  # noqa: E731
+    group = rescaling_group(fn, params, np.zeros((1, 3)), batch_axis=None)
+    assert name in [found for found, _ in group.pinned_by]
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (lambda h: jnp.clip(h, 0, 6), "clip"),
+        (lambda h: jnp.maximum(h, 1), "maximum"),
+        (lambda h: h.astype(jnp.int8).astype(float), "astype"),
+    ],
+    ids=["clip", "maximum", "astype"],
+)
+def test_an_operation_is_named_as_it_was_written(act, name):
+    params = {"a": np.zeros((3, 4)), "o": np.zeros((4, 2))}
+    group = rescaling_group(lambda w, x: act(x @ w["a"]) @ w["o"], params, np.zeros((1, 3)))
+    assert [found for found, _ in group.pinned_by] == [name]
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (lambda w, h: h.sum(-1, keepdims=True) * w["s"], "sum"),
+        (lambda w, h: h.max(-1, keepdims=True) * w["s"], "max"),
+        (lambda w, h: jnp.sort(h) @ w["o"], "sort"),
+        (lambda w, h: h / jnp.linalg.norm(h, axis=-1, keepdims=True) @ w["o"], "sum"),
+        (lambda w, h: jax.nn.relu(h @ w["a"]) @ w["o"], "dot_general"),
+    ],
+    ids=["sum", "maximum", "sort", "norm", "a weight used twice"],
+)
+def test_fewer_generators_than_units_have_a_reason(fn, name):
+    params = {"a": np.zeros((4, 4)), "s": np.zeros(2), "o": np.zeros((4, 2))}
+    net = lambda w, x: fn(w, jax.nn.relu(x @ w["a"]))  # noqa: E731
+    group = rescaling_group(net, params, np.zeros((1, 4)))
+    assert group.dim < 4 and not group.pinned_by
+    ((found, where),) = group.tied_by
+    assert found == name and "test_group.py" in where
+
+
+def test_units_that_nothing_ties_are_as_many_as_generators():
+    params = {"a": np.zeros((3, 4)), "o": np.zeros((4, 2))}
+    fn = lambda w, x: jax.nn.relu(x @ w["a"]) @ w["o"]  # noqa: E731
+    group = rescaling_group(fn, params, np.zeros((1, 3)))
+    assert group.dim == 4 and group.tied_by == group.pinned_by == ()
 
 
 def test_a_comparison_between_units_ties_them():
