@@ -94,6 +94,8 @@ bench: $(VENV)/.stamp-bench
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/functional_dimension.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/large_models.py
+	$(BIN)/python benchmarks/first_calls.py
 	$(BIN)/python benchmarks/peers.py
 
 clean:
