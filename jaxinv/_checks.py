@@ -40,9 +40,12 @@ def leaf_names(tree: PyTree, root: str) -> list[str]:
     """Readable names of the leaves of a pytree: `root/Dense_0/kernel`."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = []
+    # All leaves of flax nnx are the `value` of a variable, which says nothing.
+    value = jax.tree_util.GetAttrKey("value")
+    of_nnx = all(len(path) > 1 and path[-1] == value for path, _ in paths)
     for path, _ in paths:
         parts = []
-        for entry in path:
+        for entry in path[:-1] if of_nnx else path:
             part = getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))
             parts.append(str(part))
         names.append("/".join([root, *parts]) if root else "/".join(parts))

@@ -117,6 +117,8 @@ def _report(arguments: argparse.Namespace) -> None:
     else:
         network = inspection.load(arguments.target)
         title, limit = arguments.target, arguments.rank_limit
+        if sys.stderr.isatty():
+            print("counting, which may take minutes; --rank-limit 0 leaves it out", file=sys.stderr)  # noqa: T201
         text = pages.model_page(*network, title=title, rank_limit=limit)
     with files.replacing(arguments.out) as new:
         new.write_text(text, encoding="utf-8")

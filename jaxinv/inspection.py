@@ -80,12 +80,18 @@ class Report(NamedTuple):
             lines += [f"  {printable(name)}" for name in self.matrices[:_MOST_CLASSES]]
             more = len(self.matrices) - _MOST_CLASSES
             lines += [f"  and {more} more"] if more > 0 else []
+        lines.append(f"at most {self.most} degrees of freedom; jaxinv report counts them")
         if self.log_path_norm is None:
             lines.append("path norm refused:")
             lines += [f"  {printable(line)}" for line in str(self.refused).split("\n")]
         else:
             lines.append(f"path norm {_power_of_e(self.log_path_norm)} (p = 2)")
         return "\n".join(lines)
+
+    @property
+    def most(self) -> int:
+        """Parameters less known symmetries: no more degrees of freedom at generic weights."""
+        return self.parameters - self.dimension - self.beyond_rescaling
 
     def as_dict(self) -> dict[str, object]:
         """The report as plain values, for JSON, which has no infinities: they become None."""
@@ -117,6 +123,7 @@ class Report(NamedTuple):
                 "dimension_beyond_rescalings": self.beyond_rescaling,
                 "classes": list(self.matrices),
             },
+            "degrees_of_freedom_at_most": self.most,
             "log_path_norm": None if norm is None else _finite(norm),
             "path_norm_refused": self.refused,
         }
@@ -152,6 +159,7 @@ def inspect(fn: Network, params: Params, x: Inputs) -> Report:
           1 scale the outputs of Dense_0/kernel
             incoming/outgoing norm of a unit: 2.5 to 2.5, median 2.5
             Dense_0/kernel → Dense_1/kernel
+        at most 2 degrees of freedom; jaxinv report counts them
         path norm 10 (p = 2)
     """
     _checks.check_params(params)

@@ -308,6 +308,15 @@ def test_an_argument_that_is_given_wins():
     np.testing.assert_array_equal(fn(params, X), Net().apply(variables, X, True, 3.0))
 
 
+def test_parameters_of_nnx_are_named_as_in_the_model():
+    from flax import nnx
+
+    rngs = nnx.Rngs(0)
+    fn, params = from_nnx(nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)))
+    group = rescaling_group(fn, params, X)
+    assert group.names[0] == "layers/0/kernel out 0 → layers/1/kernel in 0"
+
+
 def test_nnx_modes_as_arguments_and_attributes_and_other_variables():
     from flax import nnx
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxinv
 from jaxinv import cli, networks
 from jaxinv.errors import InvalidInput
 from jaxinv.inspection import inspect, load, unit_balance
@@ -54,6 +55,22 @@ def test_balance_is_the_ratio_of_the_norms_of_each_unit():
             incoming = np.append(layer["kernel"][:, j], layer["bias"][j])
             ratios.append(np.linalg.norm(incoming) / np.linalg.norm(following["kernel"][j]))
     np.testing.assert_allclose(unit_balance(group, w), ratios, rtol=1e-5)
+
+
+def test_the_bound_on_the_degrees_of_freedom_is_reached_by_enough_inputs():
+    w = networks.init_mlp(jax.random.key(0), (3, 4, 2), bias_std=0.5)
+    x = jax.random.normal(jax.random.key(1), (40, 3))
+    report = inspect(networks.mlp, w, x)
+    assert report.most == jaxinv.degrees_of_freedom(networks.mlp, w, x).rank == 22
+    assert report.as_dict()["degrees_of_freedom_at_most"] == 22
+
+
+def test_what_ties_units_is_in_the_text_and_in_json():
+    w = {"a": jnp.ones((2, 3)), "s": jnp.ones(1)}
+    fn = lambda w, x: jax.nn.relu(x @ w["a"]).sum(-1, keepdims=True) * w["s"]  # noqa: E731
+    report = inspect(fn, w, jnp.ones((1, 2)))
+    assert "tied by sum at" in str(report)
+    assert report.as_dict()["group"]["tied_by"][0]["operation"] == "sum"
 
 
 def test_a_dead_unit_has_no_finite_ratio_and_json_says_null():

@@ -233,3 +233,15 @@ def test_import_jaxinv_is_enough_for_every_name_in_the_documentation():
         [sys.executable, "-c", RESOLVE, *sorted(names)], capture_output=True, text=True, timeout=100
     )
     assert run.stdout.strip() == f"all {len(names)}", run.stderr
+
+
+def test_the_readme_leads_to_every_page_of_the_documentation():
+    root = PACKAGE.parent
+    if not (root / "docs").is_dir():
+        pytest.skip("the documentation is not in this tree")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    pages = {page.relative_to(root).as_posix() for page in (root / "docs").rglob("*.md")}
+    # The first page of the site is the README's counterpart; the reference has a list of its own.
+    pages = {p for p in pages if p != "docs/index.md" and not p.startswith("docs/reference/")}
+    assert [p for p in sorted(pages) if f"]({p}" not in readme] == []
+    assert "](docs/reference/index.md)" in readme

@@ -87,9 +87,11 @@ function picture(data, leaves) {
     dots.append(node);
     return node;
   });
+  const titles = columns.map((c) => ({ input: `inputs ${c.name}`, output: `outputs ${c.name}` }[c.kind] || c.name));
+  const room = Math.max(150, 6.4 * Math.max(...titles.map((title) => title.length)));
   const headings = columns.map((c, i) => {
     const count = rows[i] < c.total ? `${rows[i]} of ${show(c.total)}` : show(c.total);
-    const title = { input: `inputs ${c.name}`, output: `outputs ${c.name}` }[c.kind] || c.name;
+    const title = titles[i];
     const text = svg("text", { class: "heading" }, svg("tspan", { x: 0 }, title),
       c.kind === "fixed" ? null : svg("tspan", { x: 0, dy: 14 }, `${count} unit${c.total === 1 ? "" : "s"}`));
     heads.append(text);
@@ -103,7 +105,7 @@ function picture(data, leaves) {
     world.setAttribute("transform", `translate(${dx},${dy}) scale(${scale})`);
     view.dataset.scale = scale;
     world.classList.toggle("near", scale > 1.9);
-    const crowded = STEP * scale < 150, every = Math.ceil(24 / (STEP * scale));
+    const crowded = STEP * scale < room, every = Math.ceil(24 / (STEP * scale));
     headings.forEach((text, i) => {
       text.style.display = i % every && i < columns.length - 1 ? "none" : "";
       text.setAttribute("transform",
@@ -124,7 +126,7 @@ function picture(data, leaves) {
     const narrow = w < 600, scaled = (head, side) => Math.min((w - side) / Math.max(wide, 1), (h - head - 30) / (high * back + over), 3);
     let head = 50, side = narrow ? 120 : 240;
     scale = scaled(head, side);
-    const slanted = STEP * scale < 150;  // headings need room above and to the right
+    const slanted = STEP * scale < room;  // headings need room above and to the right
     if (slanted) [head, side] = narrow ? [130, 130] : [175, 200];
     scale = scaled(head, side);
     dx = slanted ? Math.min((w - wide * scale) / 2, w - wide * scale - (narrow ? 105 : 140)) : (w - wide * scale) / 2;
