@@ -55,7 +55,7 @@ def counts(fn: Network, params: Params, x: Inputs, *, limit: int) -> dict[str, A
     found = {"inputs": source, **_on_these(fn, params, x, d, count * outputs, limit)}
     reached = found.get("certain", False) and found["rank"] == d - found.get("rescaling", d)
     if not reached:
-        found["everywhere"] = _everywhere(fn, params, one, d, outputs, limit)
+        found["everywhere"] = _everywhere(fn, params, one, d, outputs, limit, found)
     return found
 
 
@@ -121,7 +121,13 @@ def _notes(rank: Rank) -> list[str]:
 
 
 def _everywhere(
-    fn: Network, params: Params, one: Inputs, d: int, outputs: int, limit: int
+    fn: Network,
+    params: Params,
+    one: Inputs,
+    d: int,
+    outputs: int,
+    limit: int,
+    these: dict[str, Any],
 ) -> dict[str, Any]:
     """Bounds on the degrees of freedom over all inputs, and what proves them."""
     if d > _BOUNDARY * limit:
@@ -130,11 +136,17 @@ def _everywhere(
             f"{limit:,} (--rank-limit). jaxinv.functional_dimension takes minutes for 10⁶."
         }
     try:
-        found = functional_dimension(fn, params, everywhere(one), dense=limit)
+        # Where given inputs were compared with others, the rank on all of these is known.
+        compared = these.get("compared", False)
+        dense = 0 if compared else limit
+        found = functional_dimension(fn, params, everywhere(one), dense=dense)
         lower, certain, how = found.lower, found.certain, "the boundaries of gates"
         of_gates = [layer for layer in found.layers if layer.source]
         if not of_gates or lower > sum(int(layer.ranks.sum()) for layer in found.layers):
             how = "the Jacobian at inputs that a search found"
+        if compared and these["rank"] + these["unseen"] > lower:
+            lower, how = these["rank"] + these["unseen"], "the Jacobian on these and random inputs"
+            certain = these["certain"] and lower == found.upper
         if lower < found.upper and limit < d <= _CERTIFICATE * limit:
             x = _drawn(one, 2 * -(-d // max(outputs, 1)))
             rank = jacobian_rank(fn, params, x, method="certificate")

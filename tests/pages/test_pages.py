@@ -159,6 +159,19 @@ def test_beyond_the_limit_there_is_a_rank_on_few_rows_and_a_proof_on_all_inputs(
     assert found["everywhere"]["refused"].startswith("not computed: 75 parameters")
 
 
+def test_a_rank_on_given_and_random_inputs_bounds_the_rank_on_all():
+    def fn(w, x):
+        return jax.nn.relu(x @ w["in"] * w["gain"]) @ w["out"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"in": (3, 4), "gain": (4,), "out": (4, 2)}
+    w = {n: jax.random.normal(k, shape) for k, (n, shape) in zip(keys, shapes.items(), strict=True)}
+    found = describe(fn, w, jax.random.normal(jax.random.key(1), (3, 3)), rank_limit=100)["freedom"]
+    assert found["rank"] <= 6 and found["unseen"] > 0
+    on_all = found["everywhere"]
+    assert found["rank"] + found["unseen"] <= on_all["lower"] <= on_all["upper"] == 16
+
+
 @pytest.mark.parametrize(
     ("max_bytes", "by"),
     [(2e9, "the Jacobian at inputs that a search found"), (1, "a Cholesky factorisation")],
