@@ -225,7 +225,7 @@ def test_what_makes_no_sense_is_refused(net):
         jeffreys_log_prior(mlp, group, X, "gaussian", convention="slices")
     with pytest.raises(InvalidInput, match="orbit_scale"):
         jeffreys_log_prior(mlp, group, X, "gaussian", orbit_scale=0.0)
-    with pytest.raises(InvalidInput, match="no orbit coordinate"):
+    with pytest.raises(InvalidInput, match="not an orbit coordinate"):
         jeffreys_log_prior(
             product, PRODUCT_GROUP, ONE, "gaussian", coordinate=lambda w: w[0].ravel()
         )(PAIR)
