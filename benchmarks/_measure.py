@@ -1,7 +1,11 @@
 """Timing for the benchmarks: interleaved, medians with spread, and where it was measured."""
 
+import argparse
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,33 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     begin = time.perf_counter()
     result = jax.block_until_ready(function())
     return time.perf_counter() - begin, result
+
+
+def in_own_processes(
+    script: str, names: Sequence[str], measure: Callable[[str], dict[str, Any]], title: str
+) -> tuple[list[list[dict[str, Any]]], Path]:
+    """Measure each name several times, each time in a process of its own, which runs ``script``.
+
+    Reads the command line: which names, how often, and where to write. Returns the measurements
+    of every name, and where to write.
+    """
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("names", nargs="*", default=list(names))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", choices=list(names), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the results")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one)))
+        sys.exit()
+
+    def once(name: str) -> dict[str, Any]:
+        command = [sys.executable, script, "--one", name]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return found
+
+    return [[once(name) for _ in range(options.repeats)] for name in options.names], options.out
 
 
 def median_and_spread(values: np.ndarray) -> dict[str, float]:

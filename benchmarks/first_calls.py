@@ -6,18 +6,13 @@ Each function in processes of its own, without a compilation cache. A second cal
 nothing.
 """
 
-import argparse
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from _measure import RESULTS, median_and_spread, publish
+from _measure import in_own_processes, median_and_spread, publish
 
 import jaxinv
 from jaxinv import networks
@@ -116,24 +111,9 @@ def to_table(measured: list[list[dict[str, Any]]]) -> Table:
 
 def main() -> None:
     """Every function in processes of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--functions", nargs="*", default=list(calls()), choices=list(calls()))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one)))
-        return
-    measured = []
-    for name in options.functions:
-        command = [sys.executable, __file__, "--one", name]
-        runs = []
-        for _ in range(options.repeats):
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            runs.append(json.loads(output.splitlines()[-1]))
-        measured.append(runs)
-    publish("first-calls", to_table(measured), {"measured": measured}, options.out)
+    title = __doc__.splitlines()[0]
+    measured, out = in_own_processes(__file__, list(calls()), measure, title)
+    publish("first-calls", to_table(measured), {"measured": measured}, out)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,16 @@ ResNet-50, ViT-B/16, GPT-2 small and the shapes of Llama-3-8B, each in a process
 nothing but jaxinv imported before the clock starts. No weight is allocated.
 """
 
-import argparse
-import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import RESULTS, median_and_spread, publish
+from _measure import in_own_processes, median_and_spread, publish
 from resnet import ResNet50
 
 from jaxinv.experiments.report import Table
@@ -222,24 +217,9 @@ def to_table(measured: list[list[dict[str, Any]]]) -> Table:
 
 def main() -> None:
     """Every model in processes of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one)))
-        return
-    measured = []
-    for name in options.models:
-        command = [sys.executable, __file__, "--one", name]
-        runs = [
-            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            for _ in range(options.repeats)
-        ]
-        measured.append(runs)
-    publish("large-models", to_table(measured), {"measured": measured}, options.out)
+    title = __doc__.splitlines()[0]
+    measured, out = in_own_processes(__file__, list(MODELS), measure, title)
+    publish("large-models", to_table(measured), {"measured": measured}, out)
 
 
 if __name__ == "__main__":
