@@ -148,11 +148,14 @@ def check(program: Program, seed: int, null: bool = True) -> Found:
     rng = np.random.default_rng(seed + 10_000)
     fn, params = program.fn, program.params
     group = symmetry_group(fn, params, program.x(3, rng))
-    if not null:
+    # Seven tokens see too little of a network for a null space to be that of its symmetries.
+    if not null or not jnp.issubdtype(program.x(1, rng).dtype, jnp.floating):
         return Found(len(group.classes), group.rejected, 0, (0, 0, 0), float(group.verified))
     d = sum(a.size for a in params.values())
     x = program.x(max(80, d // 3), rng)
     x = x[np.isfinite(np.asarray(fn(params, x))).reshape(len(x), -1).all(axis=1)]
+    if len(x) < 40:  # a normalisation that divides 0 by 0 on nearly all inputs
+        return Found(len(group.classes), group.rejected, 0, (0, 0, 0), float(group.verified))
     leaves = jax.tree.leaves(jax.jit(jax.jacrev(lambda w: fn(w, x).ravel()))(params))
     J = np.concatenate([np.asarray(a).reshape(leaves[0].shape[0], -1) for a in leaves], axis=1)
     s = np.linalg.svd(J, compute_uv=False)
