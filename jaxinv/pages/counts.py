@@ -12,6 +12,7 @@ import numpy as np
 from jaxinv import _checks
 from jaxinv.errors import JaxinvError
 from jaxinv.gates import everywhere, functional_dimension
+from jaxinv.pages.numbers import number, numbers
 from jaxinv.ranks import Rank, degrees_of_freedom, jacobian_rank, jacobian_spectrum
 from jaxinv.typing import Inputs, Network, Params
 
@@ -111,8 +112,8 @@ def _on_these(
         "evidence": f"rank {int(found.rank)}, proven by a Cholesky factorisation"
         if proven
         else str(found.evidence).partition("\n")[0],
-        "spectrum": [float(f"{v:.6g}") for v in spectrum],
-        "error": None if proven else float(f"{found.evidence.error:.6g}"),
+        "spectrum": numbers(spectrum),
+        "error": None if proven else number(found.evidence.error),
     }
 
 

@@ -17,6 +17,7 @@ from jaxinv.errors import JaxinvError
 from jaxinv.inspection import inspect, unit_balance
 from jaxinv.pages.counts import counts
 from jaxinv.pages.html import render
+from jaxinv.pages.numbers import number, numbers
 from jaxinv.pages.unit_basis import unit_basis
 from jaxinv.pages.unit_graph import UnitGraph, unit_graph
 from jaxinv.paths import log_path_kappa, unit_path_norms
@@ -105,7 +106,7 @@ def describe(
         "kind": "model",
         "version": jaxinv.__version__,
         "parameters": report.parameters,
-        "log10_path_norm": None if log_norm is None else _number(log_norm / math.log(10)),
+        "log10_path_norm": None if log_norm is None else number(log_norm / math.log(10)),
         "refused": report.refused,
         "group": report.as_dict()["group"],
         "matrices": report.as_dict()["matrix_symmetries"],
@@ -117,10 +118,10 @@ def describe(
                 "dtype": report.leaves[i][2],
                 "size": leaf.size,
                 "units": int((layers == i).sum()),
-                "norm": _number(np.linalg.norm(leaf)),
-                "largest": _number(abs(leaf).max(initial=0)),
-                "log10_kappa": None if logs is None else _number(_median(logs[i]) / math.log(10)),
-                "share": None if logs is None or i in graph.undrawn else _number(shares[i]),
+                "norm": number(np.linalg.norm(leaf)),
+                "largest": number(abs(leaf).max(initial=0)),
+                "log10_kappa": None if logs is None else number(_median(logs[i]) / math.log(10)),
+                "share": None if logs is None or i in graph.undrawn else number(shares[i]),
                 "ratio": spread[i],
             }
             for i, leaf in enumerate(leaves)
@@ -135,16 +136,6 @@ def describe(
         ),
         "picture": _picture(graph, group, params, ratios),
     }
-
-
-def _number(value: Any) -> float | None:
-    """Six digits, which JSON can hold."""
-    value = float(value)
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_number(v) for v in values]
 
 
 def _median(values: np.ndarray) -> float:
@@ -162,7 +153,7 @@ def _spread(ratios: np.ndarray, layers: np.ndarray, count: int) -> list[list[flo
     found: list[list[float | None] | None] = [None] * count
     for i in np.unique(layers):
         ordered = np.sort(ratios[layers == i])
-        found[i] = [_number(ordered[k]) for k in (0, len(ordered) // 2, -1)]
+        found[i] = [number(ordered[k]) for k in (0, len(ordered) // 2, -1)]
     return found
 
 
@@ -175,7 +166,7 @@ def _histogram(parts: list[np.ndarray], names: list[str]) -> dict[str, Any]:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)
     return {
-        "edges": _numbers(edges),
+        "edges": numbers(edges),
         "parts": [
             {
                 "name": name,
@@ -193,7 +184,7 @@ def _outputs(fn: Network, params: Params, x: Inputs) -> dict[str, Any] | None:
     except JaxinvError:  # an output without a batch axis has no units
         return None
     named = zip(_checks.leaf_names(norms, "y"), jax.tree.leaves(norms), strict=True)
-    return {name: _numbers(np.ravel(leaf)) for name, leaf in named}
+    return {name: numbers(np.ravel(leaf)) for name, leaf in named}
 
 
 # --- the picture ----------------------------------------------------------------------
@@ -256,24 +247,24 @@ def _picture(
             "name": [graph.names[i] for i in units],
             "column": graph.column[units].tolist(),
             "index": position[units].tolist(),
-            "through": _numbers(through[units]) if has_paths else [None] * len(units),
-            "ratio": _numbers(ratio[units]),
-            "u": _numbers(u[units]),
+            "through": numbers(through[units]) if has_paths else [None] * len(units),
+            "ratio": numbers(ratio[units]),
+            "u": numbers(u[units]),
         },
         "edges": {
             "source": number[graph.source[edges]].tolist(),
             "target": number[graph.target[edges]].tolist(),
             "leaf": graph.leaf[edges].tolist(),
             "weights": graph.weights[edges].tolist(),
-            "norm": _numbers(np.sqrt(graph.square[edges])),
-            "log10_kappa": _numbers(graph.log_kappa[edges] / math.log(10)),
-            "share": _numbers(graph.share[edges]),
+            "norm": numbers(np.sqrt(graph.square[edges])),
+            "log10_kappa": numbers(graph.log_kappa[edges] / math.log(10)),
+            "share": numbers(graph.share[edges]),
         },
         "biases": {
             "unit": number[graph.target[biases]].tolist(),
             "leaf": graph.leaf[biases].tolist(),
-            "norm": _numbers(np.sqrt(graph.square[biases])),
-            "share": _numbers(graph.share[biases]),
+            "norm": numbers(np.sqrt(graph.square[biases])),
+            "share": numbers(graph.share[biases]),
         },
         "connections": [
             {"leaf": i, "total": int(all_edges[i]), "shown": int(drawn_edges[i])}
