@@ -84,12 +84,15 @@ class System:
             if not differ.any():
                 return
             a, b = a[differ], b[differ]
-            self._note(np.minimum(a, b), np.maximum(a, b))
+            smaller, larger = np.minimum(a, b), np.maximum(a, b)
+            self._note(smaller, larger)
             # Every larger root hangs on the smallest of its partners; edges that lose this round
             # still join different roots, or already equal ones, in the next.
-            np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
+            np.minimum.at(self.parent, larger, smaller)
 
     def _note(self, smaller: np.ndarray, larger: np.ndarray) -> None:
+        if not self._before:
+            return
         of_old = smaller[larger < self._before]
         self.fixed |= bool((of_old == 0).any())
         self.tied |= bool((of_old != 0).any())
