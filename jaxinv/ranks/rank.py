@@ -370,27 +370,14 @@ def _automatic(
     def settle(found: Rank, params: Params, x: Inputs, evidence: Evidence) -> Rank:
         return lax.cond(found.certain, lambda: found, lambda: spectrum(params, x, evidence))
 
-    settled_by: Rank = settle(found, params, x, evidence)
-    return settled_by
+    proven_or_not: Rank = settle(found, params, x, evidence)
+    return proven_or_not
 
 
 def _by_spectrum(method: str) -> Callable[..., Rank]:
     return lambda params, x, fn, dtype, chunk, rtol, evidence: _rank_by_spectrum(
         params, x, fn, method, dtype, chunk, rtol, evidence
     )
-
-
-def _by_certificate(
-    params: Params,
-    x: Inputs,
-    fn: Network,
-    dtype: DType,
-    chunk: int | None,
-    rtol: float | None,
-    evidence: Evidence,
-) -> Rank:
-    del rtol
-    return _rank_by_certificate(params, x, fn, dtype, chunk, evidence)
 
 
 # A method is a row: what to call with (params, x, fn, dtype, chunk, rtol, evidence) in the scope
@@ -400,7 +387,9 @@ METHODS: dict[str, Callable[..., Rank]] = {
     "svd": _by_spectrum("svd"),
     "tsqr": _by_spectrum("tsqr"),
     "gram": _by_spectrum("gram"),
-    "certificate": _by_certificate,
+    "certificate": lambda params, x, fn, dtype, chunk, _, evidence: _rank_by_certificate(
+        params, x, fn, dtype, chunk, evidence
+    ),
 }
 
 
