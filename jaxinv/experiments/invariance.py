@@ -357,7 +357,9 @@ def plot(result: Result, path: Path) -> None:
         xlim=(smallest / 3, 3 * largest),
     )
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel("relative equivariance error of the first step", fontsize=9)
+    axes.set_xlabel(
+        "relative equivariance error of the first step,\n‖J(Δw − (∂w/∂θ)Δθ)‖ / ‖JΔw‖", fontsize=9
+    )
     title = f"{result.dataset}, hidden layers {hidden}, {result.dim} rescalings, one draw, float64"
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
