@@ -245,3 +245,32 @@ def test_the_readme_leads_to_every_page_of_the_documentation():
     pages = {p for p in pages if p != "docs/index.md" and not p.startswith("docs/reference/")}
     assert [p for p in sorted(pages) if f"]({p}" not in readme] == []
     assert "](docs/reference/index.md)" in readme
+
+
+def test_links_between_pages_lead_to_headings_that_exist():
+    """`make docs` refuses a dead link too, but takes minutes."""
+    root = PACKAGE.parent
+    if not (root / "docs").is_dir():
+        pytest.skip("the documentation is not in this tree")
+
+    def anchors(page):
+        headings = re.findall(r"^#+ (.+?)\s*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        # The slugs of Python-Markdown, and of GitHub where a heading has plain words alone.
+        plain = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+        return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
+
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    links = [
+        (page, target, anchor)
+        for page in pages
+        for target, anchor in re.findall(
+            r"\]\((?!https?:)([^)#\s]*\.md)?(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")
+        )
+        if not target.startswith("notebooks/")  # made from the notebooks as the site is built
+    ]
+    dead = []
+    for page, target, anchor in links:
+        at = (page.parent / target).resolve() if target else page
+        if not at.is_file() or (anchor and anchor not in anchors(at)):
+            dead.append(f"{page.relative_to(root)}: {target}#{anchor}")
+    assert dead == [] and sum(bool(anchor) for *_, anchor in links) > 10
