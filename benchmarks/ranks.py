@@ -12,6 +12,7 @@
 
 import argparse
 import multiprocessing
+import os
 from pathlib import Path
 
 import jax
@@ -145,7 +146,8 @@ def ensembles(out: Path) -> None:
     ]
     title = (
         f"Ranks of 256 networks 8-16-16-4 on 200 inputs, {certain:.0%} certain; "
-        f"equal to NumPy's: {same}"
+        f"equal to NumPy's: {same}; threads of OpenBLAS: "
+        f"{os.environ.get('OPENBLAS_NUM_THREADS', 'as many as cores')}"
     )
     table = Table(title, ["how", "median (interquartile range)", "÷ vmap"], rows)
     publish("ensembles", table, {"seconds": seconds, "certain": certain}, out)

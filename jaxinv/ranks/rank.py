@@ -33,7 +33,7 @@ from jaxinv._interpreter.batch import TracedNetwork, leading
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._interpreter.walk import is_concrete
 from jaxinv._numerics import tolerances as policy
-from jaxinv._numerics.lapack import cholesky, eigenvalues, singular_values, triangle
+from jaxinv._numerics.lapack import eigenvalues, one_at_a_time, singular_values, triangle
 from jaxinv._numerics.precision import call_in, in_precision
 from jaxinv.errors import InvalidInput
 from jaxinv.gates import Region
@@ -45,17 +45,25 @@ from jaxinv.jacobians.jacobians import (
     tangent_kernel,
 )
 from jaxinv.jacobians.problem import problem_of
+from jaxinv.ranks.certificate import (
+    can_deflate,
+    factored,
+    rank_by_certificate,
+    rank_by_deflation,
+)
 from jaxinv.ranks.evidence import Evidence, evidence_of
 from jaxinv.ranks.exact_method import exact_rank, settled
 from jaxinv.ranks.on_regions import asked, rank_on_region
 from jaxinv.ranks.record import Rank, of_what_was_given
 from jaxinv.ranks.spans import Modular, rank_of_exact
-from jaxinv.typing import Array, DType, DTypeLike, Inputs, Network, Params
+from jaxinv.typing import Array, DType, DTypeLike, Inputs, Network, Params, PyTree
 
 Method = Literal["auto", "svd", "tsqr", "gram", "certificate", "exact", "boundary"]
 _EXACT = lax.Precision.HIGHEST
 # An exact rank costs rows·d² of these for each of three primes; about a second.
 _MOST_ELIMINATIONS = 1 << 27
+# Fewer parameters than these are worth no Cholesky factor, and no loop over an ensemble.
+_SMALL = 256
 
 
 # --- precision and options ---------------------------------------------------------
@@ -299,49 +307,12 @@ def _rank_by_spectrum(
 
 
 @partial(jax.jit, static_argnames=("fn", "dtype", "chunk"))
-def _rank_by_certificate(
+def _certified(
     params: Params, x: Inputs, fn: Network, dtype: DType, chunk: int | None, evidence: Evidence
-) -> Rank:
-    """Cholesky of D(JᵀJ)D + QQᵀ + E, with Q the rescalings, E the dead and D the scale of columns.
-
-    If JᵀJ plus a matrix of rank k is positive definite, then rank J ≥ d − k; and rank J ≤ d − k by
-    theory, for Q has no more columns than its exact span. D does not change the rank, and
-    conditions the matrix.
-    """
-    shapes = problem_of(fn, params, x)
-    d, eps = shapes.parameters, float(jnp.finfo(dtype).eps)
-    known = evidence.known
-    # Rows for a quarter of the memory of JᵀJ: it is read and written once for each chunk.
-    rows_at_once = chunk or max(1, d // (4 * shapes.outputs))
-    A = scaled_gram(fn, params, x, evidence.scale, chunk=rows_at_once)
-    size = jnp.sqrt(jnp.trace(A))
-    # JT = 0, so (JD)(D⁻¹T) = 0: the rescalings of the scaled columns.
-    T = known.tangents
-    A = A + jnp.matmul(T, T.T, precision=_EXACT) + jnp.diag(known.dead.astype(dtype))
-    # Success on A − μ proves A > 0 for μ above what forming A and factoring it can be wrong by:
-    # sums of `rows` and of d products, relative to the diagonal, whose sum is the trace.
-    wrong = evidence.error * (2 * size + evidence.error)
-    mu = jnp.trace(A) * (eps * (d + 2 + 8 * float(np.sqrt(shapes.rows)))) + wrong
-    L = cholesky(A - mu * jnp.eye(d, dtype=dtype))
-    reached = evidence.upper == d - known.num_dead - known.span
-    proven = jnp.isfinite(L).all() & reached & (not evidence.about.casts)
-    reason = evidence.reason + policy.flag(~proven, policy.NOT_FACTORED)
-    silent = policy.LIMITED_BY_ROWS | policy.MEASURED
-    nothing = jnp.full((), jnp.nan, dtype)
-    return Rank(
-        jnp.where(proven, evidence.upper, -1),
-        jnp.where(proven, evidence.upper, 0),
-        evidence.upper,
-        proven,
-        proven,
-        jnp.where(proven, reason & silent, reason),
-        jnp.zeros((), dtype),
-        jnp.sqrt(mu),
-        nothing,
-        jnp.sqrt(mu),
-        nothing,
-        evidence.about,
-    )
+) -> tuple[Rank, Array]:
+    """The rank by its certificate, and the Gram matrix that it was taken from."""
+    found = factored(params, x, fn, dtype, chunk, evidence)
+    return rank_by_certificate(found, evidence), found.gram
 
 
 def _automatic(
@@ -353,25 +324,38 @@ def _automatic(
     rtol: float | None,
     evidence: Evidence,
 ) -> Rank:
-    """The certificate where it can succeed and is worth it, else the SVD."""
-    shapes = problem_of(fn, params, x)
-    if shapes.rows < shapes.parameters // 2 or shapes.parameters < 256 or rtol is not None:
+    """The certificate where it can succeed and is worth it, then deflation, then the SVD."""
+    problem = problem_of(fn, params, x)
+    if problem.rows < problem.parameters // 2 or problem.parameters < _SMALL or rtol is not None:
         return _rank_by_spectrum(params, x, fn, "auto", dtype, chunk, rtol, evidence)
-    found = _rank_by_certificate(params, x, fn, dtype, chunk, evidence)
+    found, gram = _certified(params, x, fn, dtype, chunk, evidence)
+    given = (gram, params, x, evidence)
+    deflates = can_deflate(evidence, dtype)
 
-    def spectrum(params: Params, x: Inputs, evidence: Evidence) -> Rank:
+    def spectrum(gram: Array, params: Params, x: Inputs, evidence: Evidence) -> Rank:
         return _rank_by_spectrum(params, x, fn, "svd", dtype, chunk, rtol, evidence)
 
-    if is_concrete(found.certain):  # else the SVD would be compiled, at every call, and not run
-        return found if found.certain else spectrum(params, x, evidence)
+    def deflated(gram: Array, params: Params, x: Inputs, evidence: Evidence) -> Rank:
+        return rank_by_deflation(params, x, fn, gram, evidence)
 
+    ways = [deflated, spectrum] if deflates else [spectrum]
+    if is_concrete(found.certain):  # else the SVD would be compiled, at every call, and not run
+        for way in ways:
+            found = found if int(found.rank) >= 0 else way(*given)
+        return found
+    for way in ways:
+        found = _unless_settled(found, way, given)
+    return found
+
+
+def _unless_settled(found: Rank, way: Callable[..., Rank], given: tuple[PyTree, ...]) -> Rank:
     # Of an ensemble one after the other: `vmap` of a choice computes both for all.
     @jax.custom_batching.sequential_vmap
-    def settle(found: Rank, params: Params, x: Inputs, evidence: Evidence) -> Rank:
-        return lax.cond(found.certain, lambda: found, lambda: spectrum(params, x, evidence))
+    def settle(found: Rank, *given: PyTree) -> Rank:
+        return lax.cond(found.rank >= 0, lambda: found, lambda: way(*given))
 
-    proven_or_not: Rank = settle(found, params, x, evidence)
-    return proven_or_not
+    settled: Rank = settle(found, *given)
+    return settled
 
 
 def _by_spectrum(method: str) -> Callable[..., Rank]:
@@ -387,9 +371,9 @@ METHODS: dict[str, Callable[..., Rank]] = {
     "svd": _by_spectrum("svd"),
     "tsqr": _by_spectrum("tsqr"),
     "gram": _by_spectrum("gram"),
-    "certificate": lambda params, x, fn, dtype, chunk, _, evidence: _rank_by_certificate(
+    "certificate": lambda params, x, fn, dtype, chunk, _, evidence: _certified(
         params, x, fn, dtype, chunk, evidence
-    ),
+    )[0],
 }
 
 
@@ -412,10 +396,11 @@ def jacobian_rank(
         method: "svd", "tsqr", "gram" as for `jacobian_spectrum`. "certificate" proves the rank
             d − (rescalings) − (dead) by a Cholesky factorisation, several times faster than an SVD,
             and gives -1 where it cannot. "exact" counts in exact arithmetic, outside `jit`, where
-            fn is piecewise polynomial and small. "auto" tries the certificate, then the SVD, and
-            "exact" where that is not certain of a small network. "boundary" proves the rank on the
-            segments between the inputs from the boundaries of gates, outside `jit`; see
-            `functional_dimension`. It is what is used where x is a region of inputs
+            fn is piecewise polynomial and small. "auto" tries the certificate, then finds by
+            inverse iteration what else is in the null space and proves that nothing more is, then
+            the SVD; and "exact" where that is not certain of a small network. "boundary" proves
+            the rank on the segments between the inputs from the boundaries of gates, outside `jit`;
+            see `functional_dimension`. It is what is used where x is a region of inputs
             (`jaxinv.gates.everywhere(x)`, say).
         rtol: singular values up to rtol·σ_1 count as zero; by default those up to their error.
         dtype: float64 (in a scope of its own) or float32, which is only `certain` where the rank
@@ -466,7 +451,13 @@ def rank_of(
         evidence = evidence_of(params, x, network, dtype, chunk, rtol is None)
         return METHODS[method](params, x, network, dtype, chunk, rtol, evidence), evidence
 
-    found, evidence = call_in(dtype, rank, params, x)
+    leaves = jax.tree.leaves((params, x))
+    # Members of an ensemble with much to compute go one by one: each fills the cores, and stays in
+    # the cache.
+    loop = sum(map(jnp.size, jax.tree.leaves(params))) >= _SMALL and not all(
+        is_concrete(leaf) for leaf in leaves
+    )
+    found, evidence = call_in(dtype, one_at_a_time(rank) if loop else rank, params, x)
     if method == "auto" and rtol is None:
         found = settled(found, network, params, x, dtype)
     return of_what_was_given(found, (params, x), dtype), evidence

@@ -31,9 +31,9 @@ class Rank(NamedTuple):
     reason: Array  # int32: flags of `tolerances`: why it is not certain, or says little
     tolerance: Array  # float: singular values up to this count as zero
     error: Array  # float: bound on the error of the computed singular values
-    largest: Array  # float: σ_1 of J with its columns scaled to one size (of J itself with rtol)
-    smallest: Array  # float: σ_rank; of a certificate the largest value that it excludes
-    gap: Array  # float: σ_rank / σ_{rank+1}; inf where there is no further one
+    largest: Array  # float: σ_1 of J, columns scaled to one size (not with rtol); NaN without SVD
+    smallest: Array  # float: σ_rank; by a certificate or deflation a proven bound below it
+    gap: Array  # float: smallest / σ_{rank+1}; inf where there is no further one
     about: policy.About  # static: numbers of examples, outputs, parameters; lines that cast
 
     def __str__(self) -> str:
@@ -53,14 +53,14 @@ class Rank(NamedTuple):
         if jnp.isnan(self.largest) and jnp.isnan(self.smallest):
             found = f"rank {self.rank} ({self.word()}): in exact arithmetic, at most {self.upper}"
             return "".join([found, *notes])
-        return "".join(
-            [
-                f"rank {self.rank} ({self.word()}): {self.lower} proven from below, "
-                f"at most {self.upper}; σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, "
-                f"gap {self.gap:.1e}, error {self.error:.1e}",
-                *notes,
-            ]
-        )
+        if jnp.isnan(self.largest):  # by a Cholesky factor
+            values = f"σ_rank > {self.smallest:.1e} by a certificate"
+            values += "" if jnp.isnan(self.gap) else f", gap > {self.gap:.1e}"
+        else:
+            values = f"σ₁ {self.largest:.2e}, σ_rank {self.smallest:.2e}, gap {self.gap:.1e}"
+        found = f"rank {self.rank} ({self.word()}): {self.lower} proven from below"
+        values = f"at most {self.upper}; {values}, error {self.error:.1e}"
+        return "".join([f"{found}, {values}", *notes])
 
     def word(self) -> str:
         """certain, clear or neither."""
