@@ -48,6 +48,8 @@ from jaxinv.typing import Array, DTypeLike, Inputs, Likelihood, Network, Params,
 # Up to this many parameters "auto" takes an SVD; beyond, a product at a time.
 _DENSE_PARAMETERS = 2000
 _RESIDUAL = 1e-6  # relative residual at which "cr" stops by default
+# Directions to which "cr" keeps the others orthogonal, and the most memory that they may take.
+_KEPT_DIRECTIONS, _KEPT_BYTES = 20, 1 << 28
 _EXACT = lax.Precision.HIGHEST
 
 
@@ -215,7 +217,9 @@ def natural_gradient_direction(
             columns, of the triangle of its QR factorisation, streamed. "cr" is the method of
             conjugate residuals, from 0, with products F v and the memory of some ten copies of
             params: a Krylov method like conjugate gradients, but what it makes smaller in every
-            step is the residual. "auto" is "exact" up to 2000 parameters.
+            step is the residual. Up to 256 MB more hold the first 20 directions, to which the
+            others are kept orthogonal: without them a perturbation of the gradient grows a
+            thousandfold. "auto" is "exact" up to 2000 parameters.
         rtol: "exact" without damping counts singular values of Z up to rtol·σ_1 as zero; by default
             8·max(n·out, d) roundings. "cr" stops at a relative residual of rtol, by default 1e-6,
             or when what is left of the gradient is null to F within rtol.
@@ -337,7 +341,7 @@ def _exact(
     return NaturalGradient(unflatten(v, params), rank, residual, jnp.zeros((), jnp.int32))
 
 
-# k, v, r, p, Ar, Ap, rAr, and the largest Rayleigh quotient
+# k, v, r, Ar, directions p, their images Ap, ‖Ap‖², and the largest Rayleigh quotient
 _Carry = tuple[Array, PyTree, PyTree, PyTree, PyTree, PyTree, Array, Array]
 
 
@@ -351,34 +355,45 @@ def _conjugate_residuals(
     """Conjugate residuals: v minimises ‖A v − g‖ over the Krylov space of A = F + λ and g.
 
     On the range of A it does what conjugate gradients do, at one product per step, and unlike them
-    it does not diverge where g has a part that A cannot reach.
+    it does not diverge where g has a part that A cannot reach. The images of the first directions
+    are kept, and all later ones made orthogonal to them. In exact arithmetic they are; with
+    rounding that is lost as soon as a large eigenvalue has been found, and the steps then multiply
+    a perturbation of g by thousands.
     """
     damping = jnp.where(damping >= 0, damping, jnp.nan)
+    copy = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(gradient))
+    # One place more, for the newest.
+    kept = min(max_iterations, _KEPT_DIRECTIONS, _KEPT_BYTES // (2 * copy)) + 1
 
     def A(v: PyTree) -> PyTree:
         return _plus(product(v), damping, v)
 
     def open_(carry: _Carry) -> Array:
-        k, _, r, _, Ar, _, _, top = carry
+        k, _, r, Ar, _, _, _, top = carry
         # `top` is the largest Rayleigh quotient so far, up to λ_max.
         return (k < max_iterations) & (_norm(r) > rtol * size) & (_norm(Ar) > rtol * top * _norm(r))
 
     def step(carry: _Carry) -> _Carry:
-        k, v, r, p, Ar, Ap, rAr, top = carry
-        alpha = _quotient(rAr, _dot(Ap, Ap))
-        v, r = _plus(v, alpha, p), _plus(r, -alpha, Ap)
+        k, v, r, Ar, P, Q, squares, top = carry
+        p, q = r, Ar
+        for _ in range(min(kept, 2)):  # twice is enough
+            along = _quotient(-_dots(Q, q), squares)
+            p, q = _combined(p, along, P), _combined(q, along, Q)
+        square, at = _dot(q, q), jnp.minimum(k, kept - 1)
+        alpha = _quotient(_dot(q, r), square)
+        v, r = _plus(v, alpha, p), _plus(r, -alpha, q)
+        P, Q, squares = _with(P, at, p), _with(Q, at, q), squares.at[at].set(square)
         Ar = A(r)
-        after = _dot(r, Ar)
-        beta = _quotient(after, rAr)
         top = jnp.maximum(top, _quotient(_norm(Ar), _norm(r)))
-        return k + 1, v, r, _plus(r, beta, p), Ar, _plus(Ar, beta, Ap), after, top
+        return k + 1, v, r, Ar, P, Q, squares, top
 
     g, size = gradient, _norm(gradient)
     rtol = jnp.asarray(rtol, dtype=size.dtype)
     Ag = A(g)
     start = optax.tree.zeros_like(g)
     top = _quotient(_norm(Ag), size)
-    carry = (jnp.zeros((), jnp.int32), start, g, g, Ag, Ag, _dot(g, Ag), top)
+    none = jax.tree.map(lambda a: jnp.zeros((kept, *a.shape), a.dtype), g)
+    carry = (jnp.zeros((), jnp.int32), start, g, Ag, none, none, jnp.zeros(kept, size.dtype), top)
     k, v, *_ = lax.while_loop(open_, step, carry)
     # The residual of the recurrence drifts off in floating point.
     r = _plus(g, -1, A(v))
@@ -399,6 +414,28 @@ _plus = optax.tree.add_scale  # (a, factor, b) -> a + factor·b
 def _dot(a: PyTree, b: PyTree) -> Array:
     products = jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)
     return jnp.stack(jax.tree.leaves(products)).sum()
+
+
+def _dots(stack: PyTree, tree: PyTree) -> Array:
+    """The products with each tree of a stack."""
+    products = jax.tree.map(lambda a, b: jnp.tensordot(a, b, b.ndim, precision=_EXACT), stack, tree)
+    return jnp.stack(jax.tree.leaves(products)).sum(0)
+
+
+def _combined(tree: PyTree, factors: Array, stack: PyTree) -> PyTree:
+    """tree + Σ factors · stack; of a stack of one without a copy of it."""
+
+    def one(a: Array, s: Array) -> Array:
+        if len(s) == 1:
+            return a + factors[0] * s[0]
+        return a + jnp.tensordot(factors, s, 1, precision=_EXACT)
+
+    return jax.tree.map(one, tree, stack)
+
+
+def _with(stack: PyTree, at: Array, tree: PyTree) -> PyTree:
+    """The stack with a tree at one place; a stack of one is replaced."""
+    return jax.tree.map(lambda s, a: s.at[at].set(a) if len(s) > 1 else a[None], stack, tree)
 
 
 def _norm(tree: PyTree) -> Array:
