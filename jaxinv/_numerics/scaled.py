@@ -224,10 +224,13 @@ def power(value: ArrayLike, p: float, dtype: DTypeLike, *, sample: bool = False)
 
 @partial(jax.jit, static_argnames=("p", "dtype", "sample"))
 def _power_of_array(value: Array, p: float, dtype: DTypeLike, sample: bool) -> Scaled:
-    x = _size(value, dtype)
+    # XLA stores an array of the size of `value` that more than one sum reads: so each works it out
+    # for itself, with signs until the last, and from copies of the factors.
+    x = _real(value, dtype)
+    factors: list[Array] = []
     k = jnp.zeros((1,) * x.ndim, jnp.int32)
     if not x.ndim:
-        unit, k = _even_unit(lax.stop_gradient(x))
+        unit, k = _even_unit(abs(lax.stop_gradient(x)))
         x = x * (1 / unit)
     for axis in gauged_axes(x.shape):
         grid = [
@@ -235,25 +238,30 @@ def _power_of_array(value: Array, p: float, dtype: DTypeLike, sample: bool) -> S
             for a, n in enumerate(x.shape)
         ]
         cells = [n if a == axis else 1 for a, n in enumerate(x.shape)]
-        unit, more = _even_unit(_tops(lax.stop_gradient(x[tuple(grid)]), cells))
-        x, k = x * (1 / unit), k + more
+        part = x
+        for factor in factors:
+            part = part * factor
+        unit, more = _even_unit(_tops(lax.stop_gradient(part[tuple(grid)]), cells))
+        factors, k = [*factors, 1 / unit], k + more
+    for factor in factors:
+        x = x * lax.optimization_barrier(factor)
     exponent, fraction = times(k, p, x.dtype)
+    x = abs(x)
     if p % 1 == 0:
         return Scaled(lax.integer_pow(x, int(p)) if p > 1 else x, exponent)
     # 2^(k·p) is no power of two for real p: its fractional part stays in the mantissa.
     return Scaled(x ** jnp.asarray(p, x.dtype) * fraction, exponent)
 
 
-def _size(value: Array, dtype: DTypeLike) -> Array:
-    """|value|, also of complex numbers."""
-    if jnp.issubdtype(value.dtype, jnp.complexfloating):
-        value = abs(value)
-    return abs(value.astype(dtype))
+def _real(value: Array, dtype: DTypeLike) -> Array:
+    """A number of the same absolute value."""
+    complex_ = jnp.issubdtype(value.dtype, jnp.complexfloating)
+    return (abs(value) if complex_ else value).astype(dtype)
 
 
 def power_along(value: Array, p: float, dtype: DTypeLike) -> Scaled:
     """|value|^p with an exponent for each index of all axes but the first."""
-    x = _size(value, dtype)
+    x = abs(_real(value, dtype))
     unit, k = _even_unit(_tops(lax.stop_gradient(x), (1, *x.shape[1:])))
     exponent, fraction = times(k, p, x.dtype)
     return Scaled((x * (1 / unit)) ** jnp.asarray(p, x.dtype) * fraction, exponent)

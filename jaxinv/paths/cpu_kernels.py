@@ -63,8 +63,19 @@ def dense(eqn: Equation, data: Array, matrix: Array) -> Array | None:
     """A dense layer, (..., k) times (k, n); None for any other contraction."""
     if eqn.params["dimension_numbers"] != (((data.ndim - 1,), (0,)), ((), ())) or matrix.ndim != 2:
         return None
-    out = matmul(data.reshape(-1, data.shape[-1]), matrix)
+    rows = data.reshape(-1, data.shape[-1])
+    out = matmul(rows, _after(rows, matrix))
     return out.reshape(*data.shape[:-1], matrix.shape[1])
+
+
+def _after(rows: Array, weights: Array) -> Array:
+    """The weights, not before the rows are known.
+
+    XLA would raise the weights of all layers to their powers first, and hold them all at once: on a
+    CPU new pages of memory cost more than the arithmetic.
+    """
+    known = jnp.where(jnp.isnan(lax.stop_gradient(rows[0, 0])), jnp.nan, 1)
+    return weights * known.astype(weights.dtype)
 
 
 def convolution(eqn: Equation, data: Array, kernel: Array) -> Array | None:
@@ -92,6 +103,7 @@ def convolution(eqn: Equation, data: Array, kernel: Array) -> Array | None:
     if summed[0] == in_axis:
         rows = rows.swapaxes(1, 2)
     rows = rows.reshape(rows.shape[0], -1)
+    kernel = _after(rows, kernel)
     if out_axis == 0:
         out = jnp.matmul(rows, kernel.reshape(features, -1).T, precision=lax.Precision.HIGHEST)
     else:

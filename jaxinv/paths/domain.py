@@ -28,20 +28,28 @@ class PathDomain:
 
     `edges_only` refuses edge weights that are not monomials of the parameters (κ needs none).
     `streaming` allows products that cannot be differentiated in forward mode (see
-    `_numerics.stream`).
+    `_numerics.stream`). With `sample` only some elements of large weights are looked at to tell
+    exponents and zeros.
     """
 
     rules = {
         primitive: codes.aware(rule) for primitive, rule in (linear.RULES | piecewise.RULES).items()
     }
 
-    def __init__(self, p: float, dtype: DType, edges_only: bool, streaming: bool = False):
+    def __init__(
+        self,
+        p: float,
+        dtype: DType,
+        edges_only: bool,
+        streaming: bool = False,
+        sample: bool = False,
+    ):
         self.p, self.dtype = p, dtype
-        self.edges_only, self.streaming = edges_only, streaming
+        self.edges_only, self.streaming, self.sample = edges_only, streaming, sample
 
     def lenient(self) -> PathDomain:
         """The same domain, not yet refusing weights that are not edges."""
-        return PathDomain(self.p, self.dtype, False, self.streaming)
+        return PathDomain(self.p, self.dtype, False, self.streaming, self.sample)
 
     def power(self, value: ArrayLike) -> Scaled:
         """|value|^p."""

@@ -219,7 +219,8 @@ def _checked(
         slice(None, None, max(1, n // 16) if sample and a in others else 1)
         for a, n in enumerate(value.shape)
     ]
-    filled = jnp.any(value[tuple(grid)] != 0, others, keepdims=True)
+    # The largest, for XLA stores the outcomes of comparisons.
+    filled = jnp.max(abs(value[tuple(grid)]), others, initial=0, keepdims=True) > 0
     lost = small & ((mantissa > 0) | vanished & _placed(filled, plan.columns, plan.rank))
     known = jnp.where(lax.stop_gradient(lost), jnp.nan, mantissa)
     return scaled.normalize(Scaled(known, exponent))

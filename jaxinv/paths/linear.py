@@ -296,7 +296,7 @@ def _contracted(
     if part.plan is None:
         return _scaled.normalize(Scaled(mantissa, part.exponent))
     value = weight.value if isinstance(weight, Weight) else jnp.asarray(weight)
-    return _path_exponents.checked(mantissa, sums, value, part, domain.streaming)
+    return _path_exponents.checked(mantissa, sums, value, part, domain.sample)
 
 
 _EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}

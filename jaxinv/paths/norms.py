@@ -21,7 +21,7 @@ ICLR 2024 (arXiv:2310.01225) for biases, pooling and skip connections.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ from jaxinv.typing import Array, Constant, DType, Inputs, Network, Params, PyTre
 # power of two, which leaves float32 room for shares down to 2^-216.
 _HEADROOM = 90
 
+T = TypeVar("T")
+
 
 class _Problem(NamedTuple):
     """What one forward pass needs: the trace and the lengths |w|^p of the parameters."""
@@ -49,6 +51,7 @@ class _Problem(NamedTuple):
     leaves: list[Constant]
     lengths: list[Scaled]
     dtype: DType
+    sample: bool
 
 
 def _checked(
@@ -66,16 +69,16 @@ def _problem(
 ) -> _Problem:
     dtype = scaled.working_dtype(leaves)
     lengths = [scaled.power(jnp.asarray(a), p, dtype, sample=sample) for a in leaves]
-    return _Problem(network, leaves, lengths, dtype)
+    return _Problem(network, leaves, lengths, dtype, sample)
 
 
 def _forward(
     problem: _Problem, mantissas: list[Array], p: float, edges_only: bool, streaming: bool = False
 ) -> list[Scaled]:
     """Sums over the paths into every output element, for given mantissas of the |w|^p."""
-    network, leaves, lengths, dtype = problem
+    network, leaves, lengths, dtype, sample = problem
     trace = network.program.trace
-    domain = PathDomain(float(p), dtype, edges_only, streaming)
+    domain = PathDomain(float(p), dtype, edges_only, streaming, sample)
     weights = [
         Weight(
             jnp.asarray(value),
@@ -101,30 +104,65 @@ def _forward(
     ]
 
 
-def _unit_sums(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Scaled]:
+def _unit_sums(
+    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+) -> list[Scaled]:
     problem = _problem(network, leaves, p)
-    return _forward(problem, [s.mantissa for s in problem.lengths], p, edges_only=False)
+    start = [s.mantissa for s in problem.lengths]
+    return _forward(problem, start, p, edges_only=False, streaming=streaming)
 
 
-def _norm(network: TracedNetwork, leaves: list[Constant], p: float) -> Array:
-    return scaled.root(scaled.total(_unit_sums(network, leaves, p)), p)
+def _streamed(
+    function: Callable[[TracedNetwork, list[Constant], float, bool], T],
+) -> Callable[[TracedNetwork, list[Constant], float], T]:
+    """`function` with `streaming`, and without where it is differentiated."""
+
+    def call(network: TracedNetwork, leaves: list[Constant], p: float) -> T:
+        @jax.custom_jvp
+        def of(*leaves: Constant) -> T:
+            return function(network, list(leaves), p, True)
+
+        @of.defjvp
+        def _(given: tuple[Constant, ...], tangents: tuple[Array, ...]) -> tuple[T, T]:
+            plain = lambda *leaves: function(network, list(leaves), p, False)  # noqa: E731
+            found: tuple[T, T] = jax.jvp(plain, given, tangents)
+            return found
+
+        return of(*map(jnp.asarray, leaves))
+
+    return call
 
 
-def _log_norm(network: TracedNetwork, leaves: list[Constant], p: float) -> Array:
-    return scaled.log(scaled.total(_unit_sums(network, leaves, p))) / p
+@_streamed
+def _norm(network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool) -> Array:
+    return scaled.root(scaled.total(_unit_sums(network, leaves, p, streaming)), p)
 
 
-def _unit_norms(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Array]:
-    sums = _unit_sums(network, leaves, p)
+@_streamed
+def _log_norm(network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool) -> Array:
+    return scaled.log(scaled.total(_unit_sums(network, leaves, p, streaming))) / p
+
+
+@_streamed
+def _unit_norms(
+    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+) -> list[Array]:
+    sums = _unit_sums(network, leaves, p, streaming)
     return [scaled.root(scaled.moved(lambda array: array[0], out), p) for out in sums]
 
 
-def _kappa(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Array]:
-    return [scaled.value(s) for s in _scaled_kappa(network, leaves, p, streaming=False)]
+@_streamed
+def _kappa(
+    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+) -> list[Array]:
+    return [scaled.value(s) for s in _scaled_kappa(network, leaves, p, streaming)]
 
 
-def _log_kappa(network: TracedNetwork, leaves: list[Constant], p: float) -> list[Array]:
-    return [scaled.log(s) for s in _scaled_kappa(network, leaves, p, streaming=False)]
+@_streamed
+def _log_kappa(
+    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+) -> list[Array]:
+    return [scaled.log(s) for s in _scaled_kappa(network, leaves, p, streaming)]
 
 
 class PowerOfNorm(NamedTuple):
@@ -147,10 +185,14 @@ def power_of_norm(
 
 
 def _power_of_norm(
-    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+    network: TracedNetwork,
+    leaves: list[Constant],
+    p: float,
+    streaming: bool,
+    sample: bool = False,
 ) -> PowerOfNorm:
     """With `streaming` to be differentiated once, in reverse mode."""
-    problem = _problem(network, leaves, p, sample=streaming)
+    problem = _problem(network, leaves, p, sample)
 
     def norm(mantissas: list[Array]) -> tuple[Array, Array]:
         outputs = _forward(problem, mantissas, p, edges_only=True, streaming=streaming)
@@ -171,16 +213,23 @@ def scaled_kappa(
 ) -> list[Scaled]:
     """κ of every leaf as mantissa · 2^exponent: exact under power-of-two rescaling, no overflow.
 
-    With `streaming` large dense layers are read as few times as possible, which a training loop
-    needs; the result is NaN, not wrong, if the weights of one array span more than float32 can.
+    With `streaming` large dense layers are read as few times as possible, and their exponents are
+    read off a sample, which a training loop needs; the result is NaN, not wrong, if the weights of
+    one array span more than float32 can.
     """
-    return _scaled_kappa(*_checked(fn, params, x, p, batch_axis), float(p), streaming)
+    return _scaled_kappa(
+        *_checked(fn, params, x, p, batch_axis), float(p), streaming, sample=streaming
+    )
 
 
 def _scaled_kappa(
-    network: TracedNetwork, leaves: list[Constant], p: float, streaming: bool
+    network: TracedNetwork,
+    leaves: list[Constant],
+    p: float,
+    streaming: bool,
+    sample: bool = False,
 ) -> list[Scaled]:
-    norm, lengths = _power_of_norm(network, leaves, p, streaming)
+    norm, lengths = _power_of_norm(network, leaves, p, streaming, sample)
     start = [s.mantissa for s in lengths]
     mantissa, pull_back, exponent = jax.vjp(norm, start, has_aux=True)
     seed = jnp.where(jnp.isfinite(mantissa), 2.0**_HEADROOM, jnp.nan).astype(mantissa.dtype)

@@ -140,6 +140,7 @@ class Semantics(Reader[Operand], Protocol):
     dtype: DType
     edges_only: bool
     streaming: bool
+    sample: bool
 
     def power(self, value: ArrayLike) -> Scaled: ...
 

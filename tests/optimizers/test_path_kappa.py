@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jaxinv
 from jaxinv import (
     InvalidInput,
     UnsupportedOperation,
@@ -20,8 +21,9 @@ from jaxinv import (
     path_sgd,
     scale_by_path_kappa,
 )
-from jaxinv._numerics import stream
+from jaxinv._numerics import scaled, stream
 from jaxinv.networks import cnn, init_cnn, init_mlp, mlp
+from jaxinv.paths.norms import scaled_kappa
 
 SIZES = (6, 8, 3)
 DEEP = (6, 8, 7, 3)
@@ -148,9 +150,45 @@ def test_the_streamed_product_gives_the_kappa_of_the_plain_one(transposed, p, mo
     u = update(tx, ones, w)
     streamed = len(calls)
     assert streamed > 0
-    kappa = jax.jit(lambda w: path_kappa(fn, w, x, p=p))(w)
-    assert len(calls) == streamed  # the public κ takes the other route
-    chex.assert_trees_all_close(u, jax.tree.map(lambda k: k ** (-2 / p), kappa), rtol=3e-5)
+    plain = jax.jit(lambda w: [scaled.value(k) for k in scaled_kappa(fn, w, x, p)])(w)
+    assert len(calls) == streamed  # this one takes the other route
+    powers = [k ** (-2 / p) for k in plain]
+    chex.assert_trees_all_close(jax.tree.leaves(u), powers, rtol=3e-5)
+    public = jax.jit(lambda w: path_kappa(fn, w, x, p=p))(w)
+    assert len(calls) > streamed
+    chex.assert_trees_all_close(jax.tree.leaves(public), plain, rtol=3e-5)
+
+
+def test_a_streamed_norm_has_derivatives_of_every_order(monkeypatch):
+    def fn(w, x):
+        return jnp.maximum(x @ w["a"], 0) @ w["b"]
+
+    calls = []
+    contract = stream.contract
+    monkeypatch.setattr(stream, "contract", lambda *a: calls.append(1) or contract(*a))
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = {"a": jax.random.normal(keys[0], (3, 300)), "b": jax.random.normal(keys[1], (300, 300))}
+    v = {"a": jnp.zeros((3, 300)), "b": jax.random.normal(keys[2], (300, 300))}
+    x = jnp.zeros((1, 3))
+
+    def power(w):
+        return (jnp.square(w["a"]) @ jnp.square(w["b"])).sum()
+
+    def norm(w):
+        return jaxinv.path_norm(fn, w, x)
+
+    np.testing.assert_allclose(norm(w), jnp.sqrt(power(w)), rtol=1e-6)
+    assert len(calls) == 1
+    want = jax.grad(lambda w: jnp.sqrt(power(w)))
+    chex.assert_trees_all_close(jax.grad(norm)(w), want(w), rtol=1e-4, atol=1e-7)
+    got = jax.jvp(jax.grad(norm), (w,), (v,))[1]
+    chex.assert_trees_all_close(got, jax.jvp(want, (w,), (v,))[1], rtol=1e-3, atol=1e-6)
+    slope = jax.jvp(lambda w: path_kappa(fn, w, x)["a"], (w,), (v,))[1]
+    ones = jnp.ones((3, 1))
+    by_hand = ones * (2 * w["b"] * v["b"]).sum(1)
+    np.testing.assert_allclose(slope, by_hand, rtol=1e-3, atol=1e-3)
+    members = jax.tree.map(lambda a, b: jnp.stack([a, b]), w, jax.tree.map(lambda a: 2 * a, w))
+    np.testing.assert_allclose(jax.vmap(norm)(members), norm(w) * jnp.array([1.0, 4.0]), rtol=1e-6)
 
 
 def test_every_refreshes_kappa_at_its_period_only():
