@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.walk import Body, Equation, Operand, Value, is_concrete
-from jaxinv.frames import arithmetic, layout, loops, products
-from jaxinv.frames.system import NONE, Ref, Relation, S, System, Vector
+from jaxinv.frames import arithmetic, forms, layout, loops, mixing, products
+from jaxinv.frames.algebras import Commutants, Labels
+from jaxinv.frames.system import NONE, Kind, Ref, Relation, S, System, Vector
 from jaxinv.frames.values import Axis, Block, Framed, each, level, like, numbers, refined
 from jaxinv.typing import ArrayLike
 
@@ -33,10 +34,12 @@ _ELEMENTWISE = frozenset(
 class FramesDomain:
     """Relations between the frames of all values of one program."""
 
-    rules = arithmetic.RULES | layout.RULES | products.RULES
+    rules = mixing.lazily(layout.RULES | products.RULES | arithmetic.RULES)
 
     def __init__(self) -> None:
         self.system = System()
+        self.labels = Labels()  # of data that coefficients of linear forms come from
+        self.commutant = Commutants(self.labels)
         self.constants: list[np.ndarray] = []  # vectors among the constants that multiply axes
         self.ended_by: dict[tuple[str, str], None] = {}  # (operation, line) that ended a frame
 
@@ -59,6 +62,7 @@ class FramesDomain:
 
     def framed(self, operand: Operand) -> Framed:
         """Any operand; constants allow no frames."""
+        operand = forms.resolved(operand)
         if isinstance(operand, Framed):
             return operand
         assert not isinstance(operand, Value)
@@ -106,7 +110,7 @@ class FramesDomain:
             value = like(value, square=None)
         return value
 
-    def restrict(self, axis: Axis, kind: str) -> None:
+    def restrict(self, axis: Axis, kind: Kind) -> None:
         for _, refs in refined(self.system, axis) if axis else ():
             for i in np.unique(refs):
                 self.system.restrict(self.system.ref(int(i)), kind)

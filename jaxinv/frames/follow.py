@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxinv._interpreter import walk
 from jaxinv._interpreter.walk import Trace
+from jaxinv.frames.algebras import Algebra
 from jaxinv.frames.domain import FramesDomain
-from jaxinv.frames.system import GL, NONE, SAME, Ref, Relation, System
+from jaxinv.frames.system import GL, NONE, SAME, Kind, Ref, Relation, System
 from jaxinv.frames.values import Framed, refined
 
 
@@ -26,7 +27,7 @@ class Place(NamedTuple):
 class FrameClass(NamedTuple):
     """One unknown matrix, and everywhere that it acts."""
 
-    kind: str
+    kind: Kind
     size: int
     places: tuple[Place, ...]
 
@@ -109,7 +110,8 @@ def _classes(domain: FramesDomain, leaves: Sequence[Framed]) -> tuple[FrameClass
 
 def _unread(found: FrameClass) -> bool:
     """Whether any matrix acts on the one side alone: so does 0, and nothing reads these weights."""
-    return found.kind == GL and len({place.relation.dual for place in found.places}) == 1
+    free = found.kind == GL or (isinstance(found.kind, Algebra) and found.kind.diagonal > 0)
+    return free and len({place.relation.dual for place in found.places}) == 1
 
 
 def _by_root(system: System, refs: np.ndarray) -> list[tuple[Ref, np.ndarray]]:

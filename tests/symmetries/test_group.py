@@ -207,7 +207,16 @@ def hostile():
         "tied twice": (lambda w, x: x @ w["a"] @ w["b"] @ w["b"] @ w["a"].T, square, ["O"]),
         "trace": (lambda w, x: x[:, :4] * jnp.trace(w["b"]), square, []),
         "inverse": (lambda w, x: x @ w["a"] @ jnp.linalg.inv(w["b"]), square, []),
-        "flip": (lambda w, x: (x @ w["a"])[:, ::-1] @ w["b"], two, []),
+        "flip": (lambda w, x: (x @ w["a"])[:, ::-1] @ w["b"], two, ["GL"]),
+        "flip of tied": (lambda w, x: (x @ w["a"])[:, ::-1] @ w["a"].T, two, []),
+        "flips and a gain": (
+            lambda w, x: ((x @ w["a"])[:, ::-1] * w["g"])[:, ::-1] @ w["b"],
+            two | {"g": (4,)}, ["GL"],
+        ),
+        "flip and parts": (
+            lambda w, x: jnp.tanh((x @ w["a"])[:, ::-1][:, :2]) @ w["b"][:2] + x @ w["a"] @ w["b"],
+            two, [],
+        ),
         "skip": (
             lambda w, x: jnp.concatenate([x, x @ w["a"]], -1) @ w["b"],
             {"a": (5, 4), "b": (9, 3)}, ["GL"],
