@@ -7,6 +7,7 @@ plane a scale and a rotation, the complex numbers.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
@@ -110,19 +111,10 @@ class Algebra(NamedTuple):
 
     def turned(self, turn: Sequence[int]) -> Algebra:
         """Of the matrices A[turn, turn]."""
-        place = np.argsort(turn)
-        return _of(
-            b._replace(where=tuple(tuple(int(place[i]) for i in w) for w in b.where))
-            for b in self.blocks
-        )
+        return _turned(self, tuple(turn))
 
     def transposed(self) -> Algebra:
-        return _of(
-            b
-            if b.basis is None
-            else b._replace(basis=_rounded(np.asarray(b.basis).transpose(0, 2, 1)))
-            for b in self.blocks
-        )
+        return _transposed(self)
 
     def where(self, *, rotations: bool = False, fixes_ones: bool = False) -> Algebra:
         """Its matrices with A = −Aᵀ, or with A·1 = 0 and 1ᵀA = 0."""
@@ -140,6 +132,24 @@ class Algebra(NamedTuple):
             if len(c):
                 found.append(b._replace(basis=_rounded(np.einsum("kb,bij->kij", c, B))))
         return _of(found)
+
+
+# Networks ask this of few algebras, many times.
+@functools.lru_cache(256)
+def _turned(algebra: Algebra, turn: tuple[int, ...]) -> Algebra:
+    place = np.argsort(turn)
+    return _of(
+        b._replace(where=tuple(tuple(int(place[i]) for i in w) for w in b.where))
+        for b in algebra.blocks
+    )
+
+
+@functools.lru_cache(256)
+def _transposed(algebra: Algebra) -> Algebra:
+    return _of(
+        b if b.basis is None else b._replace(basis=_rounded(np.asarray(b.basis).transpose(0, 2, 1)))
+        for b in algebra.blocks
+    )
 
 
 def _in(where: tuple[int, ...], inside: range) -> bool:

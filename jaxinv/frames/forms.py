@@ -20,7 +20,7 @@ from jaxinv.frames.algebras import Algebra
 from jaxinv.frames.system import Ref, Relation
 from jaxinv.frames.values import Block, Framed, Frames, each, refined
 
-_LONGEST = 512  # side of the matrices of an axis
+LONGEST = 512  # side of the matrices of an axis
 
 
 class Form(NamedTuple):
@@ -92,7 +92,7 @@ def _commuting(domain: Frames, form: Form, shape: Sequence[int]) -> Framed | Non
     # One frame per place along all but the last of the axes: per head.
     last = large[-1]
     n, head_axes = form.lengths[last], [i for i in range(len(form.lengths)) if i != last]
-    if n > _LONGEST:
+    if n > LONGEST:
         return None
     heads = [form.lengths[i] for i in head_axes]
 

@@ -19,7 +19,7 @@ from jaxinv._interpreter.walk import (
     is_concrete,
     primitive,
 )
-from jaxinv.frames.forms import Form, Pending, resolved
+from jaxinv.frames.forms import LONGEST, Form, Pending, resolved
 from jaxinv.frames.layout import groups_of
 from jaxinv.frames.values import Framed, Frames
 
@@ -401,7 +401,9 @@ def _weighed(domain: Frames, value: Operand, y: Operand, shape: Sequence[int]) -
 
 
 def _mixes(form: Form, y: Operand) -> bool:
-    """Whether a factor varies along the axis and along others, which is no gain."""
+    """Whether a factor varies along the axis, of a head, and along others, which is no gain."""
+    if form.lengths[0] > LONGEST:
+        return False
     if isinstance(y, Framed):
         return bool(y.shape) and form.axis not in y.uniform and y.vector is None
     array = np.asarray(y)
