@@ -66,6 +66,10 @@ def _sum(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int) -> Axis:
     if a in constant.uniform:
         domain.fixes_ones(axis)
         return axis
+    if axis is not None and constant.vector is not None and constant.vector[1] == a:
+        # A number times a gain, as β − μγ/σ: what is left of the gain is a number added to all.
+        domain.fixes_ones(domain.multiplied(axis, constant.vector[0], -1))
+        return axis
     domain.end(eqn, axis)
     return None
 
@@ -140,6 +144,7 @@ def _scaled(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int, power: 
             return axis
         if factor.vector and factor.vector[1] == a and value.vector is None:
             domain.end(eqn, factor.axes[a])
+            domain.gains.add(factor.vector[0].source)
             return domain.multiplied(axis, factor.vector[0], sign)
     domain.end(eqn, one)
     domain.end(eqn, other)

@@ -41,6 +41,7 @@ class FramesDomain:
         self.labels = Labels()  # of data that coefficients of linear forms come from
         self.commutant = Commutants(self.labels)
         self.constants: list[np.ndarray] = []  # vectors among the constants that multiply axes
+        self.gains: set[int] = set()  # leaves that multiply an axis that has frames
         self.ended_by: dict[tuple[str, str], None] = {}  # (operation, line) that ended a frame
 
     # --- operands ---

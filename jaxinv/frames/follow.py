@@ -12,7 +12,7 @@ from jaxinv._interpreter.walk import Trace
 from jaxinv.frames.algebras import Algebra
 from jaxinv.frames.domain import FramesDomain
 from jaxinv.frames.system import GL, NONE, SAME, Kind, Ref, Relation, System
-from jaxinv.frames.values import Framed, refined
+from jaxinv.frames.values import Framed, numbers, refined
 
 
 class Place(NamedTuple):
@@ -61,10 +61,30 @@ def frames_of(
         for value in walk.interpret(trace, views, inputs, domain):
             domain.end_all(last, domain.framed(value))
         found = [_dead(domain, leaf) for leaf in leaves]
+        early = _tied_gains(domain, leaves)
         if found == dead:
             break
-        dead = found
+        dead = [d | {0} if i in early else d for i, d in enumerate(dead)] if early else found
     return Frames(_classes(domain, leaves), tuple(domain.constants), tuple(domain.ended_by))
+
+
+def _tied_gains(domain: FramesDomain, leaves: Sequence[Framed]) -> set[int]:
+    """Gains with a frame that is also that of another leaf, as of the offset in β − μγ/σ.
+
+    A gain allows no matrix for a reason of its own, which is no reason for the other leaf.
+    """
+    roots: dict[int, set[int]] = {}
+    for i, leaf in enumerate(leaves):
+        for axis in leaf.axes:
+            for number in numbers(axis):
+                for _, piece in domain.system.pieces(domain.system.ref(number)):
+                    roots.setdefault(domain.system.root(piece.frame).frame, set()).add(i)
+    return {
+        i
+        for owners in roots.values()
+        for i in owners & domain.gains
+        if len(owners) > 1 and leaves[i].axes[0] is not None
+    }
 
 
 def _view(leaf: Framed) -> Framed:

@@ -242,10 +242,10 @@ class System:
                 start += size
             return
         if relation.gains and kind != NONE:
-            if kind in (S, O1) or self.kinds[root] != GL:
+            if self.kinds[root] != GL:
                 kind = NONE
             else:
-                # The matrix that is seen here is the rotation, and becomes the root.
+                # The matrix that is seen here is of the kind, and becomes the root.
                 j = self.ref(int(self.new(self.sizes[root], kind)[0])).frame
                 self.parents[root], self.relations[root] = j, relation.inverse()
                 return

@@ -71,6 +71,7 @@ class Frames(Protocol):
     """What rules ask of the domain."""
 
     system: System
+    gains: set[int]
     labels: Labels
     commutant: Commutants
 
