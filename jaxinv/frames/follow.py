@@ -10,7 +10,7 @@ import numpy as np
 from jaxinv._interpreter import walk
 from jaxinv._interpreter.walk import Trace
 from jaxinv.frames.algebras import Algebra
-from jaxinv.frames.domain import FramesDomain
+from jaxinv.frames.domain import MOST_ALONG, FramesDomain
 from jaxinv.frames.system import GL, NONE, SAME, Kind, Ref, Relation, System
 from jaxinv.frames.values import Framed, numbers, refined
 
@@ -51,8 +51,10 @@ def frames_of(
     the program is followed until no more of them are found.
     """
     dead: list[frozenset[int]] = [frozenset()] * len(shapes)
+    deep: set[int] = set()
     while True:
         domain = domain_of()
+        domain.deep |= deep
         leaves = [domain.leaf(i, shape, dead[i]) for i, shape in enumerate(shapes)]
         last = walk.output_equation(trace)
         jaxpr, _ = walk.open_jaxpr(trace.jaxpr)
@@ -62,9 +64,17 @@ def frames_of(
             domain.end_all(last, domain.framed(value))
         found = [_dead(domain, leaf) for leaf in leaves]
         early = _tied_gains(domain, leaves)
+        long = {i for i in domain.deep - deep if shapes[i][0] > MOST_ALONG}
+        if long:  # each of their steps may have matrices of its own
+            deep |= long
+            continue
         if found == dead:
             break
-        dead = [d | {0} if i in early else d for i, d in enumerate(dead)] if early else found
+        whole = [
+            frozenset(range(len(shape))) if i in early else d
+            for i, (shape, d) in enumerate(zip(shapes, dead, strict=True))
+        ]
+        dead = whole if early else found
     return Frames(_classes(domain, leaves), tuple(domain.constants), tuple(domain.ended_by))
 
 
@@ -79,12 +89,7 @@ def _tied_gains(domain: FramesDomain, leaves: Sequence[Framed]) -> set[int]:
             for number in numbers(axis):
                 for _, piece in domain.system.pieces(domain.system.ref(number)):
                     roots.setdefault(domain.system.root(piece.frame).frame, set()).add(i)
-    return {
-        i
-        for owners in roots.values()
-        for i in owners & domain.gains
-        if len(owners) > 1 and leaves[i].axes[0] is not None
-    }
+    return {i for owners in roots.values() for i in owners & domain.gains if len(owners) > 1}
 
 
 def _view(leaf: Framed) -> Framed:

@@ -83,6 +83,10 @@ class Relation(NamedTuple):
 
     def of(self, inner: Relation) -> Relation:
         """The relation that is this one of the inner one of A."""
+        if self == SAME:
+            return inner
+        if inner == SAME:
+            return self
         sign = -1 if self.dual else 1
         gains = _times(self.gains, _ordered(inner.gains, self.turn), sign)
         return Relation(self.dual ^ inner.dual, gains, _turns(inner.turn, self.turn))
@@ -170,10 +174,14 @@ class System:
 
     def root(self, frame: int) -> Ref:
         """The frame that stands for this one, and how this one comes from it."""
-        relation = SAME
+        path = []
         while self.parents[frame] != frame:
-            relation = relation.of(self.relations[frame])
+            path.append(frame)
             frame = self.parents[frame]
+        relation = SAME
+        for below in reversed(path):
+            relation = self.relations[below].of(relation)
+            self.parents[below], self.relations[below] = frame, relation
         return Ref(frame, relation)
 
     def seen(self, ref: Ref) -> Ref:
@@ -184,6 +192,8 @@ class System:
     def cuts(self, frame: int) -> set[int]:
         """Where a frame has been cut into blocks."""
         root = self.root(frame).frame
+        if self.parts[root] is None:
+            return set()
         found: set[int] = set()
         offset = 0
         for part in self.parts[root] or ():

@@ -71,7 +71,11 @@ class Frames(Protocol):
     """What rules ask of the domain."""
 
     system: System
+    deep: set[int]
     gains: set[int]
+
+    def alone(self) -> Frames: ...
+
     labels: Labels
     commutant: Commutants
 
