@@ -53,31 +53,46 @@ class Form(NamedTuple):
         return same and self.own == other.own and self.places == other.places
 
 
-class Pending(Framed):
+class Deferred(Framed):
     """A value whose frames are put off until something asks for them."""
 
-    __slots__ = ("domain", "eager", "form", "found")
+    __slots__ = ("found",)
 
-    def __init__(
-        self, shape: Sequence[int], form: Form, domain: Frames, eager: Callable[[], Framed]
-    ) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         super().__init__(shape)
-        self.form, self.domain, self.eager = form, domain, eager
         self.found: Framed | None = None
 
+    def frames(self) -> Framed:
+        """The value with frames; asked for once."""
+        raise NotImplementedError
+
     def resolved(self) -> Framed:
-        """The value with frames."""
         if self.found is None:
-            found = _commuting(self.domain, self.form, self.shape) or self.eager()
+            found = self.frames()
             if found.square is None and not hasattr(found, "key") and hasattr(self, "key"):
                 found.key = self.key
             self.found = found
         return self.found
 
 
+class Pending(Deferred):
+    """A value whose axis is mixed within itself."""
+
+    __slots__ = ("domain", "eager", "form")
+
+    def __init__(
+        self, shape: Sequence[int], form: Form, domain: Frames, eager: Callable[[], Framed]
+    ) -> None:
+        super().__init__(shape)
+        self.form, self.domain, self.eager = form, domain, eager
+
+    def frames(self) -> Framed:
+        return _commuting(self.domain, self.form, self.shape) or self.eager()
+
+
 def resolved(operand: Operand) -> Operand:
     """An operand that is not put off."""
-    return operand.resolved() if isinstance(operand, Pending) else operand
+    return operand.resolved() if isinstance(operand, Deferred) else operand
 
 
 # --- frames of what was put off ----------------------------------------------------------------

@@ -19,7 +19,8 @@ from jaxinv._interpreter.walk import (
     is_concrete,
     primitive,
 )
-from jaxinv.frames.forms import LONGEST, Form, Pending, resolved
+from jaxinv.frames.choices import CHOICES, Choice
+from jaxinv.frames.forms import LONGEST, Deferred, Form, Pending, resolved
 from jaxinv.frames.layout import groups_of
 from jaxinv.frames.values import Framed, Frames
 
@@ -42,9 +43,20 @@ def put_off(*names: str) -> Callable[[Made], Made]:
 
 def lazily(rules: Rules) -> Rules:
     """The rules, with those of forms in front of them."""
-    return {p: _now(rule) for p, rule in rules.items()} | {
+    found = {p: _now(rule) for p, rule in rules.items()} | {
         p: _later(made, rules.get(p)) for p, made in FORMS.items()
     }
+    return found | {p: _chosen(made, rules[p], found[p]) for p, made in CHOICES.items()}
+
+
+def _chosen(made: Choice, rule: Rule, otherwise: Rule) -> Rule:
+    """A rule that works on all experts at once where an index chooses among them."""
+
+    def apply(domain: Frames, eqn: Equation, *operands: Operand) -> Result:
+        found = made(domain, eqn, rule, *operands)
+        return otherwise(domain, eqn, *operands) if found is None else found
+
+    return apply
 
 
 def _now(rule: Rule) -> Rule:
@@ -88,8 +100,8 @@ def _several(found: object) -> bool:
 
 def _started(value: Operand) -> Form | None:
     """The form of a value: its own, or itself along the one axis that has frames."""
-    if isinstance(value, Pending):
-        return None if value.found is not None else value.form
+    if isinstance(value, Deferred):
+        return value.form if isinstance(value, Pending) and value.found is None else None
     if not isinstance(value, Framed) or value.square is not None or value.leaf is not None:
         return None
     axes = [a for a, axis in enumerate(value.axes) if axis is not None]
@@ -377,7 +389,7 @@ def _div(domain: Frames, eqn: Equation, left: Operand, right: Operand) -> Form |
 def _is_data(operand: Operand) -> bool:
     """Whether it allows no frames: a constant, or data."""
     if isinstance(operand, Framed):
-        return not operand.framed and not isinstance(operand, Pending)
+        return not operand.framed and not isinstance(operand, Deferred)
     return is_concrete(operand)
 
 

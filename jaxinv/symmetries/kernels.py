@@ -54,7 +54,9 @@ def unread(
         return np.zeros((0, theta.size))
     rng = np.random.default_rng(0)
     cotangents = rng.normal(size=(count, len(examples)))
-    _, pull = jax.vjp(outputs, theta)
+    if not jnp.issubdtype(jax.eval_shape(outputs, theta).dtype, jnp.floating):
+        return np.zeros((0, theta.size))
+    _, pull = jax.vjp(lambda t: outputs(t).astype(theta.dtype), theta)
 
     @jax.jit
     def slopes(u: Array) -> Array:
@@ -107,9 +109,9 @@ def _outer(v: np.ndarray, shape: Sequence[int], axis: int) -> np.ndarray:
     return moved.reshape(len(v) * places, *shape)
 
 
-def orthonormal(rows: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of the span of rows of size 0 or near 1."""
+def orthonormal(rows: np.ndarray, rtol: float = 1e-8) -> np.ndarray:
+    """An orthonormal basis of the span of rows of size near 1; directions within rtol are one."""
     if not len(rows):
         return rows
     _, s, Vt = np.linalg.svd(rows, full_matrices=False)
-    return np.asarray(Vt[s > 1e-8 * max(s[0], 1e-300)])
+    return np.asarray(Vt[s > rtol * max(s[0], 1e-300)])

@@ -136,7 +136,7 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
     _, s, Vt = np.linalg.svd(JQ.T, full_matrices=True)
     s = np.concatenate([s, np.zeros(len(Q) - len(s))])
     null = s <= clear * max(s[0], np.finfo(float).tiny)
-    tangents = orthonormal(np.concatenate([Vt[null] @ Q, K]))
+    tangents = orthonormal(np.concatenate([Vt[null] @ Q, K]), max(1e-6, 30 * clear))
     counted, zero = s[~null].min(initial=np.inf), s[null].max(initial=0)
     gap = counted / zero if zero else np.inf
     names = [name or "params" for name in _checks.leaf_names(params, "")]
