@@ -33,11 +33,6 @@ STORED_MEANS = (
     "a kernel by c and the gain behind it by 1/c, where the offset takes back what the stored mean "
     "makes of that"
 )
-_HEADS = "a rotation in the plane of each pair of features that the embedding turns"
-_KERAS_NORM = (
-    "rotations of the stream that leave its mean alone: Keras adds β − μγ/σ, in which jaxinv does "
-    "not see the gain of LayerNormalization"
-)
 
 ZOO: dict[str, Entry] = {
     "ResNet": Entry("haiku", flax.haiku_resnet, 34, shift=32, rest=32, why=STORED_MEANS),
@@ -48,14 +43,12 @@ ZOO: dict[str, Entry] = {
     "GRU": Entry("flax", flax.linen_gru, 0, refused="GRUCell"),
     "decoder": Entry("flax", flax.nnx_llama, 41, 63, refused="RMSNorm"),
     "MLP": Entry("equinox", others.equinox_mlp, 16),
-    "rotary attention": Entry(
-        "equinox", others.equinox_rope, 12, 24, rest=4, why=_HEADS, refused="tanh"
-    ),
+    "rotary attention": Entry("equinox", others.equinox_rope, 12, 28, refused="tanh"),
     "ViT": Entry("equimo", others.equimo_vit, 30, 34, 111, 6, refused="LayerNorm"),
     "ConvNeXt": Entry("equimo", others.equimo_convnext, 21, 0, 99, 280, refused="LayerNorm2d"),
     "residual CNN": Entry("keras", others.keras_cnn, 7, 0, 8, no_kappa="nonlinear function of"),
     "keras transformer": Entry(
-        "keras", others.keras_transformer, 25, 24, 38, 6, 10, _KERAS_NORM, "dot_product_attention"
+        "keras", others.keras_transformer, 25, 34, 38, 6, refused="dot_product_attention"
     ),
     "keras LSTM": Entry("keras", others.keras_lstm, 0, 0, 6, refused="LSTMCell"),
     "graph convolutions": Entry("jraph", others.jraph_convolutions, 13),

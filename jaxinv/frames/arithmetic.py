@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Operand, rule_table
-from jaxinv.frames.system import O, Vector
-from jaxinv.frames.values import Axis, Framed, Frames, level, like, matched, unify
+from jaxinv.frames.system import O, Ref, Relation, Vector
+from jaxinv.frames.values import (
+    Axis,
+    Block,
+    Framed,
+    Frames,
+    each,
+    level,
+    like,
+    matched,
+    refined,
+    unify,
+)
 
 RULES, rule = rule_table()
 
@@ -53,6 +65,10 @@ def _sum(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int) -> Axis:
     axis, constant = (one, y) if other is None else (other, x)
     if a in constant.uniform:
         domain.fixes_ones(axis)
+        return axis
+    if axis is not None and constant.vector is not None and constant.vector[1] == a:
+        # A number times a gain, as β − μγ/σ: what is left of the gain is a number added to all.
+        domain.fixes_ones(domain.multiplied(axis, constant.vector[0], -1))
         return axis
     domain.end(eqn, axis)
     return None
@@ -128,6 +144,7 @@ def _scaled(domain: Frames, eqn: Equation, x: Framed, y: Framed, a: int, power: 
             return axis
         if factor.vector and factor.vector[1] == a and value.vector is None:
             domain.end(eqn, factor.axes[a])
+            domain.gains.add(factor.vector[0].source)
             return domain.multiplied(axis, factor.vector[0], sign)
     domain.end(eqn, one)
     domain.end(eqn, other)
@@ -202,3 +219,30 @@ def _select(domain: Frames, eqn: Equation, which: Operand, *cases: Operand) -> F
             total.axes[a] = _sum(domain, eqn, result, value, a)
         result = total
     return result
+
+
+@rule("rev")
+def _rev(domain: Frames, eqn: Equation, value: Framed) -> Framed:
+    """Reversed, an axis has the frames P·A·Pᵀ of its blocks, in reversed order."""
+    value = domain.plain(eqn, value)
+    reversed_axes = set(eqn.params["dimensions"])
+    axes: list[Axis] = []
+    for a, axis in enumerate(value.axes):
+        if axis is not None:
+            flip = tuple(b for b in reversed_axes if b != a)
+            blocks = [Block(n, np.flip(refs, flip)) for n, refs in refined(domain.system, axis)]
+            axis = [_reversed(domain, b) for b in blocks[::-1]] if a in reversed_axes else blocks
+        axes.append(axis)
+    vector = None if value.vector and value.vector[1] in reversed_axes else value.vector
+    return like(value, axes=axes, vector=vector)
+
+
+def _reversed(domain: Frames, block: Block) -> Block:
+    size, system = block.size, domain.system
+    turn = Relation(turn=tuple(range(size))[::-1] if size > 1 else ())
+
+    def turned(number: int) -> int:
+        ref = system.ref(number)
+        return system.number(Ref(ref.frame, turn.of(ref.relation)))
+
+    return Block(size, each(block.refs, turned))

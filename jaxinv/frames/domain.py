@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.walk import Body, Equation, Operand, Value, is_concrete
-from jaxinv.frames import arithmetic, layout, loops, products
-from jaxinv.frames.system import NONE, Ref, Relation, S, System, Vector
+from jaxinv.frames import arithmetic, forms, layout, loops, mixing, products
+from jaxinv.frames.algebras import Commutants, Labels
+from jaxinv.frames.system import NONE, Kind, Ref, Relation, S, System, Vector
 from jaxinv.frames.values import Axis, Block, Framed, each, level, like, numbers, refined
 from jaxinv.typing import ArrayLike
 
 # The frame of an axis of a parameter may be another at each place along other axes (heads, experts,
 # q, k and v in one array), if there are so many places at most; longer axes are features.
-_MOST_ALONG = 64
+MOST_ALONG = 64
 _MOST_PLACES = 1 << 12
 
 _ELEMENTWISE = frozenset(
@@ -33,12 +34,23 @@ _ELEMENTWISE = frozenset(
 class FramesDomain:
     """Relations between the frames of all values of one program."""
 
-    rules = arithmetic.RULES | layout.RULES | products.RULES
+    rules = mixing.lazily(layout.RULES | products.RULES | arithmetic.RULES)
 
     def __init__(self) -> None:
         self.system = System()
+        self.labels = Labels()  # of data that coefficients of linear forms come from
+        self.commutant = Commutants(self.labels)
         self.constants: list[np.ndarray] = []  # vectors among the constants that multiply axes
+        self.deep: set[int] = set()  # leaves that loops run over, however many steps
+        self.gains: set[int] = set()  # leaves that multiply an axis that has frames
         self.ended_by: dict[tuple[str, str], None] = {}  # (operation, line) that ended a frame
+
+    def alone(self) -> FramesDomain:
+        """A domain like this one, without its frames."""
+        inner = type(self)()
+        inner.labels, inner.commutant = self.labels, self.commutant
+        inner.constants, inner.ended_by = self.constants, self.ended_by
+        return inner
 
     # --- operands ---
 
@@ -50,15 +62,18 @@ class FramesDomain:
         for axis, n in enumerate(shape):
             if n == 1 or axis in dead:
                 continue
-            places = [1 if a == axis or m > _MOST_ALONG else m for a, m in enumerate(shape)]
-            while np.prod(places) > _MOST_PLACES:
-                places[int(np.argmax(places))] = 1
+            deep = number in self.deep and axis > 0
+            places = [1 if a == axis or m > MOST_ALONG else m for a, m in enumerate(shape)]
+            places[0] = shape[0] if deep else places[0]
+            while np.prod(places[deep:]) > 1 and np.prod(places) > _MOST_PLACES:
+                places[deep + int(np.argmax(places[deep:]))] = 1
             refs = self.system.new(n, count=int(np.prod(places))).reshape(places)
             value.axes[axis] = [Block(n, refs)]
         return value
 
     def framed(self, operand: Operand) -> Framed:
         """Any operand; constants allow no frames."""
+        operand = forms.resolved(operand)
         if isinstance(operand, Framed):
             return operand
         assert not isinstance(operand, Value)
@@ -106,7 +121,7 @@ class FramesDomain:
             value = like(value, square=None)
         return value
 
-    def restrict(self, axis: Axis, kind: str) -> None:
+    def restrict(self, axis: Axis, kind: Kind) -> None:
         for _, refs in refined(self.system, axis) if axis else ():
             for i in np.unique(refs):
                 self.system.restrict(self.system.ref(int(i)), kind)

@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxinv._interpreter import walk
 from jaxinv._interpreter.walk import Trace
-from jaxinv.frames.domain import FramesDomain
-from jaxinv.frames.system import GL, NONE, SAME, Ref, Relation, System
-from jaxinv.frames.values import Framed, refined
+from jaxinv.frames.algebras import Algebra
+from jaxinv.frames.domain import MOST_ALONG, FramesDomain
+from jaxinv.frames.system import GL, NONE, SAME, Kind, Ref, Relation, System
+from jaxinv.frames.values import Framed, numbers, refined
 
 
 class Place(NamedTuple):
@@ -26,7 +27,7 @@ class Place(NamedTuple):
 class FrameClass(NamedTuple):
     """One unknown matrix, and everywhere that it acts."""
 
-    kind: str
+    kind: Kind
     size: int
     places: tuple[Place, ...]
 
@@ -50,8 +51,10 @@ def frames_of(
     the program is followed until no more of them are found.
     """
     dead: list[frozenset[int]] = [frozenset()] * len(shapes)
+    deep: set[int] = set()
     while True:
         domain = domain_of()
+        domain.deep |= deep
         leaves = [domain.leaf(i, shape, dead[i]) for i, shape in enumerate(shapes)]
         last = walk.output_equation(trace)
         jaxpr, _ = walk.open_jaxpr(trace.jaxpr)
@@ -60,10 +63,33 @@ def frames_of(
         for value in walk.interpret(trace, views, inputs, domain):
             domain.end_all(last, domain.framed(value))
         found = [_dead(domain, leaf) for leaf in leaves]
+        early = _tied_gains(domain, leaves)
+        long = {i for i in domain.deep - deep if shapes[i][0] > MOST_ALONG}
+        if long:  # each of their steps may have matrices of its own
+            deep |= long
+            continue
         if found == dead:
             break
-        dead = found
+        whole = [
+            frozenset(range(len(shape))) if i in early else d
+            for i, (shape, d) in enumerate(zip(shapes, dead, strict=True))
+        ]
+        dead = whole if early else found
     return Frames(_classes(domain, leaves), tuple(domain.constants), tuple(domain.ended_by))
+
+
+def _tied_gains(domain: FramesDomain, leaves: Sequence[Framed]) -> set[int]:
+    """Gains with a frame that is also that of another leaf, as of the offset in β − μγ/σ.
+
+    A gain allows no matrix for a reason of its own, which is no reason for the other leaf.
+    """
+    roots: dict[int, set[int]] = {}
+    for i, leaf in enumerate(leaves):
+        for axis in leaf.axes:
+            for number in numbers(axis):
+                for _, piece in domain.system.pieces(domain.system.ref(number)):
+                    roots.setdefault(domain.system.root(piece.frame).frame, set()).add(i)
+    return {i for owners in roots.values() for i in owners & domain.gains if len(owners) > 1}
 
 
 def _view(leaf: Framed) -> Framed:
@@ -109,7 +135,8 @@ def _classes(domain: FramesDomain, leaves: Sequence[Framed]) -> tuple[FrameClass
 
 def _unread(found: FrameClass) -> bool:
     """Whether any matrix acts on the one side alone: so does 0, and nothing reads these weights."""
-    return found.kind == GL and len({place.relation.dual for place in found.places}) == 1
+    free = found.kind == GL or (isinstance(found.kind, Algebra) and found.kind.diagonal > 0)
+    return free and len({place.relation.dual for place in found.places}) == 1
 
 
 def _by_root(system: System, refs: np.ndarray) -> list[tuple[Ref, np.ndarray]]:

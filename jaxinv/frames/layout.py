@@ -42,7 +42,7 @@ def _reshape(domain: Frames, eqn: Equation, value: Framed, *_: Operand) -> Frame
     old, new = value.shape, eqn.outputs[0].shape
     result = Framed(new)
     result.zero, result.constant = value.zero, value.constant
-    groups = _groups(old, new)
+    groups = groups_of(old, new)
 
     def relaid(refs: np.ndarray) -> np.ndarray:
         """Where along the other axes a frame acts, told by the new ones."""
@@ -75,7 +75,7 @@ def _reshape(domain: Frames, eqn: Equation, value: Framed, *_: Operand) -> Frame
     return result
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def groups_of(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Runs of old and new axes that hold the same elements."""
     found, i, j = [], 0, 0
     while i < len(old) or j < len(new):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from jaxinv._interpreter.walk import Body, Equation, Operand
 from jaxinv.frames.layout import taken
+from jaxinv.frames.steps import Step, signature, walked
 from jaxinv.frames.system import Vector
-from jaxinv.frames.values import Axis, Block, Framed, Frames, like, unify
+from jaxinv.frames.values import Axis, Block, Framed, Frames, each, like, refined, unify
 
-# Each step is walked: the matrices of a stack of layers are one apart from another.
-MOST_STEPS = 128
+# Steps are walked while the state of the loop becomes what it then stays; all others are played.
+MOST_WALKED, MOST_PLAYED = 128, 1024
+_FEW = 3  # steps that are walked in any case
 
 
 def scan(
@@ -19,19 +23,38 @@ def scan(
     """Step by step, with slice i of what is scanned."""
     length = int(eqn.params["length"])
     outputs = [Framed(aval.shape) for aval in eqn.outputs]
-    if length > MOST_STEPS:
-        for value in (*consts, *init, *xs):
-            domain.end_all(eqn, domain.framed(value))
-        return [*outputs]
-    carry, rows = list(init), []
+    carry: list[Operand] = list(init)
+    rows: list[list[Framed]] = []
     stacks = [domain.plain(eqn, domain.framed(v)) for v in xs]
     for stack in stacks:
         domain.end(eqn, stack.axes[0])
+        if stack.leaf is not None:
+            domain.deep.add(stack.leaf)
+    known: Step | None = None
+    before: list[Hashable] = []
     steps = range(length)
-    for i in reversed(steps) if eqn.params["reverse"] else steps:
-        results = body(*consts, *carry, *(_step(domain, stack, i) for stack in stacks))
-        carry = results[: len(init)]
+    for count, i in enumerate(reversed(steps) if eqn.params["reverse"] else steps):
+        scanned = [_step(domain, stack, i) for stack in stacks]
+        operands = [*consts, *carry, *scanned]
+        now = [signature(v) for v in carry]
+        if known is None and count and length > _FEW and now == before and None not in now:
+            known = _stable(walked(domain, body, operands, len(xs)), now)
+        before = now
+        if known is None and count >= MOST_WALKED or count >= MOST_PLAYED:
+            for value in (*consts, *carry, *stacks):
+                domain.end_all(eqn, domain.framed(value))
+            return [*outputs]
+        if known is None:
+            results = body(*operands)
+        else:
+            vectors = [
+                v.vector[0] if isinstance(v, Framed) and v.vector else None for v in operands
+            ]
+            results = known.played(domain, operands, vectors)
         rows.append([domain.framed(v) for v in results[len(init) :]])
+        last, carry = carry, results[: len(init)]
+        if known and not any(v.framed for v in scanned) and _same(domain, last, carry):
+            break  # no step from here on says anything new
     if eqn.params["reverse"]:
         rows.reverse()
     for j, output in enumerate(outputs[len(init) :]):
@@ -40,6 +63,27 @@ def scan(
         if column and column[0].shape == output.shape[1:]:
             _stack(domain, eqn, column, output)
     return [*carry, *outputs[len(init) :]]
+
+
+def _stable(step: Step, carry: list[Hashable]) -> Step | None:
+    """The step, if its state comes out as it goes in."""
+    after = [signature(v) for v in step.outputs[: len(carry)]]
+    return step if after == carry else None
+
+
+def _same(domain: Frames, one: list[Operand], other: list[Operand]) -> bool:
+    """Whether two states have the same frames."""
+    return all(_seen(domain, a) == _seen(domain, b) for a, b in zip(one, other, strict=True))
+
+
+def _seen(domain: Frames, operand: Operand) -> list[object]:
+    system = domain.system
+
+    def root(number: int) -> int:
+        return system.number(system.seen(system.ref(number)))
+
+    axes = operand.axes if isinstance(operand, Framed) else []
+    return [[(n, each(r, root).tolist()) for n, r in refined(system, a or [])] for a in axes]
 
 
 def _step(domain: Frames, stack: Framed, i: int) -> Framed:

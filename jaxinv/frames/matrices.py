@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import expm
 
+from jaxinv.frames import algebras
+from jaxinv.frames.algebras import Algebra
 from jaxinv.frames.follow import FrameClass, Frames, Place
+from jaxinv.frames.system import Kind
 from jaxinv.typing import Array, Constant, DTypeLike
 
 _Numbers = TypeVar("_Numbers", Array, np.ndarray)
@@ -21,7 +24,7 @@ _Numbers = TypeVar("_Numbers", Array, np.ndarray)
 class MatrixClass(NamedTuple):
     """One class of matrices: which, and where in the parameters they act."""
 
-    kind: str  # GL, S, O or O1, see `jaxinv.frames.system`
+    kind: Kind  # GL, S, O, O1 or an algebra, see `jaxinv.frames.system`
     size: int
     name: str  # GL(8): v out ~ o in
     places: tuple[Place, ...]
@@ -30,6 +33,8 @@ class MatrixClass(NamedTuple):
     def dimension(self) -> int:
         """Number of independent matrices A."""
         n = self.size
+        if isinstance(self.kind, Algebra):
+            return self.kind.dimension
         return {"GL": n * n, "S": (n - 1) ** 2, "O": n * (n - 1) // 2}.get(
             self.kind, (n - 1) * (n - 2) // 2
         )
@@ -37,6 +42,8 @@ class MatrixClass(NamedTuple):
     @property
     def beyond_rescaling(self) -> int:
         """Of these, those that are not diagonal: the diagonal ones are rescalings."""
+        if isinstance(self.kind, Algebra):
+            return self.dimension - self.kind.diagonal
         return self.dimension - (self.size if self.kind == "GL" else 0)
 
 
@@ -56,6 +63,8 @@ def named(found: FrameClass, leaf_names: Sequence[str], shapes: Sequence[tuple[i
         label = _label(place, leaf_names[place.leaf], shapes[place.leaf])
         sides[place.relation.dual][label] = None
     shown = [_listed(list(side)) for side in sides if side]
+    if isinstance(found.kind, Algebra):
+        return f"{found.kind} of {found.size}: {' ~ '.join(shown)}"
     group = {"GL": "GL", "O": "O", "S": "GL fixing ones", "O1": "O fixing ones"}[found.kind]
     return f"{group}({found.size}): {' ~ '.join(shown)}"
 
@@ -91,8 +100,10 @@ def _label(place: Place, name: str, shape: tuple[int, ...]) -> str:
 # --- matrices of a kind --------------------------------------------------------------------
 
 
-def project(kind: str, A: _Numbers) -> _Numbers:
+def project(kind: Kind, A: _Numbers) -> _Numbers:
     """The part of a matrix that is of the kind."""
+    if isinstance(kind, Algebra):
+        return algebras.project(kind, A)
     if kind in ("O", "O1"):
         A = (A - A.T) / 2
     if kind in ("S", "O1"):
@@ -100,8 +111,10 @@ def project(kind: str, A: _Numbers) -> _Numbers:
     return A
 
 
-def basis(kind: str, n: int) -> np.ndarray:
+def basis(kind: Kind, n: int) -> np.ndarray:
     """Independent matrices of the kind, (dimension, n, n)."""
+    if isinstance(kind, Algebra):
+        return algebras.basis(kind, n)
     unit = np.eye(n * n).reshape(n * n, n, n)
     if kind == "GL":
         return unit
@@ -117,7 +130,7 @@ def basis(kind: str, n: int) -> np.ndarray:
     return unit[i * n + j] - unit[j * n + i]
 
 
-def random_matrix(key: Array, kind: str, n: int, scale: float, dtype: DTypeLike) -> Array:
+def random_matrix(key: Array, kind: Kind, n: int, scale: float, dtype: DTypeLike) -> Array:
     """A random A of the kind; exp(A) is a matrix of the group."""
     return project(kind, scale / np.sqrt(n) * jax.random.normal(key, (n, n), dtype))
 
@@ -136,15 +149,22 @@ def gains_of(
     ]
     numbers = cast("list[_Numbers]", arrays)
     return [
-        (array.reshape(-1)[v.offset : v.offset + size], power)
+        (_ordered(array.reshape(-1)[v.offset : v.offset + size], v.order), power)
         for array, (v, power) in zip(numbers, place.relation.gains, strict=True)
     ]
+
+
+def _ordered(array: _Numbers, turn: tuple[int, ...]) -> _Numbers:
+    return array[np.asarray(turn)] if turn else array
 
 
 def _seen(
     B: _Numbers, place: Place, leaves: Sequence[_Numbers], constants: Sequence[Constant]
 ) -> _Numbers:
-    """B as a place sees it: T·B·T⁻¹, with T the product of its gains."""
+    """B as a place sees it: T·P·B·Pᵀ·T⁻¹, with T the product of its gains."""
+    if place.relation.turn:
+        turn = np.asarray(place.relation.turn)
+        B = B[turn[:, None], turn]
     for vector, power in gains_of(place, leaves, constants):
         T = vector ** (int(power) if power.denominator == 1 else float(power))
         B = T.astype(B.dtype)[:, None] * B / T.astype(B.dtype)
@@ -245,7 +265,8 @@ def exact_classes(frames: Frames, shapes: Sequence[tuple[int, ...]]) -> MatrixSt
     for found in frames.classes:
         axes = {(p.leaf, p.axis) for p in found.places}
         once = len(axes) == len({leaf for leaf, _ in axes})
-        if found.kind in ("GL", "O") and once and not any(p.relation.gains for p in found.places):
+        plain = found.kind in ("GL", "O") or (isinstance(found.kind, Algebra) and found.kind.exact)
+        if plain and once and not any(p.relation.gains for p in found.places):
             kept.append(MatrixClass(found.kind, found.size, "", found.places))
     return MatrixStructure(tuple(kept), tuple(shapes))
 

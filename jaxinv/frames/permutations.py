@@ -13,7 +13,7 @@ from jaxinv._interpreter.walk import Equation, Operand, rule_table
 from jaxinv.frames import layout, products
 from jaxinv.frames.arithmetic import pooled
 from jaxinv.frames.domain import FramesDomain
-from jaxinv.frames.system import NONE, Ref, System, Vector
+from jaxinv.frames.system import NONE, Kind, Ref, System, Vector
 from jaxinv.frames.values import Axis, Block, Framed, Frames, level, like, unify
 
 RULES, rule = rule_table()
@@ -22,7 +22,7 @@ RULES, rule = rule_table()
 class PermutationSystem(System):
     """Frames that are permutations: orthogonal, and they fix ones."""
 
-    def restrict(self, ref: Ref, kind: str) -> None:
+    def restrict(self, ref: Ref, kind: Kind) -> None:
         """Only nothing at all is less than any permutation."""
         if kind == NONE:
             super().restrict(ref, kind)

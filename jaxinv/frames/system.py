@@ -10,6 +10,7 @@ Kinds, from what may be any matrix down to what must be 0:
     O   A = −Aᵀ: what a sum of squares allows
     O1  both
     NONE
+    an `Algebra`: what commutes with given linear maps
 """
 
 from __future__ import annotations
@@ -20,18 +21,34 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxinv.frames.algebras import Algebra
+
 GL, S, O, O1, NONE = "GL", "S", "O", "O1", "none"
 
 
-def meet(a: str, b: str) -> str:
-    """The matrices that are of both kinds."""
+Kind = str | Algebra
+
+
+def meet(a: Kind, b: Kind) -> Kind:
+    """The matrices that are of both kinds; of two algebras, none unless they are one."""
     if a == b:
         return a
     if NONE in (a, b):
         return NONE
     if GL in (a, b):
         return b if a == GL else a
+    if isinstance(b, Algebra):
+        a, b = b, a
+    if isinstance(a, Algebra):
+        if isinstance(b, Algebra):
+            return NONE
+        return _worth(a.where(rotations=b in (O, O1), fixes_ones=b in (S, O1)))
     return O1  # any two of S, O and O1
+
+
+def _worth(algebra: Algebra) -> Kind:
+    """Diagonal matrices alone are rescalings, which others count."""
+    return algebra if algebra.dimension > algebra.diagonal else NONE
 
 
 class Vector(NamedTuple):
@@ -39,30 +56,67 @@ class Vector(NamedTuple):
 
     source: int  # leaf, or −1 − constant
     offset: int  # of its first element, in the flattened array
+    order: tuple[int, ...] = ()  # elements in another order, counted from there
+
+    def ordered(self, turn: tuple[int, ...]) -> Vector:
+        """With the elements in the order of a permutation; () leaves them."""
+        return self._replace(order=_turns(self.order, turn))
+
+
+def _turns(inner: tuple[int, ...], outer: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that takes inner[outer[i]] to i; () is the identity."""
+    if not inner or not outer:
+        return inner or outer
+    both = tuple(inner[i] for i in outer)
+    return () if both == tuple(range(len(both))) else both
 
 
 Gains = tuple[tuple[Vector, Fraction], ...]  # powers of vectors, sorted
 
 
 class Relation(NamedTuple):
-    """B = T·A·T⁻¹, or T·(−Aᵀ)·T⁻¹ where dual, with T the product of the gains."""
+    """B = T·P·A·Pᵀ·T⁻¹, or with −Aᵀ where dual; T the product of the gains, P a permutation."""
 
     dual: bool = False
     gains: Gains = ()
+    turn: tuple[int, ...] = ()  # P·A·Pᵀ = A[turn, turn]; () is the identity
 
     def of(self, inner: Relation) -> Relation:
         """The relation that is this one of the inner one of A."""
+        if self == SAME:
+            return inner
+        if inner == SAME:
+            return self
         sign = -1 if self.dual else 1
-        return Relation(self.dual ^ inner.dual, _times(self.gains, inner.gains, sign))
+        gains = _times(self.gains, _ordered(inner.gains, self.turn), sign)
+        return Relation(self.dual ^ inner.dual, gains, _turns(inner.turn, self.turn))
 
     def inverse(self) -> Relation:
-        return self if self.dual else Relation(False, _times((), self.gains, -1))
+        turn = tuple(int(i) for i in np.argsort(self.turn)) if self.turn else ()
+        sign = 1 if self.dual else -1
+        return Relation(self.dual, _times((), _ordered(self.gains, turn), sign), turn)
+
+    @property
+    def turns(self) -> bool:
+        """Whether blocks of neighbours do not stay blocks of neighbours."""
+        return bool(self.turn) or any(v.order for v, _ in self.gains)
+
+    def kind(self, kind: Kind) -> Kind:
+        """The kind of B, without gains in between, where A is of a kind."""
+        if not isinstance(kind, Algebra):
+            return kind
+        kind = kind.transposed() if self.dual else kind
+        return kind.turned(self.turn) if self.turn else kind
 
     def shifted(self, offset: int) -> Relation:
         """That of a block which begins at an offset."""
         moved = (Vector(v.source, v.offset + offset) for v, _ in self.gains)
         powers = (power for _, power in self.gains)
         return Relation(self.dual, tuple(sorted(zip(moved, powers, strict=True))))
+
+
+def _ordered(gains: Gains, turn: tuple[int, ...]) -> Gains:
+    return tuple(sorted((v.ordered(turn), power) for v, power in gains)) if turn else gains
 
 
 SAME = Relation()
@@ -88,7 +142,7 @@ class System:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
-        self.kinds: list[str] = []
+        self.kinds: list[Kind] = []
         self.parents: list[int] = []
         self.relations: list[Relation] = []  # to the parent
         self.parts: list[list[int] | None] = []  # blocks on the diagonal, once it is cut
@@ -108,7 +162,7 @@ class System:
 
     # --- frames ---
 
-    def new(self, size: int, kind: str = GL, count: int = 1) -> np.ndarray:
+    def new(self, size: int, kind: Kind = GL, count: int = 1) -> np.ndarray:
         """Numbers of refs to new frames."""
         first = len(self.sizes)
         self.sizes += [size] * count
@@ -120,10 +174,14 @@ class System:
 
     def root(self, frame: int) -> Ref:
         """The frame that stands for this one, and how this one comes from it."""
-        relation = SAME
+        path = []
         while self.parents[frame] != frame:
-            relation = relation.of(self.relations[frame])
+            path.append(frame)
             frame = self.parents[frame]
+        relation = SAME
+        for below in reversed(path):
+            relation = self.relations[below].of(relation)
+            self.parents[below], self.relations[below] = frame, relation
         return Ref(frame, relation)
 
     def seen(self, ref: Ref) -> Ref:
@@ -134,6 +192,8 @@ class System:
     def cuts(self, frame: int) -> set[int]:
         """Where a frame has been cut into blocks."""
         root = self.root(frame).frame
+        if self.parts[root] is None:
+            return set()
         found: set[int] = set()
         offset = 0
         for part in self.parts[root] or ():
@@ -151,9 +211,8 @@ class System:
         parts = self.parts[root]
         if parts is None:
             ends = [*inner, size]
-            kind = self.kinds[root]
             self.parts[root] = [
-                self.ref(int(self.new(end - start, kind)[0])).frame
+                self.ref(int(self.new(end - start, _part(self.kinds[root], start, end))[0])).frame
                 for start, end in zip([0, *inner], ends, strict=True)
             ]
             return
@@ -169,6 +228,10 @@ class System:
         parts = self.parts[root]
         if parts is None:
             return [(self.sizes[root], Ref(root, relation))]
+        if relation.turns:
+            for part in parts:
+                self.restrict(Ref(part), NONE)
+            relation = SAME
         found, offset = [], 0
         for part in parts:
             found += self.pieces(Ref(part, relation.shifted(offset)))
@@ -177,24 +240,26 @@ class System:
 
     # --- equations ---
 
-    def restrict(self, ref: Ref, kind: str) -> None:
+    def restrict(self, ref: Ref, kind: Kind) -> None:
         """Require that the matrix, as it acts here, is of a kind."""
         root, relation = self.seen(ref)
         parts = self.parts[root]
         if parts is not None:
             # What squares or means run over the blocks of an axis, they run over each.
-            for _, piece in self.pieces(ref):
-                self.restrict(piece, kind)
+            start = 0
+            for size, piece in self.pieces(ref):
+                self.restrict(piece, _part(kind, start, start + size))
+                start += size
             return
         if relation.gains and kind != NONE:
-            if kind != O or self.kinds[root] != GL:
+            if self.kinds[root] != GL:
                 kind = NONE
             else:
-                # The matrix that is seen here is the rotation, and becomes the root.
-                j = self.ref(int(self.new(self.sizes[root], O)[0])).frame
+                # The matrix that is seen here is of the kind, and becomes the root.
+                j = self.ref(int(self.new(self.sizes[root], kind)[0])).frame
                 self.parents[root], self.relations[root] = j, relation.inverse()
                 return
-        self.kinds[root] = meet(self.kinds[root], kind)
+        self.kinds[root] = meet(self.kinds[root], relation.inverse().kind(kind))
 
     def unify(self, a: Ref, b: Ref) -> None:
         """Require that two refs are the same matrix."""
@@ -222,8 +287,12 @@ class System:
                 r, s, between = s, r, between.inverse()
             else:
                 self.kinds[r] = self.kinds[s] = NONE
-        self.kinds[s] = meet(self.kinds[r], self.kinds[s])
+        self.kinds[s] = meet(between.inverse().kind(self.kinds[r]), self.kinds[s])
         self.parents[r], self.relations[r] = s, between
+
+
+def _part(kind: Kind, start: int, stop: int) -> Kind:
+    return _worth(kind.part(start, stop)) if isinstance(kind, Algebra) else kind
 
 
 __all__ = [
@@ -233,6 +302,7 @@ __all__ = [
     "O1",
     "SAME",
     "Gains",
+    "Kind",
     "O",
     "Ref",
     "Relation",

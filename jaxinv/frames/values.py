@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxinv._interpreter.walk import Equation, Operand, Value
-from jaxinv.frames.system import DUAL, Ref, System, Vector
+from jaxinv.frames.algebras import Commutants, Labels
+from jaxinv.frames.system import DUAL, Kind, Ref, System, Vector
 
 
 class Block(NamedTuple):
@@ -70,12 +71,19 @@ class Frames(Protocol):
     """What rules ask of the domain."""
 
     system: System
+    deep: set[int]
+    gains: set[int]
+
+    def alone(self) -> Frames: ...
+
+    labels: Labels
+    commutant: Commutants
 
     def framed(self, operand: Operand) -> Framed: ...
     def end(self, eqn: Equation, axis: Axis) -> None: ...
     def end_all(self, eqn: Equation, value: Framed) -> None: ...
     def plain(self, eqn: Equation, value: Framed) -> Framed: ...
-    def restrict(self, axis: Axis, kind: str) -> None: ...
+    def restrict(self, axis: Axis, kind: Kind) -> None: ...
     def fixes_ones(self, axis: Axis) -> None: ...
     def multiplied(self, axis: Sequence[Block], vector: Vector, power: int) -> list[Block]: ...
     def kept(

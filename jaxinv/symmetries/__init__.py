@@ -34,10 +34,14 @@ from jaxinv.symmetries.permutations import (
     random_permutations,
 )
 from jaxinv.symmetries.preconditioner import scale_by_matrix_symmetries
+from jaxinv.symmetries.rotations import Rotated, hadamard_rotation, principal_axes
 from jaxinv.symmetries.shifts import Shifts, shift_tangents
 
 __all__ = [
     "Aligned",
+    "Rotated",
+    "hadamard_rotation",
+    "principal_axes",
     "MatrixGauge",
     "align",
     "balance_matrices",

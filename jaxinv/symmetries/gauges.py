@@ -17,6 +17,7 @@ from jax import lax
 from jaxinv import _checks
 from jaxinv._numerics import scaled
 from jaxinv._numerics.tolerances import default_tolerance
+from jaxinv.frames import matrices as _matrices
 from jaxinv.rescaling.action import checked_leaves
 from jaxinv.rescaling.gauges import balance
 from jaxinv.symmetries.group import SymmetryGroup
@@ -219,6 +220,9 @@ def align(group: SymmetryGroup, a: Params, b: Params, *, sweeps: int = 30) -> Al
                 # Ones are fixed: a part along them that outweighs the others.
                 center = C - C.mean(axis=0) - C.mean(axis=1)[:, None] + C.mean()
                 C = center + jnp.linalg.norm(C) + jnp.finfo(C.dtype).tiny
+            if not isinstance(found.kind, str):
+                # The polar factor of what is in an algebra is in it; other coordinates stay.
+                C = _matrices.project(found.kind, C) + jnp.diag(found.kind.still(found.size))
             U, _, V = jnp.linalg.svd(C)
             w = _turned(group, w, i, U @ V, U @ V)
         return w

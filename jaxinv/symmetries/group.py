@@ -100,7 +100,8 @@ def symmetry_group(
     Every axis of every value carries a frame, an unknown matrix A with δv = A·v. A contraction
     makes the frames of the two axes that meet dual (A and −Aᵀ), a sum makes them equal, a sum of
     squares along the axis leaves rotations, a mean leaves those that fix (1, …, 1), a gain g
-    conjugates by diag(g), elementwise functions allow none. What is left is a group: GL(k) between
+    conjugates by diag(g), a rotary embedding leaves what commutes with its rotations, elementwise
+    functions allow none. What is left is a group: GL(k) between
     two linear layers or inside attention, O(k) on a residual stream under RMS normalisation.
 
     Every class is tried before it is reported: a random element must leave the outputs alone to
@@ -124,8 +125,7 @@ def symmetry_group(
 
     Notes:
         Sound, not complete: a class that is reported is a symmetry. Not found are, among others,
-        rotations of the two coordinates of a rotary embedding, and shifts of biases
-        (`shift_tangents` looks for those numerically).
+        shifts of biases (`shift_tangents` looks for those numerically).
 
     References:
         Kunin et al., "Neural mechanics", ICLR 2021 (arXiv:2012.04728) and Zhao et al., ICLR 2023

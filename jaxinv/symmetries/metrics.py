@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinv.frames import matrices as _matrices
 from jaxinv.frames.follow import Place
@@ -85,6 +86,9 @@ def metrics(group: SymmetryGroup, leaves: Sequence[Array], *, plain: bool = Fals
         X = eye if rotation else metric(k, not other.relation.dual)
         if X is None:
             return None
+        if other.relation.turn:
+            turn = np.asarray(other.relation.turn)
+            X = X[turn[:, None], turn]
         if T is not None:
             X = X / (T[:, None] * T)
         window = [slice(None)] * part.ndim
@@ -120,10 +124,11 @@ def _gain(place: Place, leaves: Sequence[Array], constants: Sequence[Constant]) 
 
 
 def seen_part(place: Place, leaves: Sequence[Array], constants: Sequence[Constant]) -> Array:
-    """The weights at a place, with gains divided out: A itself, or its dual, acts on them."""
+    """The weights at a place, without gains and turns: A itself, or its dual, acts on them."""
     part = leaves[place.leaf][tuple(slice(*ends) for ends in place.box)]
     T = _gain(place, leaves, constants)
-    return part if T is None else part / _column(T, place.axis, part.ndim)
+    part = part if T is None else part / _column(T, place.axis, part.ndim)
+    return _turned_back(part, place)
 
 
 def applied(
@@ -140,10 +145,18 @@ def applied(
     part = target[box]
     if T is not None:
         part = part * _column(T, place.axis, part.ndim) ** -power
+    part = _turned_back(part, place)
     part = jnp.moveaxis(jnp.tensordot(B.astype(part.dtype), part, (1, place.axis)), 0, place.axis)
+    if place.relation.turn:
+        part = jnp.take(part, np.asarray(place.relation.turn), place.axis)
     if T is not None:
         part = part * _column(T, place.axis, part.ndim)
     return target.at[box].set(part)
+
+
+def _turned_back(part: Array, place: Place) -> Array:
+    turn = place.relation.turn
+    return jnp.take(part, np.argsort(turn), place.axis) if turn else part
 
 
 def _column(T: Array, axis: int, rank: int) -> Array:

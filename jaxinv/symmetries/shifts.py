@@ -5,11 +5,13 @@ normalisations do not see a common shift; a normalised stream has no mean, so th
 it may be shifted along it. Each is a direction in few weights: all of a bias, or one number added
 to all weights along an axis of a kernel, directly or through the inverse of a gain. Which of these
 leave the function alone is decided by the Jacobian restricted to their span.
+
+Other directions that nothing reads are those of a stream of low rank, see `kernels`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jaxinv import _checks
 from jaxinv._interpreter.draws import traced_in
 from jaxinv._interpreter.program import coarsest
 from jaxinv.errors import InvalidInput
+from jaxinv.symmetries.kernels import batch_rows, orthonormal, unread
 from jaxinv.typing import Array, ArrayLike, Inputs, Network, Params
 
 # Singular values of J on the span, below this share of the largest, are 0; where the network casts
@@ -53,13 +56,15 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
     """Shifts of a network at given parameters and inputs, found numerically in a small span.
 
     J·C·a = 0, with the columns of C the candidates: every element of a vector; one number along an
-    axis of a kernel, times 1 or times the inverse of a vector of that length.
+    axis of a kernel, times 1 or times the inverse of a vector of that length. Beside these, vectors
+    v along an axis that no value meets, as of a stream wider than what it was made from: then
+    Σ_i v_i ∂f/∂W_ij = 0 for every j, and W may move by v·cᵀ for any c.
 
     Args:
         fn: the network `fn(params, x) -> y`.
         params: pytree of float arrays.
         x: inputs, as many as it takes: at least 1.5 outputs per candidate. Rank decisions are about
-            these inputs.
+            these inputs; a direction that half of them do not see and the others do is not counted.
 
     Returns:
         A `Shifts`. Directions that are rescalings or matrix symmetries as well are among them:
@@ -117,19 +122,28 @@ def shift_tangents(fn: Network, params: Params, x: Inputs) -> Shifts:
             return jax.lax.map(lambda q: jax.jvp(outputs, (theta,), (q,))[1], Q, batch_size=64)
 
         JQ = np.asarray(columns(jnp.asarray(Q)))
+        eps = coarsest(network.program.trace.jaxpr)
+        clear = max(_CLEAR, min(_UNITS * eps, np.sqrt(eps)))
+        K = unread(
+            outputs,
+            theta,
+            shapes,
+            batch_rows(network, jax.tree.unflatten(tree, leaves), inputs),
+            clear,
+        )
+        sizes = [np.linalg.norm(a, axis=1) for a in (JQ, np.asarray(columns(jnp.asarray(K))))]
+        K = K[sizes[1] <= clear * sizes[0].max()]
     _, s, Vt = np.linalg.svd(JQ.T, full_matrices=True)
     s = np.concatenate([s, np.zeros(len(Q) - len(s))])
-    eps = coarsest(network.program.trace.jaxpr)
-    clear = max(_CLEAR, min(_UNITS * eps, np.sqrt(eps)))
     null = s <= clear * max(s[0], np.finfo(float).tiny)
-    tangents = Vt[null] @ Q
+    tangents = orthonormal(np.concatenate([Vt[null] @ Q, K]), max(1e-6, 30 * clear))
     counted, zero = s[~null].min(initial=np.inf), s[null].max(initial=0)
     gap = counted / zero if zero else np.inf
     names = [name or "params" for name in _checks.leaf_names(params, "")]
     moving = [bool((abs(part) > 1e-9).any()) for part in _split(tangents.T, shapes, flat=True)]
     return Shifts(
-        int(null.sum()),
-        tangents,
+        len(tangents),
+        cast(Array, tangents),
         tuple(name for name, moves in zip(names, moving, strict=True) if moves),
         float(gap),
     )

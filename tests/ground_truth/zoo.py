@@ -169,7 +169,7 @@ ZOO: dict[str, Case] = {
     ),
     "rotary": Case(
         lambda w, x: _attention(w, x, 2, rope=True), dict.fromkeys("qkvo", (8, 8)), (5, 8),
-        12, 24, 0, 4, "a rotation in each plane of each head",
+        12, 28, why="of queries and keys, a scale and a rotation in each plane of each head",
     ),
     "QK-norm with gains": Case(
         _qknorm, {"q": (6, 4), "k": (6, 4), "v": (6, 4), "o": (4, 6), "g": (4,), "g2": (4,)},
@@ -186,7 +186,7 @@ ZOO: dict[str, Case] = {
         _llama,
         _HEADS | {"e": (9, 6), "g1": (6,), "g2": (6,), "g3": (6,), "gate": (6, 5)}
         | {"up": (6, 5), "down": (5, 6), "u": (6, 7)}, ("ids", 9, 5),
-        30, 19, 0, 2, "a rotation in the plane of each head",
+        30, 21,
     ),
     "LoRA": Case(
         lambda w, x: _relu(x @ (_FROZEN.astype(x.dtype) + w["A"] @ w["B"])),

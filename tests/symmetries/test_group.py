@@ -157,6 +157,35 @@ def test_a_gain_is_one_also_where_it_meets_the_scale_of_each_token_first():
         assert not group.classes and not group.rejected
 
 
+def test_an_offset_that_takes_back_the_mean_times_the_gain():
+    """Keras writes LayerNormalization as x·γ/σ + (β − μγ/σ)."""
+
+    def as_keras(w, h, gain="g"):
+        mean = h.mean(-1, keepdims=True)
+        scale = jax.lax.rsqrt(h.var(-1, keepdims=True)) * w["g"]
+        return h * scale + (w["c"] - mean * scale * (w["g2"] / w["g"] if gain == "g2" else 1.0))
+
+    def offset_first(w, h):
+        mean = h.mean(-1, keepdims=True)
+        scale = w["g"] * jax.lax.rsqrt(h.var(-1, keepdims=True))
+        return (w["c"] - mean * scale) + h * scale
+
+    def another_gain(w, h):
+        return as_keras(w, h, "g2")
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 5)), jnp.float32)
+    more = normal({"g": (6,), "c": (6,), "g2": (6,)})
+    for gained in (as_keras, offset_first):
+        net, w = stream(gained)
+        group = symmetry_group(net, w | more, x)
+        # Rotations of the stream that leave its mean alone.
+        assert [(c.kind, c.size) for c in group.classes] == [("O1", 6)]
+        assert group.beyond_rescaling == 10 and group.verified < 1e-12 and not group.rejected
+    net, w = stream(another_gain)
+    group = symmetry_group(net, w | more, x)
+    assert not group.classes and not group.rejected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_network_that_computes_in_less_than_float64_is_tried_to_that(dtype):
     """The softmax of flax, an embedding of nnx and all of keras are in float32 in any scope."""
@@ -207,7 +236,16 @@ def hostile():
         "tied twice": (lambda w, x: x @ w["a"] @ w["b"] @ w["b"] @ w["a"].T, square, ["O"]),
         "trace": (lambda w, x: x[:, :4] * jnp.trace(w["b"]), square, []),
         "inverse": (lambda w, x: x @ w["a"] @ jnp.linalg.inv(w["b"]), square, []),
-        "flip": (lambda w, x: (x @ w["a"])[:, ::-1] @ w["b"], two, []),
+        "flip": (lambda w, x: (x @ w["a"])[:, ::-1] @ w["b"], two, ["GL"]),
+        "flip of tied": (lambda w, x: (x @ w["a"])[:, ::-1] @ w["a"].T, two, []),
+        "flips and a gain": (
+            lambda w, x: ((x @ w["a"])[:, ::-1] * w["g"])[:, ::-1] @ w["b"],
+            two | {"g": (4,)}, ["GL"],
+        ),
+        "flip and parts": (
+            lambda w, x: jnp.tanh((x @ w["a"])[:, ::-1][:, :2]) @ w["b"][:2] + x @ w["a"] @ w["b"],
+            two, [],
+        ),
         "skip": (
             lambda w, x: jnp.concatenate([x, x @ w["a"]], -1) @ w["b"],
             {"a": (5, 4), "b": (9, 3)}, ["GL"],
