@@ -89,3 +89,17 @@ def test_an_ensemble_has_the_ranks_of_its_members():
     ]
     assert ranks.tolist() == alone
     assert proven > 0 and min(alone) < max(alone)
+
+
+def test_an_update_outside_of_jit_compiles_few_programs_once():
+    tx = jaxinv.path_sgd(0.1, networks.mlp, X[:1], momentum=0.9)
+    gradient = jax.tree.map(jnp.ones_like, W)
+    state = tx.init(W)
+    jax.clear_caches()
+    COMPILED.clear()
+    _, state = tx.update(gradient, state, W)
+    # κ is one; a quotient, its value and the momentum for each of at most six shapes.
+    assert len(COMPILED) < 40
+    COMPILED.clear()
+    tx.update(gradient, state, W)
+    assert len(COMPILED) == 0

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxinv._checks import check_exponent, check_like, check_start, integer
 from jaxinv._numerics import scaled as _scaled
+from jaxinv._numerics.compiling import compiled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import InvalidInput
 from jaxinv.optimizers.masking import is_masked
@@ -135,6 +137,12 @@ def _stored(s: Scaled, exponent: Array) -> Array:
 
 def _divide(gradient: Array, kappa: Scaled, p: float, eps: ArrayLike, zero_kappa: str) -> Scaled:
     """gradient / (κ^{2/p} + eps), with the policy for κ = 0, as mantissas and their exponents."""
+    if isinstance(eps, jax.Array | np.ndarray):  # a hyperparameter
+        return _divided(gradient, kappa, p, eps, zero_kappa)
+    return _divided_at_once(gradient, kappa, p, eps, zero_kappa)
+
+
+def _divided(gradient: Array, kappa: Scaled, p: float, eps: ArrayLike, zero_kappa: str) -> Scaled:
     dtype = kappa.mantissa.dtype
     g, zero = gradient.astype(dtype), jnp.zeros((), jnp.int32)
     root = _scaled.root_squared(kappa, p)
@@ -149,3 +157,7 @@ def _divide(gradient: Array, kappa: Scaled, p: float, eps: ArrayLike, zero_kappa
     if zero_kappa == "pass":
         return Scaled(jnp.where(present, quotient, g), jnp.where(present, own - exponent, 0))
     return Scaled(quotient, own - exponent)
+
+
+# Outside of a caller's `jax.jit` every operation would be a program, and compiled alone.
+_divided_at_once = compiled(_divided, static_argnums=(2, 3, 4))

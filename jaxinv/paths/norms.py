@@ -217,9 +217,8 @@ def scaled_kappa(
     read off a sample, which a training loop needs; the result is NaN, not wrong, if the weights of
     one array span more than float32 can.
     """
-    return _scaled_kappa(
-        *_checked(fn, params, x, p, batch_axis), float(p), streaming, sample=streaming
-    )
+    network, leaves = _checked(fn, params, x, p, batch_axis)
+    return at_once(_scaled_kappa, network, leaves, float(p), streaming, streaming)
 
 
 def _scaled_kappa(
