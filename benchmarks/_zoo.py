@@ -25,7 +25,6 @@ class Entry(NamedTuple):
     rest: int = 0
     why: str = ""  # of the rest
     refused: str = ""  # by the path norm: the layer or operation that the message names
-    no_kappa: str = ""  # of a model with a path norm: why it has no Path-SGD
 
 
 # Why directions are left that are neither rescalings, matrices nor shifts.
@@ -46,7 +45,7 @@ ZOO: dict[str, Entry] = {
     "rotary attention": Entry("equinox", others.equinox_rope, 12, 28, refused="tanh"),
     "ViT": Entry("equimo", others.equimo_vit, 30, 34, 111, 6, refused="LayerNorm"),
     "ConvNeXt": Entry("equimo", others.equimo_convnext, 21, 0, 99, 280, refused="LayerNorm2d"),
-    "residual CNN": Entry("keras", others.keras_cnn, 7, 0, 8, no_kappa="nonlinear function of"),
+    "residual CNN": Entry("keras", others.keras_cnn, 7, 0, 8),
     "keras transformer": Entry(
         "keras", others.keras_transformer, 25, 34, 38, 6, refused="dot_product_attention"
     ),

@@ -117,17 +117,11 @@ def keras_cnn() -> Model:
     (norm,) = (layer for layer in model.layers if hasattr(layer, "moving_mean"))
 
     def powered(p: float) -> Any:
-        """Keras adds β − μγ/σ as one number: that is the bias, in place of β and μ."""
-        w = dict(found.params)
-        gain, offset = (next(name for name in w if name.endswith(end)) for end in ("gamma", "beta"))
         mean, variance = (jnp.asarray(v.value) for v in (norm.moving_mean, norm.moving_variance))
-        w[offset] = w[offset] - mean * w[gain] / jnp.sqrt(variance + EPS)
-        norm.set_weights(
-            [norm.gamma, norm.beta, 0 * mean, powered_statistics(mean, variance, p)[1]]
-        )
+        norm.set_weights([norm.gamma, norm.beta, *powered_statistics(mean, variance, p)])
         fn, _ = from_keras(model)
         norm.set_weights([norm.gamma, norm.beta, mean, variance])
-        w = powers(w, p)
+        w = powers(found.params, p)
         (bias,) = (w[name] for name in w if name.startswith("dense") and name.endswith("bias"))
         return through_mean(fn(w, jnp.ones((1, 8, 8, 1))), bias, 36, p)
 

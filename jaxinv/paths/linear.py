@@ -31,6 +31,7 @@ from jaxinv.paths.values import (
     Sign,
     Tracked,
     Weight,
+    added,
     as_paths,
     derived,
     edge,
@@ -40,6 +41,7 @@ from jaxinv.paths.values import (
     not_homogeneous,
     of_signs,
     plain,
+    renamed,
     shared_bases,
 )
 from jaxinv.typing import Array, ArrayLike
@@ -80,11 +82,12 @@ def _relayout(domain: Semantics, eqn: Equation, value: Tracked, *rest: Operand) 
     if fixed is None:
         return _indexed_by_data(eqn, [value, *rest])
     if isinstance(value, Weight):
-        length = None if value.length is None else _sums_like(eqn, value.length, *fixed)
+        kept = (value.length, value.apart)
+        length, apart = (None if s is None else _sums_like(eqn, s, *fixed) for s in kept)
         axes = value.axes if eqn.name == "transpose" else None
         if axes is not None:
             axes = tuple(eqn.params["permutation"].index(axis) for axis in axes)
-        return Weight(eqn.bind(value.value, *fixed), length, value.leaves, axes)
+        return Weight(eqn.bind(value.value, *fixed), length, value.leaves, axes, apart)
     shape = eqn.inputs[0].shape
     if isinstance(value, Sign):
         with jax.ensure_compile_time_eval() if all(map(is_concrete, fixed)) else nullcontext():
@@ -127,12 +130,8 @@ def _convert(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
             return derived(eqn, [value])
         raise not_homogeneous(eqn, f"conversion to {target} rounds; ")
     if isinstance(value, Weight):
-        return Weight(eqn.bind(value.value), value.length, value.leaves, value.axes)
-    return _renamed(value)
-
-
-def _renamed(value: Paths) -> Paths:
-    return Paths(value.rows, multiples_of(value), runs=value.runs)
+        return Weight(eqn.bind(value.value), value.length, value.leaves, value.axes, value.apart)
+    return renamed(value)
 
 
 def _linear(function: Callable) -> Callable:
@@ -455,10 +454,10 @@ def _quotient(left: Operand, inverse: Weight) -> Weight:
 @rule("neg")
 def _neg(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     if isinstance(value, Weight):
-        return Weight(-value.value, value.length, value.leaves, value.axes)
+        return Weight(-value.value, value.length, value.leaves, value.axes, value.apart)
     if isinstance(value, Sign):
         return of_signs(eqn, [value])
-    return _renamed(value)
+    return renamed(value)
 
 
 @rule("integer_pow")
@@ -466,7 +465,7 @@ def _integer_pow(domain: Semantics, eqn: Equation, value: Tracked) -> Result:
     y = eqn.params["y"]
     if isinstance(value, Paths):
         if y == 1:
-            return _renamed(value)
+            return renamed(value)
         raise _product_of_data(eqn) if y > 1 else not_homogeneous(eqn)
     if isinstance(value, Sign):
         return of_signs(eqn, [value])
@@ -489,12 +488,11 @@ def _add(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Res
     for one, other in ((left, right), (right, left)):
         if is_zero(one) and np.ndim(one) == 0 and isinstance(other, Weight | Paths):
             return _neg(domain, eqn, other) if eqn.name == "sub" and other is right else (
-                _renamed(other) if isinstance(other, Paths)
-                else Weight(other.value, other.length, other.leaves, other.axes)
+                renamed(other) if isinstance(other, Paths) else other
             )  # fmt: skip
     if isinstance(left, Paths) or isinstance(right, Paths):
         paths = [as_paths(domain, eqn, v) for v in (left, right)]
         terms, runs = _path_runs.joined([(v.rows, v.runs) for v in paths])
         edges = tuple(not isinstance(v, Paths) for v in (left, right))
         return Paths(_scaled.add(terms, edges), runs=runs)
-    return domain.default(eqn, left, right)
+    return added(domain, eqn, left, right)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxinv._interpreter.operations import ELEMENTWISE
 from jaxinv._interpreter.walk import Equation, Opaque, Reader, Value, is_concrete
+from jaxinv._numerics import scaled
 from jaxinv._numerics.scaled import Scaled
 from jaxinv.errors import UnsupportedOperation
 from jaxinv.paths.runs import Runs, spread
@@ -43,9 +44,11 @@ class Weight(Value):
     weight-normalised kernel, say): the edge then has a weight, but no parameter is an edge.
     `axes`, where known, are those along which the exponents of the length vary, one by one: the
     exponent is then a sum of a vector for each.
+    `apart`, where known, is the sum of the |.|^p of monomials that add up to the value. As a bias
+    it is as many parallel edges: h + (b − c) has the paths of (h + b) − c.
     """
 
-    __slots__ = ("value", "length", "leaves", "axes")
+    __slots__ = ("value", "length", "leaves", "axes", "apart")
 
     def __init__(
         self,
@@ -53,8 +56,10 @@ class Weight(Value):
         length: Scaled | None,
         leaves: frozenset[str],
         axes: tuple[int, ...] | None = None,
+        apart: Scaled | None = None,
     ):
         self.value, self.length, self.leaves, self.axes = value, length, leaves, axes
+        self.apart = apart
 
 
 class Paths(Value):
@@ -183,7 +188,26 @@ def as_paths(domain: Semantics, eqn: Equation, value: Operand) -> Paths:
             "an infinite constant is not an edge weight.",
             "use a finite constant or padding.",
         )
+    if isinstance(value, Weight) and value.length is None and value.apart is not None:
+        return Paths(value.apart)
     return Paths(edge(domain, eqn, value))
+
+
+def added(domain: Semantics, eqn: Equation, left: Operand, right: Operand) -> Result:
+    """A sum of which no part depends on x: no edge, but as a bias one for each monomial."""
+    found = domain.default(eqn, left, right)
+    if not isinstance(found, Weight):
+        return found
+    lengths = [_length_as_bias(domain, v) for v in (left, right)]
+    if all(length is not None for length in lengths):
+        found.apart = scaled.add([s for s in lengths if s is not None], (True, True))
+    return found
+
+
+def _length_as_bias(domain: Semantics, value: Operand) -> Scaled | None:
+    if isinstance(value, Weight):
+        return value.apart if value.length is None else value.length
+    return None if isinstance(value, Value) else domain.power(value)
 
 
 def indexed(eqn: Equation) -> UnsupportedOperation:
@@ -253,6 +277,11 @@ def multiples_of(value: Paths) -> dict:
         return value.sums, one
 
     return {value.key: itself, **value.multiples}
+
+
+def renamed(value: Paths) -> Paths:
+    """The same under another name."""
+    return Paths(value.rows, multiples_of(value), runs=value.runs)
 
 
 def shared_bases(sign: Sign, value: Paths) -> list:
