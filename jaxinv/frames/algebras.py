@@ -218,9 +218,17 @@ def commutant(generators: np.ndarray) -> Algebra:
     off = generators * (1 - np.eye(n))
     diagonals = np.diagonal(generators, axis1=1, axis2=2).T  # (n, m)
     _, cell = np.unique(np.round(diagonals, 12), axis=0, return_inverse=True)
-    group = cell.reshape(-1).copy()
-    for i, j in np.argwhere((off != 0).any(axis=0)):
+    group, alone = cell.reshape(-1).copy(), np.arange(n)
+    linked = (off != 0).any(axis=0)
+    for i, j in np.argwhere(linked):
         group[group == group[j]] = group[i]
+        alone[alone == alone[j]] = alone[i]
+    # What is too large to be solved for is taken apart into what is linked.
+    meeting = linked.any(axis=0) | linked.any(axis=1)
+    for g in np.unique(group[meeting]):
+        where = group == g
+        if where.sum() > _MOST_SOLVED:
+            group[where & meeting] = group.max() + 1 + alone[where & meeting]
     found = []
     for g in dict.fromkeys(group.tolist()):
         where = np.flatnonzero(group == g)

@@ -151,7 +151,9 @@ def _elementwise(domain: Frames, eqn: Equation, rule: Rule, *operands: Operand) 
     experts = one.all.shape[0]
     every = [v if is_concrete(v) else _of_all(domain, v, experts) for v in operands]
     result = rule(domain, _wide(eqn, experts), *every)
-    return Chosen(domain, result, one.index, one.where) if isinstance(result, Framed) else None
+    if not isinstance(result, Framed) or result.square is not None:
+        return None  # what squares are summed over is seen by all experts alike
+    return Chosen(domain, result, one.index, one.where)
 
 
 @choose("transpose")

@@ -158,8 +158,9 @@ def check(program: Program, seed: int, null: bool = True) -> Found:
         return Found(len(group.classes), group.rejected, 0, (0, 0, 0), float(group.verified))
     leaves = jax.tree.leaves(jax.jit(jax.jacrev(lambda w: fn(w, x).ravel()))(params))
     J = np.concatenate([np.asarray(a).reshape(leaves[0].shape[0], -1) for a in leaves], axis=1)
-    s = np.linalg.svd(J, compute_uv=False)
-    nullity = d - int((s > 1e-11 * s[0]).sum())
+    alive = J.any(axis=0)  # some blocks have weights that they do not use
+    s = np.linalg.svd(J[:, alive], compute_uv=False)
+    nullity = int(alive.sum()) - int((s > 1e-11 * s[0]).sum())
     D = np.zeros((0, d))
     if group.rescaling.dim:
         D = np.asarray(tangent_vectors(group.rescaling, params, dense=True)).T
@@ -168,7 +169,7 @@ def check(program: Program, seed: int, null: bool = True) -> Found:
     rows = np.concatenate([D, V])
     size = np.linalg.norm(rows, axis=1)
     moved = np.linalg.norm(rows @ J.T, axis=1)[size > 0] / (np.linalg.norm(J) * size[size > 0])
-    ranks = [_rank(D), _rank(rows), _rank(np.concatenate([rows, N]))]
+    ranks = [_rank(a[:, alive]) for a in (D, rows, np.concatenate([rows, N]))]
     parts = (ranks[0], ranks[1] - ranks[0], ranks[2] - ranks[1])
     return Found(len(group.classes), group.rejected, nullity, parts, float(moved.max(initial=0)))
 

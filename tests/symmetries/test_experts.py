@@ -146,3 +146,19 @@ def test_the_null_space_is_rescalings_matrices_and_shifts(name, x64):
         assert rank(rows[:, alive]) == nullity
     else:
         assert rank(rows[:, alive]) <= nullity
+
+
+def test_squares_of_what_was_chosen_leave_rotations():
+    """An embedding is chosen by an index too; its normalisation sees the sum of squares."""
+
+    def fn(w, tokens):
+        return (rms(w["table"][tokens]) + w["v"]) @ w["u"]
+
+    def turned(w, tokens):
+        return rms(w["table"][tokens]) @ w["u"]
+
+    w = {"table": (7, 6), "v": (6,), "u": (6, 3)}
+    w = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in w.items()}
+    tokens = jax.ShapeDtypeStruct((3, 4), np.int32)
+    assert classes(symmetry_group(fn, w, tokens)) == [("O", 6)]
+    assert classes(symmetry_group(turned, w, tokens)) == [("O", 6)]

@@ -266,6 +266,21 @@ def test_relations_are_what_they_say_of_matrices(seed):
     np.testing.assert_allclose(seen(one.inverse(), seen(one, A)), A)
 
 
+def test_many_planes_of_one_cosine_are_taken_apart():
+    """Cosines of slow planes round to 1 at the first positions: 20 planes of one matrix."""
+    n = 41
+    generators = [np.diag([1.0] * 40 + [2.0])]
+    for i in range(20):
+        turn = np.zeros((n, n))
+        turn[i, i + 20], turn[i + 20, i] = 1, -1
+        generators.append(turn)
+    found = commutant(np.stack(generators))
+    assert found.dimension == 20 * 2 + 1
+    for A in basis(found, n):
+        for g in generators:
+            np.testing.assert_allclose(A @ g, g @ A, atol=1e-12)
+
+
 def test_kinds_meet():
     planes = Algebra((Blocks(((0, 2), (1, 3)), (((1.0, 0), (0, 1)), ((0, 1), (-1, 0)))),))
     planes = planes.transposed()
