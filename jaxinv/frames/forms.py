@@ -10,6 +10,7 @@ taken, those of the parts. The operations that are put off are in `mixing`.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class Form(NamedTuple):
         return same and self.own == other.own and self.places == other.places
 
 
-class Deferred(Framed):
+class Deferred(Framed, abc.ABC):
     """A value whose frames are put off until something asks for them."""
 
     __slots__ = ("found",)
@@ -62,9 +63,9 @@ class Deferred(Framed):
         super().__init__(shape)
         self.found: Framed | None = None
 
+    @abc.abstractmethod
     def frames(self) -> Framed:
         """The value with frames; asked for once."""
-        raise NotImplementedError
 
     def resolved(self) -> Framed:
         if self.found is None:
