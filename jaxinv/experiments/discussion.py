@@ -47,6 +47,7 @@ from jaxinv.typing import Params
 
 FIGURE = "studies.png"
 _BATCH, _RATE = 100, 0.1  # of SGD
+_TRAINED_ON = 1437  # images of the study training: as many as there are digits to train on
 _EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # at which training is looked at
 
 
@@ -67,8 +68,8 @@ class Config:
     """Sizes of the studies; larger ones take longer."""
 
     data: Path | None = data_option(
-        "directory with the four .gz files of MNIST or Fashion-MNIST, as further inputs "
-        "(28×28 images are averaged to 7×7); the digits of scikit-learn are always used",
+        "directory with the four .gz files of MNIST or Fashion-MNIST, whose 28×28 images are "
+        "averaged to 7×7 (default: the digits bundled with scikit-learn)",
     )
     out: Path = out_option("discussion", FIGURE)
     width: int = count_option(8, "width of both hidden layers on images")
@@ -102,23 +103,35 @@ def _normal(n: int, features: int) -> jax.Array:
 # --- studies: each returns its cells, yet to be computed ------------------------------
 
 
-def _digits_networks(config: Config, features: int = 64) -> Params:
-    return draw(0, (features, config.width, config.width, 10), config.networks, config.bias_std)
+@functools.lru_cache(maxsize=1)
+def _images(directory: Path | None) -> datasets.Dataset:
+    """The images of all studies on images; those of 28×28 are averaged to 7×7."""
+    data = datasets.load(directory)
+    x_train, x_test = (_coarse(x) for x in (data.x_train, data.x_test))
+    return data._replace(
+        x_train=x_train[:_TRAINED_ON], y_train=data.y_train[:_TRAINED_ON], x_test=x_test
+    )
 
 
-def _digits(config: Config) -> jax.Array:
-    return jnp.asarray(datasets.digits().x_train[: config.examples])
+def _image_networks(config: Config) -> Params:
+    data = _images(config.data)
+    sizes = (data.x_train.shape[1], config.width, config.width, data.num_classes)
+    return draw(0, sizes, config.networks, config.bias_std)
+
+
+def _first_images(config: Config) -> jax.Array:
+    return jnp.asarray(_images(config.data).x_train[: config.examples])
 
 
 def examples(config: Config) -> Thunks:
     """Rank against the number of inputs, each set part of the next."""
-    x = {"digits": _digits(config)}
-    n = len(x["digits"])
-    x["standard normal"] = _normal(n, 64)
+    images = _first_images(config)
+    n, features = images.shape
+    x = {_images(config.data).name: images, "standard normal": _normal(n, features)}
     sizes = sorted({max(1, n // 2**i) for i in range(7)})  # 360, 180, ..., 5
 
     def cell(name: str, size: int) -> Cell:
-        found = ranks(_digits_networks(config), first(x[name], size))
+        found = ranks(_image_networks(config), first(x[name], size))
         return {**found, "inputs": name, "examples": size}
 
     return {f"{name}, {size}": functools.partial(cell, name, size) for name in x for size in sizes}
@@ -131,21 +144,20 @@ def inputs(config: Config) -> Thunks:
     length r of its own for each input, r = exp(2·N(0, 1)), so that inputs lie from far within the
     biases, where these decide what fires, to far outside.
     """
-    pictures = {"digits": _digits(config)}
-    if config.data is not None:
-        data = datasets.load(config.data)
-        pictures[f"images of {data.name}"] = jnp.asarray(_coarse(data.x_train[: config.examples]))
-    normal = _normal(config.examples, 64)
-    length = jax.random.normal(jax.random.key(2), (len(normal), 1))
-    radius = jax.random.uniform(jax.random.key(3), (len(normal), 1)) ** (1 / 64)
-    rows = pictures | {
+    images = _first_images(config)
+    n, features = images.shape
+    normal = _normal(n, features)
+    length = jax.random.normal(jax.random.key(2), (n, 1))
+    radius = jax.random.uniform(jax.random.key(3), (n, 1)) ** (1 / features)
+    rows = {
+        _images(config.data).name: images,
         "standard normal": normal,
         "uniform in ball": radius * normal / jnp.linalg.norm(normal, axis=1, keepdims=True),
         "scales": 3 * jnp.exp(2 * length) * normal,
     }
 
     def cell(x: jax.Array) -> Cell:
-        return ranks(_digits_networks(config, x.shape[1]), x)
+        return ranks(_image_networks(config), x)
 
     return {name: functools.partial(cell, x) for name, x in rows.items()}
 
@@ -170,19 +182,19 @@ def draws(config: Config) -> Thunks:
 
 def training(config: Config) -> Thunks:
     """Rank on training images, on test images and on standard normal inputs along SGD."""
-    data = datasets.digits()
+    data = _images(config.data)
     n = min(config.examples, len(data.x_test))
     x = {
         "training images": jnp.asarray(data.x_train[:n]),
         "test images": jnp.asarray(data.x_test[:n]),
-        "standard normal": _normal(n, 64),
+        "standard normal": _normal(n, data.x_train.shape[1]),
     }
     epochs = [epoch for epoch in _EPOCHS if epoch < config.epochs] + [config.epochs]
     trained: dict[int, tuple[Params, jax.Array]] = {}
 
     def cell(epoch: int) -> Cell:
         if not trained:  # once for all cells, and not at all if none is missing
-            trained.update(_train(_digits_networks(config), data, epochs))
+            trained.update(_train(_image_networks(config), data, epochs))
         params, losses = trained[epoch]
         found = {name: ranks(params, rows) for name, rows in x.items()}
         return {"epoch": epoch, "loss": losses.tolist(), "ranks": found}
