@@ -213,7 +213,9 @@ def diverging():
     good = _made_up([[2.0, 1.0, 0.5], [2.2, 1.0, 0.7]], [[90.0, 9.0], [90.0, 7.0]])
     bad = _made_up([[2.0, np.inf, np.nan], [2.2, 1.0, 0.4]], [[90.0, np.nan], [90.0, 8.0]])
     curves = {name: {"balanced": good, "unbalanced": bad} for name in path_sgd.OPTIMIZERS}
-    return Result(Config(seeds=2, epochs=1), "made-up", dict.fromkeys(curves, 0.1), curves)
+    rates = dict.fromkeys(curves, 0.1)
+    tuned = {name: {s: (0.1, c) for s, c in starts.items()} for name, starts in curves.items()}
+    return Result(Config(seeds=2, epochs=1), "made-up", rates, curves, tuned, curves)
 
 
 def test_table_values_are_those_of_the_curves(result):
