@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxinv._checks import leaf_names
 from jaxinv._extras import require
+from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, resuming, training
 from jaxinv.experiments.options import count_option, data_option, hidden_option, option, out_option
 from jaxinv.experiments.report import Progress, Table
@@ -65,6 +66,9 @@ class Config:
         "standard normal inputs, and images of --data (of the digits all 1437 are taken); memory "
         "and time grow with it and with the square of the number of parameters",
     )
+    pool: int = count_option(
+        1, "average the images over squares of this side: fewer pixels, fewer parameters"
+    )
     bias_std: float = option(0.0, "standard deviation of the biases", parse=spread, metavar="STD")
     seeds: int = count_option(1, "networks: those of the seeds 0, ..., K - 1", metavar="K")
 
@@ -106,6 +110,7 @@ def run(config: Config, running: Running) -> Result:
 
     Raises:
         DataError: if ``config.data`` cannot be read.
+        InvalidInput: if its images cannot be averaged over squares of that side.
 
     >>> result = run(Config(hidden=(2,), examples=1437))  # as many as there are digits
     >>> normal, digits = result.splits
@@ -113,6 +118,7 @@ def run(config: Config, running: Running) -> Result:
     (160, 158, 2, 0, 0)
     """
     data = datasets.load(config.data)
+    data = data._replace(x_train=pooled(np.asarray(data.x_train), config.pool))
     sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
     images = data.x_train if config.data is None else data.x_train[: config.examples]
     inputs = {
@@ -133,6 +139,27 @@ def run(config: Config, running: Running) -> Result:
         studies[f"seed {seed}"] = splits
     cells = resuming.compute(studies, *running)
     return Result(config, sizes, [_read(cell) for row in cells.values() for cell in row.values()])
+
+
+def pooled(x: np.ndarray, side: int) -> np.ndarray:
+    """Average square images over squares of ``side`` pixels, (n, pixels) -> (n, pixels / side²).
+
+    Raises:
+        InvalidInput: if the images are no squares, or ``side`` does not divide theirs.
+
+    >>> pooled(np.arange(16.0)[None], 2).tolist()
+    [[2.5, 4.5, 10.5, 12.5]]
+    """
+    if side == 1:
+        return x
+    width = round(x.shape[1] ** 0.5)
+    if width**2 != x.shape[1] or width % side:
+        raise InvalidInput(
+            f"images of {x.shape[1]} pixels cannot be averaged over squares of {side} pixels a side; "
+            "choose a --pool that divides the side of the images"
+        )
+    blocks = x.reshape(-1, width // side, side, width // side, side)
+    return blocks.mean((2, 4), dtype=x.dtype).reshape(len(x), -1)
 
 
 def _read(cell: Cell) -> Split:
@@ -212,6 +239,12 @@ def table(result: Result) -> Table:
                 *(str(split.numpy_rank[precision]) for precision in PRECISIONS),
             ]
         )
+        if split.rows < split.parameters:
+            outputs = split.rows // split.examples
+            notes.append(
+                f"{split.inputs}, seed {split.seed}: limited by {split.rows} rows; "
+                f"at least {-(-split.parameters // outputs)} inputs are needed"
+            )
         if split.dead:
             where = ", ".join(f"{count} in {leaf}" for leaf, count in split.dead_by_leaf.items())
             notes.append(f"dead on {split.inputs}, seed {split.seed}: {where}")

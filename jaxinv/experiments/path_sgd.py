@@ -356,8 +356,8 @@ def table(result: Result) -> Table:
     columns += ["best rate\nof start", "final loss\nat it"]
     title = (
         f"{_setting(result)}, float32\n"
-        "Δ: between the two starts' curves at one rate; median Δ loss: over steps, as a part of the "
-        "larger loss"
+        "Δ: between the two starts' curves at one rate; median Δ loss: over steps, as a part of "
+        "the larger loss"
     )
     if result.config.tune:
         rates = ", ".join(f"{rate:g}" for rate in TUNING_RATES)
