@@ -155,7 +155,7 @@ def pooled(x: np.ndarray, side: int) -> np.ndarray:
     width = round(x.shape[1] ** 0.5)
     if width**2 != x.shape[1] or width % side:
         raise InvalidInput(
-            f"images of {x.shape[1]} pixels cannot be averaged over squares of {side} pixels a side; "
+            f"images of {x.shape[1]} pixels cannot be averaged over squares of side {side}; "
             "choose a --pool that divides the side of the images"
         )
     blocks = x.reshape(-1, width // side, side, width // side, side)
@@ -248,8 +248,7 @@ def table(result: Result) -> Table:
         if split.dead:
             where = ", ".join(f"{count} in {leaf}" for leaf, count in split.dead_by_leaf.items())
             notes.append(f"dead on {split.inputs}, seed {split.seed}: {where}")
-    net = "-".join(map(str, result.sizes))
-    title = f"{net} with biases, d = rank + rescaling + dead + unexplained + unseen"
+    title = f"{_network(result)}; d = rank + rescaling + dead + unexplained + unseen"
     columns = ["inputs", "seed", "n", "d", "rank", "rescaling", "dead", "unexplained"]
     columns += ["unseen", "certain"]
     columns += [f"NumPy\n{precision}" for precision in PRECISIONS]
@@ -262,26 +261,50 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw the spectra of the first network, in both precisions, with d − dim(group) and d."""
+    """Draw the spectra of the first network, in both precisions, and what becomes of d."""
     figure_module = require("matplotlib.figure", "cli")
     splits = [split for split in result.splits if split.seed == 0]
-    figure = figure_module.Figure(figsize=(6 * len(splits), 4.6), layout="constrained")
+    figure = figure_module.Figure(figsize=(6.4 * len(splits), 5), layout="constrained")
     for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
         for precision, values in split.spectra.items():
             index = np.arange(1, len(values) + 1)
             # A computed zero has no logarithm; it is as good as the smallest number of a float64.
             shown = np.maximum(values, np.finfo(np.float64).eps ** 2)
-            axes.plot(index, shown, label=precision, linewidth=1.2)
+            axes.plot(index, shown, label=f"computed in {precision}", linewidth=1.6)
             tolerance = values[0] * max(split.rows, split.parameters) * np.finfo(values.dtype).eps
             color = axes.lines[-1].get_color()
             axes.axhline(
                 tolerance, color=color, linestyle=":", label=f"NumPy's tolerance, {precision}"
             )
-        d, known = split.parameters, split.parameters - split.group_dimension
-        axes.axvline(known, color="black", linestyle="--", label=f"d − dim(group) = {known}")
-        axes.axvline(d, color="black", label=f"d = {d}")
-        axes.axvline(split.rank, color="C2", linestyle="-.", label=f"rank = {split.rank}")
-        axes.set(yscale="log", xlabel="index", ylabel="singular value")
-        axes.set_title(f"{split.inputs}: {split.examples} inputs")
+        d, rank = split.parameters, split.rank
+        axes.axvline(rank, color="C2", linestyle="-.", label=f"rank = {rank}")
+        # What explains the parameters without a singular value, from the right.
+        end = d
+        for count, name, color in (
+            (split.rescaling, "rescaling", "0.25"),
+            (split.dead, "dead", "0.55"),
+            (split.unexplained, "unexplained", "C3"),
+            (split.unseen, "unseen", "C4"),
+        ):
+            if count:
+                axes.axvspan(
+                    end - count, end, color=color, alpha=0.3, linewidth=0, label=f"{count} {name}"
+                )
+            end -= count
+        axes.set(
+            yscale="log",
+            xlim=(0, d * 1.02),
+            xlabel=f"index of the singular value, 1 … d = {d}",
+            ylabel="singular value of the Jacobian",
+            title=f"{split.inputs}: n = {split.examples} inputs, {split.rows} rows\n"
+            + ("rank proven" if split.certain else "rank not proven"),
+        )
         axes.legend(loc="lower left", fontsize="small")
+    figure.suptitle(f"{_network(result)}, network of seed 0: where the spectrum falls is the rank")
     figure.savefig(path, dpi=150)
+
+
+def _network(result: Result) -> str:
+    pool = result.config.pool
+    averaged = f", images averaged over {pool}×{pool} pixels" if pool > 1 else ""
+    return f"{'-'.join(map(str, result.sizes))} with biases{averaged}"

@@ -318,40 +318,47 @@ def unexplained(cell: Mapping[str, Any]) -> np.ndarray:
     return cell["d"] - cell["group"] - np.array(cell["rank"])
 
 
-def _lines(study: str, cells: Cells) -> dict[str, tuple[list[Any], list[float]]]:
-    """The curves of a study: label -> (x, y)."""
-    lines: dict[str, tuple[list[Any], list[float]]] = {}
+class _Line(NamedTuple):
+    """A curve: the mean over networks, and its bar, a standard deviation unless said otherwise."""
 
-    def add(label: str, x: Any, y: Any) -> None:
-        xs, ys = lines.setdefault(label, ([], []))
-        xs.append(x)
-        ys.append(float(y))
+    x: list[Any]
+    y: list[float]
+    bar: list[float]
+
+
+def _lines(study: str, cells: Cells) -> dict[str, _Line]:
+    """The curves of a study: label -> line. In the study depth the bar is the standard error."""
+    lines: dict[str, _Line] = {}
+
+    def add(label: str, x: Any, y: np.ndarray, *, share: bool = False) -> None:
+        line = lines.setdefault(label, _Line([], [], []))
+        spread = y.std() / (len(y) ** 0.5 if share else 1)
+        for values, value in zip(line, (x, float(y.mean()), float(spread)), strict=True):
+            values.append(value)
 
     for name, cell in cells.items():
         if study == "examples":
-            add(cell["inputs"], cell["examples"], ratio(cell).mean())
+            add(cell["inputs"], cell["examples"], ratio(cell))
         elif study == "inputs":
-            add("", name, ratio(cell).mean())
-        elif study == "draws":
-            for value in unexplained(cell):
-                add(name, value, 1)
+            add("", name, ratio(cell))
         elif study == "training":
             for images, found in cell["ranks"].items():
-                add(images, cell["epoch"], ratio(found).mean())
+                add(images, cell["epoch"], ratio(found))
         elif study == "shape":
-            add(f"about {cell['budget']} parameters", cell["depth"], ratio(cell).mean())
+            add(f"about {cell['budget']} parameters", cell["depth"], ratio(cell))
         else:
             half = cell | {"rank": cell["rank_of_half"]}
-            add(f"width {cell['width']}", cell["depth"], (unexplained(cell) == 0).mean())
-            add(f"width {cell['width']}, half", cell["depth"], (unexplained(half) == 0).mean())
+            label = f"width {cell['width']}"
+            add(label, cell["depth"], unexplained(cell) == 0, share=True)
+            add(f"{label}, half of the inputs", cell["depth"], unexplained(half) == 0, share=True)
     return lines
 
 
 _ASKED = {
-    "examples": ("rank/(d − h) on n inputs", "n"),
-    "inputs": ("rank/(d − h) by distribution of inputs", ""),
-    "draws": ("unexplained = d − h − rank over draws", "unexplained"),
-    "training": ("rank/(d − h) along SGD", "epoch"),
+    "examples": ("rank/(d − h) on n inputs", "number of inputs n"),
+    "inputs": ("rank/(d − h) by distribution of inputs", "rank / (d − h)"),
+    "draws": ("unexplained = d − h − rank over draws", "unexplained = d − h − rank"),
+    "training": ("rank/(d − h) along SGD", "epoch of SGD"),
     "shape": ("rank/(d − h), fixed number of parameters", "hidden layers"),
     "depth": ("probability of unexplained = 0 (half: of the inputs)", "hidden layers"),
 }
@@ -369,7 +376,7 @@ def _headline(study: str, cells: Cells) -> str:
     else:
         lines = _lines(study, cells).items()
         found = []
-        for name, (x, y) in lines:
+        for name, (x, y, _) in lines:
             least = int(np.argmin(y))
             shown = sorted({0, least, len(x) - 1})  # a curve may dip and come back
             found.append(f"{name}: " + ", ".join(f"{y[i]:.3f} at {x[i]}" for i in shown))
@@ -399,23 +406,53 @@ def record(result: Result) -> dict[str, Any]:
 def plot(result: Result, path: Path) -> None:
     """Draw a panel for each study."""
     figure_module = require("matplotlib.figure", "cli")
-    figure = figure_module.Figure(figsize=(15, 8), layout="constrained")
-    for axes, (study, cells) in zip(
-        figure.subplots(2, 3).flat, result.studies.items(), strict=True
-    ):
+    figure = figure_module.Figure(figsize=(15, 9), layout="constrained")
+    config, studies = result.config, result.studies
+    images = next(iter(studies["inputs"]))
+    on_images = f"{images}, {config.networks} networks with two hidden layers of {config.width}"
+    networks = {
+        "examples": on_images,
+        "inputs": on_images,
+        "draws": f"6-8-8-4 on 200 standard normal inputs, {config.draws} networks",
+        "training": f"{images}, the same {config.networks} networks",
+        "shape": f"8-…-4 on standard normal inputs, {max(1, config.draws // 10)} networks each",
+        "depth": f"one output, standard normal inputs, {config.draws} networks each",
+    }
+    for axes, (study, cells) in zip(figure.subplots(2, 3).flat, studies.items(), strict=True):
         title, label = _ASKED[study]
-        for name, (x, y) in _lines(study, cells).items():
-            if study == "draws":
-                axes.hist(x, bins=20, alpha=0.6, label=name)
-            elif study == "inputs":
-                axes.barh(x, y)
-            else:
-                axes.plot(x, y, "o--" if name.endswith("half") else "o-", label=name)
-        axes.set(title=title, xlabel=label)
+        axes.set_title(f"{title}\n{networks[study]}", fontsize="medium")
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        if study == "draws":
+            found = {name: unexplained(cell) for name, cell in cells.items()}
+            edges = np.linspace(0, max(map(np.max, found.values())) + 1, 21)
+            for name, values in found.items():
+                axes.hist(values, bins=edges, alpha=0.6, label=name)
+            axes.set_ylabel("networks")
+        else:
+            for name, (x, y, bar) in _lines(study, cells).items():
+                bars: dict[str, Any] = {"yerr": bar, "capsize": 3, "markersize": 4, "label": name}
+                if study == "inputs":
+                    axes.barh(x, y, xerr=bar, capsize=3)
+                else:
+                    axes.errorbar(x, y, fmt="o--" if name.endswith("inputs") else "o-", **bars)
+        if study in ("examples", "training", "shape"):
+            axes.set_ylabel("rank / (d − h)")
+        if study == "depth":
+            axes.set_ylabel("share of networks with unexplained = 0")
         if study == "examples":
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
         if study == "training":
             axes.set_xscale("symlog", linthresh=1)
-        if study != "inputs":
+            axes.xaxis.set_major_formatter("{x:g}")
+        if study == "inputs":
+            axes.invert_yaxis()
+        else:
             axes.legend(fontsize="small")
+    figure.suptitle(
+        f"Rank against d parameters less h hidden units. Images: {images}, at most "
+        f"{config.examples}. Bars: ± 1 standard deviation over networks; of shares, ± 1 standard "
+        "error. 1: no degree of freedom is lost but the rescalings"
+    )
     figure.savefig(path, dpi=150)

@@ -176,8 +176,8 @@ def run(config: Config, running: Running) -> Result:
     exact = {}
     if config.float64:
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-            images = (jnp.asarray(x, jnp.float64) for x in (data.x_train, data.x_test))
-            double = data._replace(**dict(zip(("x_train", "x_test"), images, strict=True)))
+            x_train, x_test = (jnp.asarray(x, jnp.float64) for x in (data.x_train, data.x_test))
+            double = data._replace(x_train=x_train, x_test=x_test)
             train = trainer(double, ", float64")
             exact = {n: {s: train(n, s, rates[n]) for s in STARTS} for n in OPTIMIZERS}
     return Result(config, data.name, rates, curves, tuned, exact)
@@ -441,13 +441,14 @@ def plot(result: Result, path: Path) -> None:
         ylabel="training loss (nats)",
         title="float32: the losses (learning rate)",
     )
-    loss_axes.legend(fontsize="x-small", loc="lower left")
+    loss_axes.legend(fontsize="x-small", loc="upper right")
     for axes in (*gap_axes, loss_axes):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
+    lines = "lines: running medians, of losses means, over a fiftieth of the training"
     band = f"bands: ± 1 standard deviation over {config.seeds} seeds"
     figure.suptitle(
-        f"{_setting(result)}, {first.step_loss.shape[1]} steps"
+        f"{_setting(result)}, {first.step_loss.shape[1]} steps\n{lines}"
         + (f"; {band}" if config.seeds > 1 else ""),
         fontsize="medium",
     )
