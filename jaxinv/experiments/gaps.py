@@ -32,4 +32,4 @@ def median_gap(balanced: np.ndarray, unbalanced: np.ndarray) -> np.ndarray:
         gap = np.abs(balanced - unbalanced) / np.maximum(balanced, unbalanced)
     # Equal losses of 0 are equal, and a NaN is no loss.
     gap = np.where(balanced == unbalanced, 0.0, np.where(np.isnan(gap), 1.0, gap))
-    return np.asarray(np.median(gap[:, 1:], axis=1))
+    return np.asarray(np.median(gap[:, 1:] if gap.shape[1] > 1 else gap, axis=1))
