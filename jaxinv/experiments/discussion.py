@@ -451,8 +451,9 @@ def plot(result: Result, path: Path) -> None:
         else:
             axes.legend(fontsize="small")
     figure.suptitle(
-        f"Rank against d parameters less h hidden units. Images: {images}, at most "
-        f"{config.examples}. Bars: ± 1 standard deviation over networks; of shares, ± 1 standard "
-        "error. 1: no degree of freedom is lost but the rescalings"
+        "rank / (d − h) = 1 and unexplained = 0: of the d parameters only one rescaling for each of "
+        f"the h hidden units is lost. Images: {images}, at most {config.examples}\n"
+        "bars: ± 1 standard deviation over networks; of shares of networks, ± 1 standard error",
+        fontsize="medium",
     )
     figure.savefig(path, dpi=150)
