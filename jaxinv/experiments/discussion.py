@@ -451,7 +451,7 @@ def plot(result: Result, path: Path) -> None:
         else:
             axes.legend(fontsize="small")
     figure.suptitle(
-        "rank / (d − h) = 1 and unexplained = 0: of the d parameters only one rescaling for each of "
+        "rank / (d − h) = 1, unexplained = 0: of the d parameters only one rescaling for each of "
         f"the h hidden units is lost. Images: {images}, at most {config.examples}\n"
         "bars: ± 1 standard deviation over networks; of shares of networks, ± 1 standard error",
         fontsize="medium",
