@@ -29,6 +29,7 @@ import optax
 
 from jaxinv._extras import require
 from jaxinv.experiments import training
+from jaxinv.experiments.gaps import median_gap
 from jaxinv.experiments.options import (
     count_option,
     data_option,
@@ -321,11 +322,29 @@ def _shown(found: Best, values: np.ndarray, form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):{form}}"
 
 
+def same_rate_gap(cells: Cells) -> float:
+    """The distance of the two starts at the best rate of the balanced one, mean over seeds.
+
+    Median over epochs of the relative distance of the training losses,
+    :func:`jaxinv.experiments.gaps.median_gap`.
+
+    >>> cell = {"rate": 0.1, "error": [[9.0, 9.0]], "seconds": 1.0}
+    >>> cells = {"balanced, 0.1": cell | {"loss": [[2.0, 1.0]]}}
+    >>> same_rate_gap(cells | {"unbalanced, 0.1": cell | {"loss": [[2.0, 0.75]]}})
+    0.25
+    """
+    balanced, unbalanced = STARTS
+    found = best(cells, balanced)
+    other = np.array(cells[_key(unbalanced, found.rate)]["loss"], float)
+    return float(median_gap(found.loss, other).mean())
+
+
 def table(result: Result) -> Table:
     """Every method at its best rate from each start, mean ± standard deviation over seeds."""
     rows = []
     slowest = {name: best(cells, STARTS[0]).seconds for name, cells in result.studies.items()}
     for name, cells in result.studies.items():
+        gap = same_rate_gap(cells)
         for start in STARTS:
             found = best(cells, start)
             rows.append(
@@ -335,6 +354,7 @@ def table(result: Result) -> Table:
                     f"{found.rate:g}",
                     _shown(found, found.loss[:, -1], ".2g"),
                     _shown(found, found.error[:, -1], ".2f"),
+                    "" if start != STARTS[0] or found.diverged else f"{100 * gap:.2g}",
                     f"{found.seconds / slowest['sgd']:.3g}",
                 ]
             )
@@ -344,12 +364,14 @@ def table(result: Result) -> Table:
         "best\nrate",
         "training\nloss",
         "test\nerror %",
+        "median Δ\nloss %",
         "processor\ntime / SGD",
     ]
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     title = (
         f"{_setting(result)}\nrates: {rates}; the best is that of the lowest final training loss; "
-        "diverged: at every rate, the loss ends above its start"
+        "diverged: at every rate, the loss ends above its start; median Δ: between the starts, "
+        "both at the best rate of the balanced one, as a part of the larger loss"
     )
     return Table(title, columns, rows)
 
