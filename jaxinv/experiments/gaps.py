@@ -25,8 +25,8 @@ def median_gap(balanced: np.ndarray, unbalanced: np.ndarray) -> np.ndarray:
     The median over steps of |balanced − unbalanced| / max(balanced, unbalanced), from the second
     step on: at the first the two are one function. A step where either diverged counts as 1.
 
-    >>> median_gap(np.array([[3.0, 1.0, 1.0, 2.0]]), np.array([[3.0, 0.5, 2.0, np.nan]]))
-    array([0.5])
+    >>> median_gap(np.array([[3.0, 1.0, 2.0]]), np.array([[3.0, 0.5, np.nan]]))
+    array([0.75])
     """
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         gap = np.abs(balanced - unbalanced) / np.maximum(balanced, unbalanced)
