@@ -112,8 +112,8 @@ def three_cells(monkeypatch):
 
     def run(config, progress, store):
         thunks = {str(i): thunk(i) for i in range(3)}
-        cells = resuming.compute({"sevenths": thunks}, progress, store)
-        return path_sgd.Result(config, "made-up", {}, cells)
+        resuming.compute({"sevenths": thunks}, progress, store)
+        return path_sgd.Result(config, "made-up", {}, {}, {}, {})
 
     monkeypatch.setattr(path_sgd, "run", run)
     monkeypatch.setattr(path_sgd, "plot", lambda result, path: path.write_bytes(b"figure"))
