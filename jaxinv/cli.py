@@ -163,8 +163,12 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         store.finish(module.record(result))
         with files.replacing(figure) as new:
             module.plot(result, new)
-    report.print_table(module.table(result))
-    print(f"wrote {_shown(figure)} and {_shown(config.out / 'results.json')}")  # noqa: T201
+        table = module.table(result)
+        with files.replacing(config.out / "table.md") as new:
+            new.write_text(report.markdown(table) + "\n", encoding="utf-8")
+    report.print_table(table)
+    numbers = _shown(config.out / "results.json")
+    print(f"wrote {_shown(figure)}, table.md and {numbers}")  # noqa: T201
 
 
 def _shown(message: object) -> str:

@@ -29,7 +29,7 @@ def small_run(tmp_path_factory):
 def test_reproduce_succeeds_and_writes_only_its_two_files(small_run):
     code, out, _ = small_run
     assert code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "results.json", "table.md"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -81,7 +81,7 @@ EXPERIMENTS = {
 
 if not TYPE_CHECKING:  # a type checker would take any name for a module
     _ON_DEMAND = {
-        "datasets", "ensembles", "files", "options", "report", "resuming", "starts",
+        "datasets", "ensembles", "files", "gaps", "options", "report", "resuming", "starts",
         "training",
         *(experiment.module.rpartition(".")[2] for experiment in EXPERIMENTS.values()),
     }  # fmt: skip

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxinv._checks import leaf_names
 from jaxinv._extras import require
+from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, resuming, training
 from jaxinv.experiments.options import count_option, data_option, hidden_option, option, out_option
 from jaxinv.experiments.report import Progress, Table
@@ -65,6 +66,9 @@ class Config:
         "standard normal inputs, and images of --data (of the digits all 1437 are taken); memory "
         "and time grow with it and with the square of the number of parameters",
     )
+    pool: int = count_option(
+        1, "average the images over squares of this side: fewer pixels, fewer parameters"
+    )
     bias_std: float = option(0.0, "standard deviation of the biases", parse=spread, metavar="STD")
     seeds: int = count_option(1, "networks: those of the seeds 0, ..., K - 1", metavar="K")
 
@@ -106,6 +110,7 @@ def run(config: Config, running: Running) -> Result:
 
     Raises:
         DataError: if ``config.data`` cannot be read.
+        InvalidInput: if its images cannot be averaged over squares of that side.
 
     >>> result = run(Config(hidden=(2,), examples=1437))  # as many as there are digits
     >>> normal, digits = result.splits
@@ -113,6 +118,7 @@ def run(config: Config, running: Running) -> Result:
     (160, 158, 2, 0, 0)
     """
     data = datasets.load(config.data)
+    data = data._replace(x_train=pooled(np.asarray(data.x_train), config.pool))
     sizes = (data.x_train.shape[1], *config.hidden, data.num_classes)
     images = data.x_train if config.data is None else data.x_train[: config.examples]
     inputs = {
@@ -133,6 +139,27 @@ def run(config: Config, running: Running) -> Result:
         studies[f"seed {seed}"] = splits
     cells = resuming.compute(studies, *running)
     return Result(config, sizes, [_read(cell) for row in cells.values() for cell in row.values()])
+
+
+def pooled(x: np.ndarray, side: int) -> np.ndarray:
+    """Average square images over squares of ``side`` pixels, (n, pixels) -> (n, pixels / side²).
+
+    Raises:
+        InvalidInput: if the images are no squares, or ``side`` does not divide theirs.
+
+    >>> pooled(np.arange(16.0)[None], 2).tolist()
+    [[2.5, 4.5, 10.5, 12.5]]
+    """
+    if side == 1:
+        return x
+    width = round(x.shape[1] ** 0.5)
+    if width**2 != x.shape[1] or width % side:
+        raise InvalidInput(
+            f"images of {x.shape[1]} pixels cannot be averaged over squares of side {side}; "
+            "choose a --pool that divides the side of the images"
+        )
+    blocks = x.reshape(-1, width // side, side, width // side, side)
+    return blocks.mean((2, 4), dtype=x.dtype).reshape(len(x), -1)
 
 
 def _read(cell: Cell) -> Split:
@@ -212,11 +239,16 @@ def table(result: Result) -> Table:
                 *(str(split.numpy_rank[precision]) for precision in PRECISIONS),
             ]
         )
+        if split.rows < split.parameters:
+            outputs = split.rows // split.examples
+            notes.append(
+                f"{split.inputs}, seed {split.seed}: limited by {split.rows} rows; "
+                f"at least {-(-split.parameters // outputs)} inputs are needed"
+            )
         if split.dead:
             where = ", ".join(f"{count} in {leaf}" for leaf, count in split.dead_by_leaf.items())
             notes.append(f"dead on {split.inputs}, seed {split.seed}: {where}")
-    net = "-".join(map(str, result.sizes))
-    title = f"{net} with biases, d = rank + rescaling + dead + unexplained + unseen"
+    title = f"{_network(result)}; d = rank + rescaling + dead + unexplained + unseen"
     columns = ["inputs", "seed", "n", "d", "rank", "rescaling", "dead", "unexplained"]
     columns += ["unseen", "certain"]
     columns += [f"NumPy\n{precision}" for precision in PRECISIONS]
@@ -229,26 +261,50 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw the spectra of the first network, in both precisions, with d − dim(group) and d."""
+    """Draw the spectra of the first network, in both precisions, and what becomes of d."""
     figure_module = require("matplotlib.figure", "cli")
     splits = [split for split in result.splits if split.seed == 0]
-    figure = figure_module.Figure(figsize=(6 * len(splits), 4.6), layout="constrained")
+    figure = figure_module.Figure(figsize=(6.4 * len(splits), 5), layout="constrained")
     for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
         for precision, values in split.spectra.items():
             index = np.arange(1, len(values) + 1)
             # A computed zero has no logarithm; it is as good as the smallest number of a float64.
             shown = np.maximum(values, np.finfo(np.float64).eps ** 2)
-            axes.plot(index, shown, label=precision, linewidth=1.2)
+            axes.plot(index, shown, label=f"computed in {precision}", linewidth=1.6)
             tolerance = values[0] * max(split.rows, split.parameters) * np.finfo(values.dtype).eps
             color = axes.lines[-1].get_color()
             axes.axhline(
                 tolerance, color=color, linestyle=":", label=f"NumPy's tolerance, {precision}"
             )
-        d, known = split.parameters, split.parameters - split.group_dimension
-        axes.axvline(known, color="black", linestyle="--", label=f"d − dim(group) = {known}")
-        axes.axvline(d, color="black", label=f"d = {d}")
-        axes.axvline(split.rank, color="C2", linestyle="-.", label=f"rank = {split.rank}")
-        axes.set(yscale="log", xlabel="index", ylabel="singular value")
-        axes.set_title(f"{split.inputs}: {split.examples} inputs")
+        d, rank = split.parameters, split.rank
+        axes.axvline(rank, color="C2", linestyle="-.", label=f"rank = {rank}")
+        # What explains the parameters without a singular value, from the right.
+        end = d
+        for count, name, color in (
+            (split.rescaling, "rescaling", "0.25"),
+            (split.dead, "dead", "0.55"),
+            (split.unexplained, "unexplained", "C3"),
+            (split.unseen, "unseen", "C4"),
+        ):
+            if count:
+                axes.axvspan(
+                    end - count, end, color=color, alpha=0.3, linewidth=0, label=f"{count} {name}"
+                )
+            end -= count
+        axes.set(
+            yscale="log",
+            xlim=(0, d * 1.02),
+            xlabel=f"index of the singular value, 1 … d = {d}",
+            ylabel="singular value of the Jacobian",
+            title=f"{split.inputs}: n = {split.examples} inputs, {split.rows} rows\n"
+            + ("rank proven" if split.certain else "rank not proven"),
+        )
         axes.legend(loc="lower left", fontsize="small")
+    figure.suptitle(f"{_network(result)}, network of seed 0: where the spectrum falls is the rank")
     figure.savefig(path, dpi=150)
+
+
+def _network(result: Result) -> str:
+    pool = result.config.pool
+    averaged = f", images averaged over {pool}×{pool} pixels" if pool > 1 else ""
+    return f"{'-'.join(map(str, result.sizes))} with biases{averaged}"

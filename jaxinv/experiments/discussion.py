@@ -47,6 +47,7 @@ from jaxinv.typing import Params
 
 FIGURE = "studies.png"
 _BATCH, _RATE = 100, 0.1  # of SGD
+_TRAINED_ON = 1437  # images of the study training: as many as there are digits to train on
 _EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # at which training is looked at
 
 
@@ -67,8 +68,8 @@ class Config:
     """Sizes of the studies; larger ones take longer."""
 
     data: Path | None = data_option(
-        "directory with the four .gz files of MNIST or Fashion-MNIST, as further inputs "
-        "(28×28 images are averaged to 7×7); the digits of scikit-learn are always used",
+        "directory with the four .gz files of MNIST or Fashion-MNIST, whose 28×28 images are "
+        "averaged to 7×7 (default: the digits bundled with scikit-learn)",
     )
     out: Path = out_option("discussion", FIGURE)
     width: int = count_option(8, "width of both hidden layers on images")
@@ -102,23 +103,35 @@ def _normal(n: int, features: int) -> jax.Array:
 # --- studies: each returns its cells, yet to be computed ------------------------------
 
 
-def _digits_networks(config: Config, features: int = 64) -> Params:
-    return draw(0, (features, config.width, config.width, 10), config.networks, config.bias_std)
+@functools.lru_cache(maxsize=1)
+def _images(directory: Path | None) -> datasets.Dataset:
+    """The images of all studies on images; those of 28×28 are averaged to 7×7."""
+    data = datasets.load(directory)
+    x_train, x_test = (_coarse(x) for x in (data.x_train, data.x_test))
+    return data._replace(
+        x_train=x_train[:_TRAINED_ON], y_train=data.y_train[:_TRAINED_ON], x_test=x_test
+    )
 
 
-def _digits(config: Config) -> jax.Array:
-    return jnp.asarray(datasets.digits().x_train[: config.examples])
+def _image_networks(config: Config) -> Params:
+    data = _images(config.data)
+    sizes = (data.x_train.shape[1], config.width, config.width, data.num_classes)
+    return draw(0, sizes, config.networks, config.bias_std)
+
+
+def _first_images(config: Config) -> jax.Array:
+    return jnp.asarray(_images(config.data).x_train[: config.examples])
 
 
 def examples(config: Config) -> Thunks:
     """Rank against the number of inputs, each set part of the next."""
-    x = {"digits": _digits(config)}
-    n = len(x["digits"])
-    x["standard normal"] = _normal(n, 64)
+    images = _first_images(config)
+    n, features = images.shape
+    x = {_images(config.data).name: images, "standard normal": _normal(n, features)}
     sizes = sorted({max(1, n // 2**i) for i in range(7)})  # 360, 180, ..., 5
 
     def cell(name: str, size: int) -> Cell:
-        found = ranks(_digits_networks(config), first(x[name], size))
+        found = ranks(_image_networks(config), first(x[name], size))
         return {**found, "inputs": name, "examples": size}
 
     return {f"{name}, {size}": functools.partial(cell, name, size) for name in x for size in sizes}
@@ -131,21 +144,20 @@ def inputs(config: Config) -> Thunks:
     length r of its own for each input, r = exp(2·N(0, 1)), so that inputs lie from far within the
     biases, where these decide what fires, to far outside.
     """
-    pictures = {"digits": _digits(config)}
-    if config.data is not None:
-        data = datasets.load(config.data)
-        pictures[f"images of {data.name}"] = jnp.asarray(_coarse(data.x_train[: config.examples]))
-    normal = _normal(config.examples, 64)
-    length = jax.random.normal(jax.random.key(2), (len(normal), 1))
-    radius = jax.random.uniform(jax.random.key(3), (len(normal), 1)) ** (1 / 64)
-    rows = pictures | {
+    images = _first_images(config)
+    n, features = images.shape
+    normal = _normal(n, features)
+    length = jax.random.normal(jax.random.key(2), (n, 1))
+    radius = jax.random.uniform(jax.random.key(3), (n, 1)) ** (1 / features)
+    rows = {
+        _images(config.data).name: images,
         "standard normal": normal,
         "uniform in ball": radius * normal / jnp.linalg.norm(normal, axis=1, keepdims=True),
         "scales": 3 * jnp.exp(2 * length) * normal,
     }
 
     def cell(x: jax.Array) -> Cell:
-        return ranks(_digits_networks(config, x.shape[1]), x)
+        return ranks(_image_networks(config), x)
 
     return {name: functools.partial(cell, x) for name, x in rows.items()}
 
@@ -170,19 +182,19 @@ def draws(config: Config) -> Thunks:
 
 def training(config: Config) -> Thunks:
     """Rank on training images, on test images and on standard normal inputs along SGD."""
-    data = datasets.digits()
+    data = _images(config.data)
     n = min(config.examples, len(data.x_test))
     x = {
         "training images": jnp.asarray(data.x_train[:n]),
         "test images": jnp.asarray(data.x_test[:n]),
-        "standard normal": _normal(n, 64),
+        "standard normal": _normal(n, data.x_train.shape[1]),
     }
     epochs = [epoch for epoch in _EPOCHS if epoch < config.epochs] + [config.epochs]
     trained: dict[int, tuple[Params, jax.Array]] = {}
 
     def cell(epoch: int) -> Cell:
         if not trained:  # once for all cells, and not at all if none is missing
-            trained.update(_train(_digits_networks(config), data, epochs))
+            trained.update(_train(_image_networks(config), data, epochs))
         params, losses = trained[epoch]
         found = {name: ranks(params, rows) for name, rows in x.items()}
         return {"epoch": epoch, "loss": losses.tolist(), "ranks": found}
@@ -306,40 +318,47 @@ def unexplained(cell: Mapping[str, Any]) -> np.ndarray:
     return cell["d"] - cell["group"] - np.array(cell["rank"])
 
 
-def _lines(study: str, cells: Cells) -> dict[str, tuple[list[Any], list[float]]]:
-    """The curves of a study: label -> (x, y)."""
-    lines: dict[str, tuple[list[Any], list[float]]] = {}
+class _Line(NamedTuple):
+    """A curve: the mean over networks, and its bar, a standard deviation unless said otherwise."""
 
-    def add(label: str, x: Any, y: Any) -> None:
-        xs, ys = lines.setdefault(label, ([], []))
-        xs.append(x)
-        ys.append(float(y))
+    x: list[Any]
+    y: list[float]
+    bar: list[float]
+
+
+def _lines(study: str, cells: Cells) -> dict[str, _Line]:
+    """The curves of a study: label -> line. In the study depth the bar is the standard error."""
+    lines: dict[str, _Line] = {}
+
+    def add(label: str, x: Any, y: np.ndarray, *, share: bool = False) -> None:
+        line = lines.setdefault(label, _Line([], [], []))
+        spread = y.std() / (len(y) ** 0.5 if share else 1)
+        for values, value in zip(line, (x, float(y.mean()), float(spread)), strict=True):
+            values.append(value)
 
     for name, cell in cells.items():
         if study == "examples":
-            add(cell["inputs"], cell["examples"], ratio(cell).mean())
+            add(cell["inputs"], cell["examples"], ratio(cell))
         elif study == "inputs":
-            add("", name, ratio(cell).mean())
-        elif study == "draws":
-            for value in unexplained(cell):
-                add(name, value, 1)
+            add("", name, ratio(cell))
         elif study == "training":
             for images, found in cell["ranks"].items():
-                add(images, cell["epoch"], ratio(found).mean())
+                add(images, cell["epoch"], ratio(found))
         elif study == "shape":
-            add(f"about {cell['budget']} parameters", cell["depth"], ratio(cell).mean())
+            add(f"about {cell['budget']} parameters", cell["depth"], ratio(cell))
         else:
             half = cell | {"rank": cell["rank_of_half"]}
-            add(f"width {cell['width']}", cell["depth"], (unexplained(cell) == 0).mean())
-            add(f"width {cell['width']}, half", cell["depth"], (unexplained(half) == 0).mean())
+            label = f"width {cell['width']}"
+            add(label, cell["depth"], unexplained(cell) == 0, share=True)
+            add(f"{label}, half of the inputs", cell["depth"], unexplained(half) == 0, share=True)
     return lines
 
 
 _ASKED = {
-    "examples": ("rank/(d − h) on n inputs", "n"),
-    "inputs": ("rank/(d − h) by distribution of inputs", ""),
-    "draws": ("unexplained = d − h − rank over draws", "unexplained"),
-    "training": ("rank/(d − h) along SGD", "epoch"),
+    "examples": ("rank/(d − h) on n inputs", "number of inputs n"),
+    "inputs": ("rank/(d − h) by distribution of inputs", "rank / (d − h)"),
+    "draws": ("unexplained = d − h − rank over draws", "unexplained = d − h − rank"),
+    "training": ("rank/(d − h) along SGD", "epoch of SGD"),
     "shape": ("rank/(d − h), fixed number of parameters", "hidden layers"),
     "depth": ("probability of unexplained = 0 (half: of the inputs)", "hidden layers"),
 }
@@ -357,7 +376,7 @@ def _headline(study: str, cells: Cells) -> str:
     else:
         lines = _lines(study, cells).items()
         found = []
-        for name, (x, y) in lines:
+        for name, (x, y, _) in lines:
             least = int(np.argmin(y))
             shown = sorted({0, least, len(x) - 1})  # a curve may dip and come back
             found.append(f"{name}: " + ", ".join(f"{y[i]:.3f} at {x[i]}" for i in shown))
@@ -387,23 +406,54 @@ def record(result: Result) -> dict[str, Any]:
 def plot(result: Result, path: Path) -> None:
     """Draw a panel for each study."""
     figure_module = require("matplotlib.figure", "cli")
-    figure = figure_module.Figure(figsize=(15, 8), layout="constrained")
-    for axes, (study, cells) in zip(
-        figure.subplots(2, 3).flat, result.studies.items(), strict=True
-    ):
+    figure = figure_module.Figure(figsize=(15, 9), layout="constrained")
+    config, studies = result.config, result.studies
+    images = next(iter(studies["inputs"]))
+    on_images = f"{images}, {config.networks} networks with two hidden layers of {config.width}"
+    networks = {
+        "examples": on_images,
+        "inputs": on_images,
+        "draws": f"6-8-8-4 on 200 standard normal inputs, {config.draws} networks",
+        "training": f"{images}, the same {config.networks} networks",
+        "shape": f"8-…-4 on standard normal inputs, {max(1, config.draws // 10)} networks each",
+        "depth": f"one output, standard normal inputs, {config.draws} networks each",
+    }
+    for axes, (study, cells) in zip(figure.subplots(2, 3).flat, studies.items(), strict=True):
         title, label = _ASKED[study]
-        for name, (x, y) in _lines(study, cells).items():
-            if study == "draws":
-                axes.hist(x, bins=20, alpha=0.6, label=name)
-            elif study == "inputs":
-                axes.barh(x, y)
-            else:
-                axes.plot(x, y, "o--" if name.endswith("half") else "o-", label=name)
-        axes.set(title=title, xlabel=label)
+        axes.set_title(f"{title}\n{networks[study]}", fontsize="medium")
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        if study == "draws":
+            found = {name: unexplained(cell) for name, cell in cells.items()}
+            edges = np.linspace(0, max(map(np.max, found.values())) + 1, 21)
+            for name, values in found.items():
+                axes.hist(values, bins=edges, alpha=0.6, label=name)
+            axes.set_ylabel("networks")
+        else:
+            for name, (x, y, bar) in _lines(study, cells).items():
+                bars: dict[str, Any] = {"yerr": bar, "capsize": 3, "markersize": 4, "label": name}
+                if study == "inputs":
+                    axes.barh(x, y, xerr=bar, capsize=3)
+                else:
+                    axes.errorbar(x, y, fmt="o--" if name.endswith("inputs") else "o-", **bars)
+        if study in ("examples", "training", "shape"):
+            axes.set_ylabel("rank / (d − h)")
+        if study == "depth":
+            axes.set_ylabel("share of networks with unexplained = 0")
         if study == "examples":
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
         if study == "training":
             axes.set_xscale("symlog", linthresh=1)
-        if study != "inputs":
+            axes.xaxis.set_major_formatter("{x:g}")
+        if study == "inputs":
+            axes.invert_yaxis()
+        else:
             axes.legend(fontsize="small")
+    figure.suptitle(
+        "rank / (d − h) = 1, unexplained = 0: of the d parameters only one rescaling for each of "
+        f"the h hidden units is lost. Images: {images}, at most {config.examples}\n"
+        "bars: ± 1 standard deviation over networks; of shares of networks, ± 1 standard error",
+        fontsize="medium",
+    )
     figure.savefig(path, dpi=150)

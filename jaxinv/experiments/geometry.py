@@ -16,6 +16,7 @@ import itertools
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ import optax
 
 from jaxinv._extras import require
 from jaxinv.experiments import training
+from jaxinv.experiments.gaps import median_gap
 from jaxinv.experiments.options import (
     count_option,
     data_option,
@@ -52,7 +54,7 @@ from jaxinv.reparam import batch_norm_as_reparam, weight_normalize
 from jaxinv.rescaling import rescaling_group
 from jaxinv.typing import Network, Params
 
-FIGURE = "curves.png"
+FIGURE = "starts.png"
 RATES = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
 
 
@@ -127,6 +129,7 @@ class Result(NamedTuple):
 
     config: Config
     dataset: str
+    examples: int  # of the training set
     studies: dict[str, Cells]  # [method]["start, rate"]
 
 
@@ -189,6 +192,7 @@ def _cells(
             begin(r, params),
             map(rows_of, range(config.epochs)),
             warm_up=i == 0,
+            clock=time.process_time,
         )
         losses, errors = (np.stack(c, axis=1) for c in zip(*found.measured, strict=True))
         yield (
@@ -196,8 +200,9 @@ def _cells(
             {
                 "rate": rate,
                 "loss": losses.tolist(),  # (seeds, epochs + 1), of the training set
-                "error": errors.tolist(),  # ditto, of the test set, in percent
-                "seconds": float(np.median(found.seconds)),  # per epoch, all seeds together
+                "error": errors.tolist(),  # of the test set, in percent
+                # Of the processor, all seeds together, in the epoch that took the least.
+                "seconds": float(np.min(found.seconds)),
             },
         )
 
@@ -262,7 +267,7 @@ def run(config: Config, running: Running) -> Result:
         name: {key: store(name, key, dict) for start in STARTS for key in keys[start]}
         for name in METHODS
     }
-    return Result(config, data.name, studies)
+    return Result(config, data.name, len(data.x_train), studies)
 
 
 def _end_with_parent() -> None:
@@ -285,8 +290,13 @@ class Best(NamedTuple):
 
     rate: float
     loss: np.ndarray  # (seeds, epochs + 1)
-    error: np.ndarray  # ditto
+    error: np.ndarray  # (seeds, epochs + 1)
     seconds: float
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training ended at no number, or above where it began."""
+        return not self.loss[:, -1].mean() <= self.loss[:, 0].mean()
 
 
 def best(cells: Cells, start: str) -> Best:
@@ -305,18 +315,36 @@ def best(cells: Cells, start: str) -> Best:
     return min(found, key=lambda b: float(np.nan_to_num(b.loss[:, -1], nan=np.inf).mean()))
 
 
-def _shown(values: np.ndarray, form: str) -> str:
-    if not np.isfinite(values).all():
+def _shown(found: Best, values: np.ndarray, form: str) -> str:
+    if found.diverged:
         return "diverged"
     mean = f"{values.mean():{form}}"
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):{form}}"
 
 
+def same_rate_gap(cells: Cells) -> float:
+    """The distance of the two starts at the best rate of the balanced one, mean over seeds.
+
+    Median over epochs of the relative distance of the training losses,
+    :func:`jaxinv.experiments.gaps.median_gap`.
+
+    >>> cell = {"rate": 0.1, "error": [[9.0, 9.0]], "seconds": 1.0}
+    >>> cells = {"balanced, 0.1": cell | {"loss": [[2.0, 1.0]]}}
+    >>> same_rate_gap(cells | {"unbalanced, 0.1": cell | {"loss": [[2.0, 0.75]]}})
+    0.25
+    """
+    balanced, unbalanced = STARTS
+    found = best(cells, balanced)
+    other = np.array(cells[_key(unbalanced, found.rate)]["loss"], float)
+    return float(median_gap(found.loss, other).mean())
+
+
 def table(result: Result) -> Table:
     """Every method at its best rate from each start, mean ± standard deviation over seeds."""
-    config, rows = result.config, []
+    rows = []
     slowest = {name: best(cells, STARTS[0]).seconds for name, cells in result.studies.items()}
     for name, cells in result.studies.items():
+        gap = same_rate_gap(cells)
         for start in STARTS:
             found = best(cells, start)
             rows.append(
@@ -324,17 +352,26 @@ def table(result: Result) -> Table:
                     METHODS[name].label,
                     start,
                     f"{found.rate:g}",
-                    _shown(found.loss[:, -1], ".2g"),
-                    _shown(found.error[:, -1], ".2f"),
+                    _shown(found, found.loss[:, -1], ".2g"),
+                    _shown(found, found.error[:, -1], ".2f"),
+                    "" if start != STARTS[0] or found.diverged else f"{100 * gap:.2g}",
                     f"{found.seconds / slowest['sgd']:.3g}",
                 ]
             )
-    columns = ["method", "start", "best\nrate", "training\nloss", "test\nerror %", "time\n/ SGD"]
+    columns = [
+        "method",
+        "start",
+        "best\nrate",
+        "training\nloss",
+        "test\nerror %",
+        "median Δ\nloss %",
+        "processor\ntime / SGD",
+    ]
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
     title = (
-        f"{result.dataset}, {config.examples} examples at most, hidden layers "
-        f"{'-'.join(map(str, config.hidden))}, batch {config.batch_size}, {config.epochs} epochs, "
-        f"{config.seeds} seed(s)\nrates: {', '.join(f'{r:g}' for r in RATES)}; the best is that of "
-        "the lowest final training loss"
+        f"{_setting(result)}\nrates: {rates}; the best is that of the lowest final training loss; "
+        "diverged: at every rate, the loss ends above its start; median Δ: between the starts, "
+        "both at the best rate of the balanced one, as a part of the larger loss"
     )
     return Table(title, columns, rows)
 
@@ -344,50 +381,70 @@ def record(result: Result) -> dict[str, Any]:
     return {"dataset": result.dataset}
 
 
+def _setting(result: Result) -> str:
+    config = result.config
+    return (
+        f"{result.dataset}, {result.examples} examples, hidden layers "
+        f"{'-'.join(map(str, config.hidden))}, batch {config.batch_size}, {config.epochs} epochs, "
+        f"{config.seeds} seed(s)"
+    )
+
+
 def plot(result: Result, path: Path) -> None:
-    """Draw the curves at the best rates, per epoch and per second, a row for each start."""
+    """Draw a dumbbell for each method: what it reaches from either start."""
     figure_module = require("matplotlib.figure", "cli")
-    figure = figure_module.Figure(figsize=(16, 8), layout="constrained")
-    grid = figure.subplots(len(STARTS), 4, squeeze=False)
-    colors = require("matplotlib", "cli").colormaps["tab20"].colors
-    initial = best(result.studies["sgd"], STARTS[0]).loss[:, 0].mean()
-    for row, start in zip(grid, STARTS, strict=True):
-        lowest = min(np.nanmin(best(cells, start).loss) for cells in result.studies.values())
-        for i, (name, cells) in enumerate(result.studies.items()):
-            found, label = best(cells, start), METHODS[name].label
-            style = {"color": colors[2 * i % 20 + i // 10], "linewidth": 1.2}
-            epochs = np.arange(found.loss.shape[1])
-            for axes, x, y in (
-                (row[0], epochs, found.loss),
-                (row[1], epochs * found.seconds, found.loss),
-                (row[2], epochs, found.error),
+    figure = figure_module.Figure(figsize=(11, 5.6), layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
+    for i, cells in enumerate(result.studies.values()):
+        found = [best(cells, start) for start in STARTS]
+        for axes, ends in zip(
+            both, ([f.loss for f in found], [f.error for f in found]), strict=True
+        ):
+            if any(f.diverged for f in found):
+                position = {"ha": "right", "va": "center", "transform": axes.get_yaxis_transform()}
+                axes.text(
+                    0.98, i, "diverges at every rate", color="C3", fontsize="small", **position
+                )
+                continue
+            means = [end[:, -1].mean() for end in ends]
+            axes.plot(means, (i, i), color="0.6", linewidth=2, zorder=1)
+            for end, (color, filled, shift) in zip(
+                ends, (("C0", True, -0.12), ("C1", False, 0.12)), strict=True
             ):
-                mean, deviation = y.mean(axis=0), y.std(axis=0)
-                axes.plot(x, mean, label=f"{label} ({found.rate:g})", **style)
-                if mean.max() < 10 * mean[0]:  # a run that diverges has no band to show
-                    low = np.maximum(mean - deviation, mean / 10)
-                    axes.fill_between(x, low, mean + deviation, alpha=0.15, **style)
-            rates, finals = _by_rate(cells, start)
-            row[3].plot(rates, finals, "o-", markersize=3, **style)
-        row[0].set(xlabel="epoch", ylabel="training loss", yscale="log", title=f"{start} start")
-        row[1].set(xlabel="seconds", ylabel="training loss", yscale="log")
-        row[2].set(xlabel="epoch", ylabel="test error (%)", yscale="log")
-        row[3].set(xlabel="learning rate", ylabel="final training loss", xscale="log", yscale="log")
-        for i in (0, 1, 3):  # Whatever diverges leaves the axes at the top.
-            row[i].set_ylim(max(float(lowest), 1e-8) / 2, 10 * initial)
-        row[0].legend(fontsize=6)
+                axes.errorbar(
+                    end[:, -1].mean(),
+                    i + shift,
+                    xerr=end[:, -1].std(ddof=1) if len(end) > 1 else None,
+                    fmt="o",
+                    color=color,
+                    markerfacecolor=color if filled else "white",
+                    capsize=2,
+                    zorder=2,
+                )
+    labels = [
+        f"{METHODS[name].label} ({'/'.join(f'{best(c, s).rate:g}' for s in dict.fromkeys(STARTS))})"
+        for name, c in result.studies.items()
+    ]
+    both[0].set_yticks(range(len(labels)), labels)
+    both[0].invert_yaxis()
+    both[0].set(xscale="log", xlabel="final training loss (nats)")
+    both[1].set(xscale="log", xlabel="test error (%)")
+    both[1].xaxis.set_major_locator(require("matplotlib.ticker", "cli").LogLocator(subs=(1, 2, 5)))
+    both[1].xaxis.set_major_formatter("{x:g}")
+    both[1].xaxis.set_minor_formatter("")
+    for axes in both:
+        axes.grid(alpha=0.3, axis="x")
+    handles = [
+        both[0].plot([], [], "o", color=color, markerfacecolor=face, label=f"{start} start")[0]
+        for start, color, face in zip(STARTS, ("C0", "C1"), ("C0", "white"), strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.suptitle(
+        f"{_setting(result)}\nin brackets: the best rate of either start; bars: ± 1 standard "
+        "deviation over seeds; circles apart: the method tells the starts apart",
+        fontsize="medium",
+    )
     figure.savefig(path, dpi=150)
-
-
-def _by_rate(cells: Cells, start: str) -> tuple[list[float], list[float]]:
-    """Mean final training loss against the rate, where it is finite."""
-    pairs = []
-    for key, cell in cells.items():
-        final = np.array(cell["loss"], float)[:, -1]
-        if key.startswith(f"{start}, ") and np.isfinite(final).all():
-            pairs.append((cell["rate"], float(final.mean())))
-    pairs.sort()
-    return [rate for rate, _ in pairs], [loss for _, loss in pairs]
 
 
 __all__ = ["FIGURE", "Config", "Result", "best", "plot", "record", "run", "table"]

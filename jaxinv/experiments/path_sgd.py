@@ -23,6 +23,7 @@ import optax
 
 from jaxinv._extras import require
 from jaxinv.experiments import datasets, training
+from jaxinv.experiments.gaps import median_gap, start_distance
 from jaxinv.experiments.options import (
     count_option,
     data_option,
@@ -90,7 +91,11 @@ class Config:
         False,
         "choose each learning rate that is not given: of "
         + ", ".join(map(str, TUNING_RATES))
-        + " the one with the lowest training loss from the balanced start",
+        + " the one with the lowest training loss from the start that does worse with it; the best "
+        "rate of each start alone is in the table",
+    )
+    float64: bool = option(
+        False, "train at the chosen rates once more in float64, where rounding is not amplified"
     )
 
 
@@ -109,15 +114,18 @@ class Result(NamedTuple):
     config: Config
     dataset: str
     learning_rates: dict[str, float]
-    curves: dict[str, dict[str, Curves]]  # [optimizer][start]
+    curves: dict[str, dict[str, Curves]]  # [optimizer][start], at the learning rates
+    # [optimizer][start]: the rate that is best from this start, and the curves at it.
+    tuned: dict[str, dict[str, tuple[float, Curves]]]
+    exact: dict[str, dict[str, Curves]]  # like curves, in float64; empty if that was not asked for
 
 
 @training.driver
 def run(config: Config, running: Running) -> Result:
-    """Train every optimizer from both starts.
+    """Train every optimizer from both starts, at every rate that is tried.
 
     Both starts, and all optimizers, see the same initial function, the same
-    minibatches and the same dropout masks.
+    minibatches and the same dropout masks. The starts are compared at one rate.
 
     Raises:
         DataError: if ``config.data`` cannot be read.
@@ -128,40 +136,56 @@ def run(config: Config, running: Running) -> Result:
     (1, 14)
     """
     data = training.images(config.data, config.batch_size)
-    starts = _starts(data, config)
-    minibatches = _minibatches(data, config)
-    trainers = {name: _trainer(row, data, minibatches, config) for name, row in OPTIMIZERS.items()}
     given = {name: getattr(config, f"lr_{name}") for name in OPTIMIZERS}
     to_tune = [name for name in OPTIMIZERS if config.tune and given[name] is None]
-    # The curve of a tuned rate from the balanced start is one of those it was chosen from.
-    num_runs = len(STARTS) * len(OPTIMIZERS) + (len(TUNING_RATES) - 1) * len(to_tune)
+    untuned = len(OPTIMIZERS) - len(to_tune) + config.float64 * len(OPTIMIZERS)
+    num_runs = len(STARTS) * (untuned + len(TUNING_RATES) * len(to_tune))
     trained: set[tuple[str, str, float]] = set()
 
-    def train(name: str, start: str, rate: float) -> Curves:
-        what = f"{OPTIMIZERS[name].label}, {start} start, learning rate {rate:g}"
+    def trainer(data: datasets.Dataset, study: str) -> Callable[[str, str, float], Curves]:
+        starts = _starts(data, config)
+        minibatches = _minibatches(data, config)
+        rows = {name: _trainer(row, data, minibatches, config) for name, row in OPTIMIZERS.items()}
 
-        def after_epoch(epochs: int) -> None:
-            runs = len(trained) + epochs / config.epochs
-            running.progress(runs / num_runs, what)
+        def train(name: str, start: str, rate: float) -> Curves:
+            what = f"{OPTIMIZERS[name].label}{study}, {start} start, learning rate {rate:g}"
 
-        def compute() -> Cell:
-            return trainers[name](starts[start], rate, after_epoch)._asdict()
+            def after_epoch(epochs: int) -> None:
+                runs = len(trained) + epochs / config.epochs
+                running.progress(runs / num_runs, what)
 
-        cell = running.store(name, f"{start}, {rate!r}", compute)
-        trained.add((name, start, rate))
-        arrays = {field: np.array(cell[field]) for field in Curves._fields[:3]}
-        return Curves(**arrays, seconds_per_step=cell["seconds_per_step"])
+            def compute() -> Cell:
+                return rows[name](starts[start], rate, after_epoch)._asdict()
 
-    rates, curves = {}, {}
+            cell = running.store(name + study, f"{start}, {rate!r}", compute)
+            trained.add((name + study, start, rate))
+            arrays = {field: np.array(cell[field]) for field in Curves._fields[:3]}
+            return Curves(**arrays, seconds_per_step=cell["seconds_per_step"])
+
+        return train
+
+    train, rates, curves, tuned = trainer(data, ""), {}, {}, {}
     for name, optimizer in OPTIMIZERS.items():
-        rates[name] = given[name] or optimizer.learning_rate
-        if name in to_tune:
-            losses = [train(name, "balanced", rate).final_loss for rate in TUNING_RATES]
-            # A rate that diverges for one seed is no candidate: NaN becomes infinity.
-            means = [np.nan_to_num(loss, nan=np.inf).mean() for loss in losses]
-            rates[name] = TUNING_RATES[int(np.argmin(means))]
-        curves[name] = {start: train(name, start, rates[name]) for start in STARTS}
-    return Result(config, data.name, rates, curves)
+        tried = TUNING_RATES if name in to_tune else (given[name] or optimizer.learning_rate,)
+        found = {start: {rate: train(name, start, rate) for rate in tried} for start in STARTS}
+        losses = {start: [_mean_loss(c) for c in found[start].values()] for start in STARTS}
+        rates[name] = tried[int(np.argmin(np.max(list(losses.values()), axis=0)))]
+        curves[name] = {start: found[start][rates[name]] for start in STARTS}
+        best = {start: tried[int(np.argmin(losses[start]))] for start in STARTS}
+        tuned[name] = {start: (best[start], found[start][best[start]]) for start in STARTS}
+    exact = {}
+    if config.float64:
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            x_train, x_test = (jnp.asarray(x, jnp.float64) for x in (data.x_train, data.x_test))
+            double = data._replace(x_train=x_train, x_test=x_test)
+            train = trainer(double, ", float64")
+            exact = {n: {s: train(n, s, rates[n]) for s in STARTS} for n in OPTIMIZERS}
+    return Result(config, data.name, rates, curves, tuned, exact)
+
+
+def _mean_loss(curves: Curves) -> float:
+    # A rate that diverges for one seed is no candidate: NaN becomes infinity.
+    return float(np.nan_to_num(curves.final_loss, nan=np.inf).mean())
 
 
 def _seed_keys(config: Config) -> jax.Array:
@@ -174,7 +198,9 @@ def _starts(data: datasets.Dataset, config: Config) -> dict[str, Params]:
 
     def both(key: jax.Array) -> tuple[Params, Params]:
         init_key, scale_key = jax.random.split(key)
-        params = init_mlp(init_key, sizes)
+        # The same balanced start in every precision; the two starts agree to its rounding.
+        drawn = init_mlp(init_key, sizes, dtype=jnp.float32)
+        params = jax.tree.map(lambda w: w.astype(data.x_train.dtype), drawn)
         return params, unbalance(scale_key, params)
 
     return dict(zip(STARTS, jax.jit(jax.vmap(both))(_seed_keys(config)), strict=True))
@@ -291,112 +317,153 @@ def _evaluate(params: Params, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ja
 _evaluate_seeds = jax.jit(jax.vmap(_evaluate, in_axes=(0, None, None)))
 
 
-def start_distance(balanced: np.ndarray, unbalanced: np.ndarray) -> np.ndarray:
-    """Return the largest distance between the curves of the two starts, of each seed.
-
-    max_t |balanced_t − unbalanced_t|, infinite if either diverges.
-
-    >>> start_distance(np.array([[3.0, 1.0]]), np.array([[3.5, 1.0]]))
-    array([0.5])
-    >>> start_distance(np.array([[3.0, 1.0]]), np.array([[3.5, np.nan]]))
-    array([inf])
-    """
-    # inf − inf is NaN; that a curve is infinite is the finding, not a warning.
-    with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(balanced - unbalanced)
-    return np.where(np.isnan(distance), np.inf, distance).max(axis=1)
+def _gaps(curves: dict[str, dict[str, Curves]]) -> dict[str, np.ndarray]:
+    """The :func:`median_gap` of every optimizer, (seeds,)."""
+    return {
+        name: median_gap(*(starts[start].step_loss for start in STARTS))
+        for name, starts in curves.items()
+    }
 
 
 def table(result: Result) -> Table:
     """Summarise ``result``, mean ± standard deviation over seeds where there are several."""
     rows = []
+    gaps, exact = _gaps(result.curves), _gaps(result.exact)
     for name, starts in result.curves.items():
         balanced, unbalanced = (starts[start] for start in STARTS)
         loss_distance = start_distance(balanced.step_loss, unbalanced.step_loss)
         error_distance = start_distance(balanced.test_error, unbalanced.test_error)
         for start, curves in starts.items():
             is_first = start == STARTS[0]
-            rows.append(
-                [
-                    OPTIMIZERS[name].label,
-                    f"{result.learning_rates[name]:g}",
-                    start,
-                    _cell(curves.final_loss, ".3g"),
-                    _cell(curves.test_error[:, -1], ".2f"),
-                    _cell(loss_distance, ".2g") if is_first else "",
-                    _cell(error_distance, ".2f") if is_first else "",
-                    f"{1e3 * curves.seconds_per_step:.3g}",
-                ]
-            )
+            rate, best = result.tuned[name][start]
+            row = [
+                OPTIMIZERS[name].label,
+                f"{result.learning_rates[name]:g}",
+                start,
+                _cell(curves.final_loss, ".3g"),
+                _cell(curves.test_error[:, -1], ".2f"),
+                _cell(loss_distance, ".2g") if is_first else "",
+                _cell(error_distance, ".2f") if is_first else "",
+                f"{1e3 * curves.seconds_per_step:.3g}",
+                _cell(100 * gaps[name], ".2g") if is_first else "",
+            ]
+            if exact:
+                row.append(_cell(100 * exact[name], ".2g") if is_first else "")
+            rows.append([*row, f"{rate:g}", _cell(best.final_loss, ".3g")])
     columns = ["optimizer", "rate", "start", "final\nloss", "test\nerror %"]
-    columns += ["max Δ\nloss", "max Δ\nerror %", "ms per\nstep"]
-    config, layers = result.config, "-".join(map(str, result.config.hidden))
+    columns += ["max Δ\nloss", "max Δ\nerror %", "ms per\nstep", "median Δ\nloss %"]
+    columns += ["median Δ %,\nfloat64"] * bool(exact)
+    columns += ["best rate\nof start", "final loss\nat it"]
     title = (
-        f"{result.dataset}, hidden layers {layers}, batch {config.batch_size}, "
-        f"{config.epochs} epochs, dropout {config.dropout:g}, {config.seeds} seed(s)\n"
-        "max Δ: largest distance between the two starts' curves"
+        f"{_setting(result)}, float32\n"
+        "Δ: between the two starts' curves at one rate; median Δ loss: over steps, as a part of "
+        "the larger loss"
     )
+    if result.config.tune:
+        rates = ", ".join(f"{rate:g}" for rate in TUNING_RATES)
+        title += (
+            f"\nrate: of {rates} the one with the lowest final loss from the start that does worse "
+            "with it; best rate: from this start alone"
+        )
     return Table(title, columns, rows)
+
+
+def _setting(result: Result) -> str:
+    config, layers = result.config, "-".join(map(str, result.config.hidden))
+    return (
+        f"{result.dataset}, hidden layers {layers}, batch {config.batch_size}, "
+        f"{config.epochs} epochs, dropout {config.dropout:g}, {config.seeds} seed(s)"
+    )
 
 
 def record(result: Result) -> dict[str, Any]:
     """Return what ``results.json`` says next to the cells."""
-    return {"dataset": result.dataset, "learning_rates": result.learning_rates}
+    best = {n: {s: rate for s, (rate, _) in row.items()} for n, row in result.tuned.items()}
+    return {
+        "dataset": result.dataset,
+        "learning_rates": result.learning_rates,
+        "best_rates": best,
+        "median_gaps": {"float32": _gaps(result.curves), "float64": _gaps(result.exact)},
+    }
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw training loss and test error, balanced starts solid, unbalanced dashed.
+    """Draw the distance of the losses from the two starts, one line per optimizer, and the losses.
 
-    The loss is a running mean over minibatches. Bands are ± one standard
-    deviation over seeds. A curve that becomes NaN or infinite ends in a cross;
-    one that leaves the axis has a loss over ten times the initial one.
+    Running medians of the distances, running means of the losses, over a fiftieth of the training.
+    Distances below a tenth of the precision's ε are drawn there. Bands are ± one standard deviation
+    over seeds, if there are several. A curve that becomes NaN or infinite ends in a cross.
     """
     figure_module = require("matplotlib.figure", "cli")  # without pyplot: no display, no state
-    figure = figure_module.Figure(figsize=(9, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = {"float32": result.curves} | ({"float64": result.exact} if result.exact else {})
+    figure = figure_module.Figure(figsize=(4.6 * (1 + len(panels)), 4.8), layout="constrained")
+    *gap_axes, loss_axes = figure.subplots(1, 1 + len(panels))
     config = result.config
+    for axes, (precision, curves) in zip(gap_axes, panels.items(), strict=True):
+        floor = float(np.finfo(precision).eps) / 10
+        for i, (name, starts) in enumerate(curves.items()):
+            # That a curve is infinite is the finding, not a warning.
+            with np.errstate(invalid="ignore", over="ignore"):
+                gap = np.abs(starts[STARTS[0]].step_loss - starts[STARTS[1]].step_loss)
+            shown = np.maximum(_running(np.median, gap), floor)
+            percent = 100 * median_gap(*(starts[start].step_loss for start in STARTS)).mean()
+            label = f"{OPTIMIZERS[name].label}: {percent:.2g} %"
+            style = {"color": f"C{i}", "label": label, "linewidth": 1.8}
+            _draw(axes, config.epochs * np.arange(shown.shape[1]) / shown.shape[1], shown, style)
+        axes.set(yscale="log", title=f"{precision}: distance of the two starts")
+        legend = "median of |Δ loss| / loss"
+        axes.legend(fontsize="small", title=legend, title_fontsize="small")
+    gap_axes[0].set_ylabel("|training loss, balanced − unbalanced| (nats)")
+    low = min(axes.get_ylim()[0] for axes in gap_axes)
+    high = min(20.0, max(axes.get_ylim()[1] for axes in gap_axes))
+    for axes in gap_axes:
+        axes.set_ylim(low, high)
     smallest = []
     for i, (name, starts) in enumerate(result.curves.items()):
-        for start, curves in starts.items():
+        for start, row in starts.items():
             style = {
                 "color": f"C{i}",
                 "linestyle": "-" if start == "balanced" else "--",
                 # Where the two coincide the dashes must show on the solid line.
                 "linewidth": 3.0 if start == "balanced" else 1.6,
                 "alpha": 0.45 if start == "balanced" else 1.0,
-                "label": f"{OPTIMIZERS[name].label}, {start}",
+                "label": f"{OPTIMIZERS[name].label}, {start} ({result.learning_rates[name]:g})",
             }
-            loss = _running_mean(curves.step_loss)
+            loss = _running_mean(row.step_loss)
             # The k-th minibatch's loss is that of the parameters after k − 1 steps.
-            steps = np.arange(loss.shape[1])
-            _draw(left, config.epochs * steps / len(steps), loss, style)
-            epochs = np.linspace(0, config.epochs, curves.test_error.shape[1])
-            _draw(right, epochs, curves.test_error, style)
+            _draw(loss_axes, config.epochs * np.arange(loss.shape[1]) / loss.shape[1], loss, style)
             smallest.append(loss[np.isfinite(loss)].min())
-    initial_loss = result.curves["sgd"]["balanced"].step_loss[:, 0].mean()
-    left.set(
+    first = next(iter(result.curves.values()))[STARTS[0]]
+    initial_loss = first.step_loss[:, 0].mean()
+    loss_axes.set(
         yscale="log",
-        ylim=(max(min(smallest) / 2, 1e-8), 10 * initial_loss),
-        ylabel="training loss (cross-entropy)",
-        title=f"{result.dataset}, hidden layers {'-'.join(map(str, config.hidden))}",
+        ylim=(max(min(smallest) / 2, 1e-8), 3 * initial_loss),
+        ylabel="training loss (nats)",
+        title="float32: the losses (learning rate)",
     )
-    right.set(yscale="log", ylabel="test error (%)", title="solid: balanced; dashed: unbalanced")
-    right.yaxis.set_major_locator(require("matplotlib.ticker", "cli").LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("")
-    for axes in (left, right):
+    loss_axes.legend(fontsize="x-small", loc="upper right")
+    for axes in (*gap_axes, loss_axes):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    handles, _ = right.get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize="small")
+    lines = "lines: running medians, of losses means, over a fiftieth of the training"
+    band = f"bands: ± 1 standard deviation over {config.seeds} seeds"
+    figure.suptitle(
+        f"{_setting(result)}, {first.step_loss.shape[1]} steps\n{lines}"
+        + (f"; {band}" if config.seeds > 1 else ""),
+        fontsize="medium",
+    )
     figure.savefig(path, dpi=150)
 
 
 def _running_mean(curves: np.ndarray) -> np.ndarray:
     """Average over the last fiftieth of the training, over what there is at its beginning."""
+    return _running(np.mean, curves)
+
+
+def _running(of: Callable[..., Any], curves: np.ndarray) -> np.ndarray:
     width = max(1, curves.shape[1] // 50)
-    means = [curves[:, max(0, t - width) : t].mean(axis=1) for t in range(1, curves.shape[1] + 1)]
-    return np.stack(means, axis=1)
+    found = [of(curves[:, max(0, t - width) : t], axis=1) for t in range(1, curves.shape[1] + 1)]
+    return np.stack(found, axis=1)
 
 
 def _draw(axes: Any, epochs: np.ndarray, curves: np.ndarray, style: dict[str, Any]) -> None:

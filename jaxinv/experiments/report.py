@@ -35,8 +35,11 @@ def markdown(table: Table) -> str:
     | n | n² |
     |---|---|
     | 2 | 4 |
+
+    Lines of a cell are parted by ``<br>``.
     """
-    lines = [[column.replace("\n", " ") for column in table.columns], *table.rows]
+    rows = [[cell.replace("\n", "<br>") for cell in row] for row in table.rows]
+    lines = [[column.replace("\n", " ") for column in table.columns], *rows]
     head, *body = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([table.title, "", head, "|" + "---|" * len(table.columns), *body])
 

@@ -22,10 +22,6 @@ def unbalance(key: jax.Array, params: Params) -> Params:
     outgoing weights divided by s, with s = 10·exp(N(0, 1)) drawn for each
     unit. ReLU(s·a)/s = ReLU(a), so the network computes what it did.
 
-    The committed results of the experiments path-sgd and geometry are of
-    another draw of the same distribution: from the same seed they began at
-    other unbalanced starts.
-
     Args:
         key: a PRNG key.
         params: the parameters of :func:`jaxinv.networks.mlp`.

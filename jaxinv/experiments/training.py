@@ -206,6 +206,7 @@ def train(
     rounds: Iterable[Any],
     *,
     warm_up: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Trained:
     """Train round after round, and measure in between.
 
@@ -216,6 +217,8 @@ def train(
         state: of the optimizer.
         rounds: the minibatches of each round, such as an epoch.
         warm_up: make the first call twice, so that no time of compilation is measured.
+        clock: what measures the seconds; ``time.process_time`` counts those of all threads of this
+            process, whatever else the machine does.
 
     Returns:
         the :class:`Trained`.
@@ -226,9 +229,9 @@ def train(
         if warm_up:
             jax.block_until_ready(descend(*arguments))
             warm_up = False
-        begin = time.perf_counter()
+        begin = clock()
         params, state, loss = jax.block_until_ready(descend(*arguments))
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
         losses.append(loss)
         measured.append(measure(params))
     return Trained(params, losses, measured, seconds)

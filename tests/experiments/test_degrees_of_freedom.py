@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinv import cli
+from jaxinv.errors import InvalidInput
 from jaxinv.experiments import datasets, degrees_of_freedom
 from jaxinv.pages import experiment_page
 
@@ -85,6 +86,42 @@ def test_numpy_rank_is_that_of_numpy():
         A = (random.normal(size=(30, 12)) * 0.1 ** np.arange(12)).astype(dtype)
         s = np.linalg.svd(A, compute_uv=False)
         assert degrees_of_freedom.numpy_rank(s, 30, 12) == np.linalg.matrix_rank(A)
+
+
+def _split(examples, parameters):
+    spectra = {name: np.array([1.0]) for name in degrees_of_freedom.PRECISIONS}
+    counts = (1, 2, 0, 0, parameters - 3)
+    ranks = dict.fromkeys(degrees_of_freedom.PRECISIONS, 1)
+    return degrees_of_freedom.Split(
+        "noise", 0, examples, examples * 10, parameters, 2, *counts, False, 1.0, 0.0, [], {},
+        spectra, ranks,
+    )  # fmt: skip
+
+
+def test_the_table_says_when_there_are_too_few_inputs():
+    config = degrees_of_freedom.Config()
+    for examples, told in ((30, True), (31, False)):  # 10 rows each, for 301 parameters
+        result = degrees_of_freedom.Result(config, (1, 1), [_split(examples, 301)])
+        title = degrees_of_freedom.table(result).title
+        assert ("limited by 300 rows; at least 31 inputs are needed" in title) == told
+    assert (
+        "limited"
+        not in degrees_of_freedom.table(
+            degrees_of_freedom.Result(config, (1, 1), [_split(30, 300)])
+        ).title
+    )
+
+
+def test_pooling_averages_squares_and_refuses_what_has_none():
+    x = np.random.default_rng(0).normal(size=(3, 36))
+    found = degrees_of_freedom.pooled(x, 3)
+    for i in range(2):
+        for j in range(2):
+            square = x.reshape(3, 6, 6)[:, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3]
+            np.testing.assert_allclose(found[:, 2 * i + j], square.mean((1, 2)))
+    for pixels, side in ((36, 4), (35, 2)):
+        with pytest.raises(InvalidInput, match="choose a --pool that divides"):
+            degrees_of_freedom.pooled(np.zeros((1, pixels)), side)
 
 
 @pytest.mark.slow

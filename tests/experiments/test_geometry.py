@@ -70,7 +70,13 @@ def test_the_best_rate_has_the_lowest_loss(small_run):
 
 @pytest.mark.slow
 def test_the_command_writes_a_figure(small_run):
-    assert (small_run[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (small_run[0] / "starts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_ends_above_its_start_diverged():
+    error = np.full((1, 2), 50.0)
+    for losses, expected in (((2.0, 1.0), False), ((2.0, 3.0), True), ((2.0, np.nan), True)):
+        assert geometry.Best(0.1, np.array([losses]), error, 1.0).diverged == expected
 
 
 def test_large_batches_are_refused():

@@ -61,7 +61,7 @@ def test_the_natural_gradient_alone_is_invariant_to_a_general_reparametrisation(
 @pytest.mark.slow
 def test_the_command_writes_its_figure_and_numbers_and_leaves_32_bits(small_run):
     out, content = small_run
-    assert sorted(path.name for path in out.iterdir()) == ["errors.png", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["errors.png", "results.json", "table.md"]
     assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")
     assert content["group_dimension"] == 6 and content["config"]["steps"] == 3
     assert jnp.ones(1).dtype == jnp.float32

@@ -21,7 +21,7 @@ FEW = {"hidden": "4", "epochs": "1"}
 FLAGS = {
     "path-sgd": FEW | {"batch-size": "400"},
     "invariance": {"hidden": "4", "batch-size": "20", "steps": "2"},
-    "parametrizations": FEW | {"batch-size": "400"},
+    "parametrizations": FEW | {"batch-size": "400", "seeds": "1"},
     "geometry": FEW | {"examples": "100", "seeds": "1", "jobs": "2"},
     "degrees-of-freedom": {"hidden": "2", "examples": "40", "seeds": "3"},
     "inductive-bias": {"hidden": "2,3,4", "examples": "100", "epochs": "3", "seeds": "1"},
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, standar
     again = files.read_json(tmp_path / "killed" / "results.json")["studies"]["sgd"]
     assert held in (1, 2) and all(again[key] == cell for key, cell in kept.items())
     names = sorted(path.name for path in (tmp_path / "killed").iterdir())
-    assert names == ["curves.png", "results.json"]
+    assert names == ["curves.png", "results.json", "table.md"]
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ def three_cells(monkeypatch):
 
     def run(config, progress, store):
         thunks = {str(i): thunk(i) for i in range(3)}
-        cells = resuming.compute({"sevenths": thunks}, progress, store)
-        return path_sgd.Result(config, "made-up", {}, cells)
+        resuming.compute({"sevenths": thunks}, progress, store)
+        return path_sgd.Result(config, "made-up", {}, {}, {}, {})
 
     monkeypatch.setattr(path_sgd, "run", run)
     monkeypatch.setattr(path_sgd, "plot", lambda result, path: path.write_bytes(b"figure"))
@@ -157,7 +157,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["results.json"]
     assert _cells(tmp_path / "full") == 1
     assert cli.main([*argv, str(tmp_path / "full")]) == 0
-    for name in ("results.json", "curves.png"):
+    for name in ("results.json", "curves.png", "table.md"):
         alone, full_ = ((tmp_path / which / name).read_bytes() for which in ("alone", "full"))
         assert alone == full_
 
@@ -186,7 +186,11 @@ def test_a_failure_that_cannot_be_caught_costs_one_cell(number, three_cells, tmp
     assert any(".jaxinv-part-" in path.name for path in tmp_path.iterdir())
     assert _cells(tmp_path) == number
     assert cli.main(argv) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.png",
+        "results.json",
+        "table.md",
+    ]
     values = files.read_json(tmp_path / "results.json")["studies"]["sevenths"]
     assert [cell["value"] for cell in values.values()] == [0, 1 / 7, 2 / 7]
 

@@ -12,13 +12,28 @@ from jaxinv.experiments.parametrizations import Config
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    argv = ["--hidden", "16", "--epochs", "2", "--batch-size", "200", "--out", str(out)]
+    argv = [
+        "--hidden",
+        "16",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "200",
+        "--seeds",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert cli.main(["reproduce", "parametrizations", *argv]) == 0
     content = files.read_json(out / "results.json")
-    networks = {
-        name: {**row, "curves": content["studies"][name]}
-        for name, row in content["networks"].items()
-    }
+    networks = {}
+    for name, row in content["networks"].items():
+        cells = content["studies"][name]
+        assert len(cells) == 6  # three parametrisations, two seeds
+        for seed in range(2):
+            suffix = f", seed {seed}"
+            curves = {k.removesuffix(suffix): c for k, c in cells.items() if k.endswith(suffix)}
+            networks[name if seed == 0 else f"{name}, again"] = {**row, "curves": curves}
     return out, networks
 
 
@@ -38,12 +53,14 @@ def test_sigmoid_has_no_rescalings_and_projection_changes_the_function(small_run
     assert sigmoid["group_dimension"] == 0 and not sigmoid["same_class"]
     assert sigmoid["projection_change"] > 0.01
     assert sigmoid["curves"]["unconstrained"]["start_difference"] == 0
+    again = small_run[1]["sigmoid, again"]["curves"]["unconstrained"]
+    assert again["step_loss"] != sigmoid["curves"]["unconstrained"]["step_loss"]
     assert sigmoid["curves"]["constrained"]["start_difference"] > 0.01
 
 
 @pytest.mark.slow
 def test_constrained_and_normalised_start_together_and_part(small_run):
-    assert len(small_run[1]) == 2  # ReLU and sigmoid
+    assert len(small_run[1]) == 4  # ReLU and sigmoid, two seeds
     for network in small_run[1].values():
         constrained, normalised = (network["curves"][k] for k in ("constrained", "normalised"))
         np.testing.assert_allclose(

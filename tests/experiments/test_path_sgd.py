@@ -172,7 +172,55 @@ def test_tuning_picks_the_best_rate_and_leaves_a_given_one_alone(monkeypatch, on
     only("sgd", "adagrad")
     monkeypatch.setattr(path_sgd, "TUNING_RATES", (1e-6, 0.1))
     result = path_sgd.run(Config(hidden=(16,), epochs=1, tune=True, lr_adagrad=0.005))
-    assert result.learning_rates == {"sgd": 0.1, "adagrad": 0.005}
+    # SGD at 0.1 is best from the balanced start, and hopeless from the other.
+    assert {start: rate for start, (rate, _) in result.tuned["sgd"].items()} == {
+        "balanced": 0.1,
+        "unbalanced": 1e-6,
+    }
+    assert result.learning_rates == {"sgd": 1e-6, "adagrad": 0.005}
+
+
+def test_one_rate_serves_both_starts_and_each_has_its_own_best(monkeypatch):
+    """Final losses by hand: the shared rate is that of the least worse loss, 2 at 0.03."""
+    losses = {
+        ("balanced", 0.01): 3.0, ("balanced", 0.03): 2.0, ("balanced", 0.1): 1.0,
+        ("unbalanced", 0.01): 1.5, ("unbalanced", 0.03): 1.8, ("unbalanced", 0.1): np.nan,
+    }  # fmt: skip
+
+    class Made:
+        def __call__(self, study, key, compute):
+            start, rate = key.split(", ")
+            final = [losses[start, float(rate)]]
+            return {"step_loss": [[1.0]], "test_error": [[1.0]], "final_loss": final} | {
+                "seconds_per_step": 1.0
+            }
+
+    kept = {"sgd": path_sgd.OPTIMIZERS["sgd"]}
+    monkeypatch.setattr(path_sgd, "OPTIMIZERS", kept)
+    monkeypatch.setattr(path_sgd, "TUNING_RATES", (0.01, 0.03, 0.1))
+    result = path_sgd.run(Config(hidden=(4,), epochs=1, tune=True), store=Made())
+    assert result.learning_rates == {"sgd": 0.03}
+    best = {start: (rate, curves.final_loss[0]) for start, (rate, curves) in
+            result.tuned["sgd"].items()}  # fmt: skip
+    assert best == {"balanced": (0.1, 1.0), "unbalanced": (0.01, 1.5)}
+    row = path_sgd.table(result).rows[0]
+    assert row[1] == "0.03" and row[-2:] == ["0.1", "1"]
+
+
+def test_in_float64_the_starts_of_path_sgd_agree_to_its_rounding(only):
+    only("sgd", "path_sgd")
+    result = path_sgd.run(Config(hidden=(16,), epochs=1, float64=True))
+    gaps = {
+        name: max(path_sgd.median_gap(*(starts[s].step_loss for s in path_sgd.STARTS)))
+        for name, starts in result.exact.items()
+    }
+    assert gaps["path_sgd"] < 1e-13 < 1e-3 < gaps["sgd"]
+    assert path_sgd.record(result)["median_gaps"]["float64"] == gaps
+    # The same balanced start and minibatches as in float32.
+    for name, starts in result.exact.items():
+        np.testing.assert_allclose(
+            starts["balanced"].step_loss, result.curves[name]["balanced"].step_loss, rtol=1e-3
+        )
 
 
 def test_tuning_never_picks_a_rate_that_diverges(monkeypatch, only):
@@ -213,7 +261,9 @@ def diverging():
     good = _made_up([[2.0, 1.0, 0.5], [2.2, 1.0, 0.7]], [[90.0, 9.0], [90.0, 7.0]])
     bad = _made_up([[2.0, np.inf, np.nan], [2.2, 1.0, 0.4]], [[90.0, np.nan], [90.0, 8.0]])
     curves = {name: {"balanced": good, "unbalanced": bad} for name in path_sgd.OPTIMIZERS}
-    return Result(Config(seeds=2, epochs=1), "made-up", dict.fromkeys(curves, 0.1), curves)
+    rates = dict.fromkeys(curves, 0.1)
+    tuned = {name: {s: (0.1, c) for s, c in starts.items()} for name, starts in curves.items()}
+    return Result(Config(seeds=2, epochs=1), "made-up", rates, curves, tuned, curves)
 
 
 def test_table_values_are_those_of_the_curves(result):
