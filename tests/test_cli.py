@@ -26,7 +26,7 @@ def small_run(tmp_path_factory):
     return code, out, printed.getvalue()
 
 
-def test_reproduce_succeeds_and_writes_only_its_two_files(small_run):
+def test_reproduce_succeeds_and_writes_only_its_three_files(small_run):
     code, out, _ = small_run
     assert code == 0
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "results.json", "table.md"]
