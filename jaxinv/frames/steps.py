@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinv._interpreter.walk import Body, Operand, Reader, is_concrete
@@ -24,6 +26,8 @@ def signature(operand: Operand) -> Hashable:
     if not isinstance(operand, Framed):
         if not is_concrete(operand):
             return None
+        if jax.dtypes.issubdtype(jnp.result_type(operand), jax.dtypes.extended):
+            return None  # keys of random numbers, of which NumPy has none
         array = np.asarray(operand)
         return (array.shape, str(array.dtype), array.tobytes())
     if operand.square is not None:
