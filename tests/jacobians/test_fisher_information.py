@@ -296,8 +296,15 @@ def test_cr_takes_the_memory_of_ten_and_of_the_directions_that_it_keeps(width, k
     assert held <= 4 * size * (10.5 + kept) and 4 * size * kept < 1.5 * 2**28
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("iterations", [10, 30])
+@pytest.mark.parametrize(
+    "iterations, dtype",
+    [
+        (10, np.float32),
+        (30, np.float64),
+        pytest.param(30, np.float32, marks=slow),
+        pytest.param(10, np.float64, marks=slow),
+    ],
+)
 def test_cr_does_not_amplify_rounding_errors(iterations, dtype):
     """The recurrence alone multiplied a perturbation of 1e-7 by up to 5e5, not monotonically."""
     sizes, damping = (64, 32, 32, 10), 0.1

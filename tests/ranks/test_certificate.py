@@ -35,7 +35,9 @@ def deflated(fn, params, x):
     return rank_by_deflation(params, x, network, gram, evidence)
 
 
-@pytest.mark.parametrize("seed", [7, 11, 13])
+@pytest.mark.parametrize(
+    "seed", [11, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (7, 13))]
+)
 def test_a_deficient_rank_is_the_exact_one(seed, x64):
     params, x = integer_network(seed)
     want = exact_rank(np.asarray(jacobian(networks.mlp, params, x)))
@@ -48,6 +50,7 @@ def test_a_deficient_rank_is_the_exact_one(seed, x64):
         assert jnp.isnan(found.largest)  # no SVD was made
 
 
+@pytest.mark.slow
 def test_no_rank_where_more_is_missing_than_was_looked_for(x64):
     params, x = integer_network(0)
     first = {"a": params["Dense_0"]["kernel"] + 0.0, "b": params["Dense_1"]["kernel"]}
